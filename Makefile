@@ -1,0 +1,76 @@
+SHELL = /bin/bash
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+LINT_PATHS = sb3_mbpo/ tests/ benchmarks/ docs/conf.py setup.py
+
+ENV ?= InvertedPendulum-v5
+SEED ?= 0
+# Empty: what benchmarks/train.py takes by default
+STEPS ?=
+
+# One thread for each of two workers: more threads fight for the cores and slow small networks down.
+PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(RUN) -m pytest -n 2
+
+# The stamp's name changes with what is installed and with the folder, so a moved checkout installs again.
+STAMP := $(VENV)/.installed-$(shell { pwd; cat requirements-dev.lock setup.py; } | cksum | cut -d' ' -f1)
+# Two calls at once on a fresh machine: the second waits for the first.
+WAIT := $(if $(shell command -v flock),flock $(VENV)/.lock)
+
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train [ENV=$(ENV)] [SEED=$(SEED)] [STEPS=...]   train MBPO on one task"
+	@echo "make test | test-expensive | test-all   quick tests, slow tests, both"
+	@echo "make format | lint | type | doc | commit-checks"
+
+$(STAMP):
+	@mkdir -p $(VENV)
+	@$(WAIT) $(MAKE) --no-print-directory install
+
+# Always called through the stamp, which makes it run once.
+install:
+	@test -e $(STAMP) || { set -e; \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The locked versions need Python >= 3.11: PYTHON=... make")'; \
+		echo "Setting up $(VENV) (some minutes, once)"; \
+		$(PYTHON) -m venv $(VENV); \
+		$(RUN) -m pip install -q --no-input --disable-pip-version-check -r requirements-dev.lock; \
+		$(RUN) -m pip install -q --no-input --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+		rm -f $(VENV)/.installed-*; \
+		touch $(STAMP); }
+
+train: $(STAMP)
+	$(RUN) benchmarks/train.py --env $(ENV) --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
+
+test pytest: $(STAMP)
+	$(PYTEST)
+
+test-expensive: $(STAMP)
+	$(PYTEST) -m expensive --timeout 1500
+
+test-all: $(STAMP)
+	$(PYTEST) -m "" --timeout 1500
+
+type: $(STAMP)
+	$(RUN) -m mypy $(LINT_PATHS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check $(LINT_PATHS)
+
+format: $(STAMP)
+	$(RUN) -m ruff check --select I --fix $(LINT_PATHS)
+	$(RUN) -m black $(LINT_PATHS)
+
+check-codestyle: $(STAMP)
+	$(RUN) -m ruff check --select I $(LINT_PATHS)
+	$(RUN) -m black --check $(LINT_PATHS)
+
+commit-checks: format type lint
+
+doc: $(STAMP)
+	$(RUN) -m sphinx -q -W -b html docs docs/_build/html
+
+clean:
+	rm -rf docs/_build build dist *.egg-info
+
+.PHONY: help install train test pytest test-expensive test-all type lint format check-codestyle commit-checks doc clean

@@ -1,0 +1,116 @@
+"""
+The learning studies behind docs/benchmarks: several runs of benchmarks/train.py, collected into one CSV.
+
+    python benchmarks/learning.py                       # everything, two runs at a time
+    python benchmarks/learning.py --only pendulum       # one study
+    python benchmarks/learning.py --collect             # only write the CSV from what is there
+
+Each run is one process with one thread. A finished run is not repeated; one that was cut starts again. A run that is not
+finished is collected as far as it went, with finished = 0.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "logs" / "learning"
+RESULTS = ROOT / "docs" / "benchmarks" / "learning.csv"
+
+PENDULUM = "--env Pendulum-v1 --steps 2500"
+POLE = "--env InvertedPendulum-v5 --steps 2500"
+HAZARD = "--env HiddenHazard-v0 --steps 2500 --set gradient_steps=10"
+HOPPER = "--env Hopper-v5 --steps 5000 --set learning_starts=1000 --set gradient_steps=10"
+RAW = "--set dynamics_kwargs.normalize_targets=false"
+NEXT = "--set dynamics_kwargs.target_mode=next"
+
+# study -> arm -> (arguments of train.py, seeds)
+STUDIES: dict[str, dict[str, tuple[str, int]]] = {
+    "pendulum": {
+        "MBPO": (PENDULUM, 3),
+        "SAC": (f"{PENDULUM} --steps 5000 --algo sac --set gradient_steps=1", 3),
+    },
+    "inverted_pendulum": {
+        "MBPO": (POLE, 3),
+        "SAC": (f"{POLE} --steps 5000 --algo sac --set gradient_steps=1", 3),
+    },
+    "hazard": {
+        "learned": (f"{HAZARD} --set termination_fn=learned", 3),
+        "known": (f"{HAZARD} --set termination_fn=hazard.terminated", 3),
+        "never": (f"{HAZARD} --set termination_fn=never", 3),
+        "SAC": (f"{HAZARD} --algo sac --set gradient_steps=1", 3),
+    },
+    "hopper": {
+        "learned": (f"{HOPPER} --set termination_fn=learned", 3),
+        "known": (HOPPER, 3),
+        "SAC": (f"{HOPPER} --algo sac --set gradient_steps=1", 3),
+    },
+    "targets_pendulum": {
+        "delta, raw": (f"{PENDULUM} --steps 2000 {RAW}", 2),
+        "next, normalised": (f"{PENDULUM} --steps 2000 {NEXT}", 2),
+        "next, raw": (f"{PENDULUM} --steps 2000 {NEXT} {RAW}", 2),
+    },
+    "targets_inverted_pendulum": {
+        "delta, raw": (f"{POLE} {RAW}", 2),
+        "next, normalised": (f"{POLE} {NEXT}", 2),
+        "next, raw": (f"{POLE} {NEXT} {RAW}", 2),
+    },
+}
+
+
+def folder_of(study: str, arm: str, seed: int) -> Path:
+    return LOGS / study / f"{arm.replace(', ', '_')}_{seed}"
+
+
+def run(study: str, arm: str, seed: int) -> None:
+    arguments, _ = STUDIES[study][arm]
+    folder = folder_of(study, arm, seed)
+    if (folder / "agent.zip").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), *arguments.split()]
+    command += ["--seed", str(seed), "--threads", "1", "--quiet", "--folder", str(folder)]
+    with (folder / "output.txt").open("w") as output:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    print(f"{study}, {arm}, seed {seed}: {'done' if code == 0 else f'failed, see {folder}/output.txt'}", flush=True)
+
+
+def collect() -> None:
+    rows = []
+    for study, arms in STUDIES.items():
+        for arm, (_, seeds) in arms.items():
+            for seed in range(seeds):
+                path = folder_of(study, arm, seed) / "evaluations.csv"
+                if not path.exists():
+                    continue
+                finished = int((path.parent / "agent.zip").exists())
+                with path.open() as file:
+                    rows += [[study, arm, *row.values(), finished] for row in csv.DictReader(file)]
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["study", "arm", "seed", "step", "episode", "return", "seconds", "finished"])
+        writer.writerows(rows)
+    print(f"{len(rows)} evaluated episodes -> {RESULTS.relative_to(ROOT)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--collect", action="store_true", help="start nothing")
+    args = parser.parse_args()
+    if not args.collect:
+        # Seeds outermost: a cut study has the same seeds of every arm.
+        arms = [(study, arm, seeds) for study in args.only for arm, (_, seeds) in STUDIES[study].items()]
+        jobs = [(study, arm, seed) for seed in range(3) for study, arm, seeds in arms if seed < seeds]
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(lambda job: run(*job), jobs))
+    collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""
+Train one agent on one environment and leave what a person wants to look at: agent, CSV, TensorBoard log, picture.
+
+    python benchmarks/train.py --env Pendulum-v1 --seed 0
+    python benchmarks/train.py --env Pendulum-v1 --algo sac --steps 5000 --set gradient_steps=1
+    python benchmarks/train.py --env Hopper-v5 --steps 5000 --set learning_starts=1000 --set termination_fn=learned
+
+Settings come from hyperparams/mbpo.yml; --set overrides one of them (a value is read as YAML, a dot reaches into a mapping).
+The last line is the deterministic return of the trained agent.
+"""
+
+import argparse
+import csv
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import hazard  # noqa: F401  (registers HiddenHazard-v0)
+import matplotlib
+import numpy as np
+import torch as th
+import yaml
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_mbpo import MBPO
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings_for(env_id: str, overrides: list[str]) -> dict[str, Any]:
+    """The YAML entry of an environment (or the default one), with ``key=value`` overrides."""
+    entries = yaml.safe_load((ROOT / "hyperparams" / "mbpo.yml").read_text())
+    settings = dict(entries.get(env_id, entries["default"]))
+    for override in overrides:
+        path, _, value = override.partition("=")
+        *parents, key = path.split(".")
+        target = settings
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[key] = yaml.safe_load(value)
+    return settings
+
+
+class EvaluationCsv(BaseCallback):
+    """
+    After each evaluation, adds a line per episode to a CSV; the mean alone would hide an agent that falls now and then.
+
+    :param path: the file
+    :param seed: written into every line
+    """
+
+    parent: EvalCallback
+
+    def __init__(self, path: Path, seed: int) -> None:
+        super().__init__()
+        self.path, self.seed, self.started = path, seed, time.perf_counter()
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow(["seed", "step", "episode", "return", "seconds"])
+
+    def _on_step(self) -> bool:
+        seconds = round(time.perf_counter() - self.started, 1)
+        with self.path.open("a", newline="") as file:
+            returns = enumerate(self.parent.evaluations_results[-1])
+            csv.writer(file).writerows([self.seed, self.num_timesteps, i, round(float(r), 3), seconds] for i, r in returns)
+        return True
+
+
+def draw(path: Path, title: str, steps: list[int], returns: list[list[float]]) -> None:
+    """A learning curve: every evaluated episode a dot, their mean a line."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for episode in np.transpose(returns):
+        axes.plot(steps, episode, ".", color="tab:blue", alpha=0.35, markersize=5, markeredgewidth=0)
+    axes.plot(steps, np.mean(returns, axis=1), color="tab:blue")
+    axes.set(title=title, xlabel="real environment steps", ylabel="return of a deterministic episode")
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="InvertedPendulum-v5")
+    parser.add_argument("--algo", choices=["mbpo", "sac"], default="mbpo")
+    parser.add_argument("--steps", type=int, help="env steps; default: n_timesteps of hyperparams/mbpo.yml")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--eval-freq", type=int, default=250, help="env steps from one evaluation to the next")
+    parser.add_argument("--eval-episodes", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="default: logs/ALGO/ENV_SEED")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args()
+    if args.threads is not None:
+        th.set_num_threads(args.threads)
+
+    settings = settings_for(args.env, args.overrides)
+    steps = args.steps or int(settings["n_timesteps"])
+    settings.pop("n_timesteps")
+    algorithm = {"mbpo": MBPO, "sac": SAC}[args.algo]
+    if algorithm is SAC:
+        settings = {key: value for key, value in settings.items() if key in inspect.signature(SAC).parameters}
+    folder = args.folder or Path("logs") / args.algo / f"{args.env}_{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    eval_env = Monitor(gym.make(args.env))
+    # Evaluation episodes of another seed start elsewhere than the training ones.
+    eval_env.reset(seed=args.seed + 10_000)
+    evaluation = EvalCallback(
+        eval_env,
+        callback_after_eval=EvaluationCsv(folder / "evaluations.csv", args.seed),
+        n_eval_episodes=args.eval_episodes,
+        eval_freq=args.eval_freq,
+        log_path=str(folder),
+        best_model_save_path=str(folder),
+        verbose=0,
+    )
+    agent = algorithm(env=args.env, seed=args.seed, tensorboard_log=str(folder / "tensorboard"), **settings)
+    started = time.perf_counter()
+    agent.learn(steps, callback=evaluation, progress_bar=not args.quiet)
+    minutes = (time.perf_counter() - started) / 60
+    agent.save(folder / "agent")
+
+    title = f"{algorithm.__name__} on {args.env}, seed {args.seed}"
+    draw(folder / "learning_curve.png", title, evaluation.evaluations_timesteps, evaluation.evaluations_results)
+    returns, _ = evaluate_policy(agent, eval_env, n_eval_episodes=10, return_episode_rewards=True)
+    print(f"{steps:,} steps in {minutes:.1f} minutes; agent, CSV, TensorBoard log and learning_curve.png are in {folder}/")
+    print(f"deterministic evaluation return: {np.mean(returns):.1f} +/- {np.std(returns):.1f} over {len(returns)} episodes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Model-Based Policy Optimization (Janner et al., 2019) as a Stable-Baselines3 algorithm."""
+
+from pathlib import Path
+from typing import Any
+
+from sb3_mbpo.buffers import MixedReplayBuffer, ModelBuffer
+from sb3_mbpo.callbacks import RolloutCallback
+from sb3_mbpo.dynamics import DynamicsModel, ProbabilisticEnsemble
+from sb3_mbpo.mbpo import MBPO, ModelBased
+from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
+from sb3_mbpo.terminations import LearnedTermination
+
+__version__ = (Path(__file__).parent / "version.txt").read_text().strip()
+
+__all__ = [
+    "MBPO",
+    "MBTD3",
+    "MBTQC",
+    "DynamicsModel",
+    "LearnedTermination",
+    "LinearSchedule",
+    "MBCrossQ",
+    "MixedReplayBuffer",
+    "ModelBased",
+    "ModelBuffer",
+    "ProbabilisticEnsemble",
+    "RolloutCallback",
+    "branched_rollout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # MBTQC and MBCrossQ need sb3_contrib, which is optional and slow to import.
+    if name in ("MBTD3", "MBTQC", "MBCrossQ"):
+        from sb3_mbpo import variants
+
+        return getattr(variants, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,136 @@
+"""What users may pass: strings from YAML turned into numbers and objects, and refusals that name argument, value and remedy."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+
+
+def resolve(value: Any, name: str) -> Any:
+    """
+    The object behind a dotted name; anything but a string comes back as it is.
+
+    :param value: ``"package.module.attribute"``, or an object
+    :param name: the argument, for the error
+    :raises ValueError: the name leads nowhere
+    """
+    if not isinstance(value, str):
+        return value
+    module, _, attribute = value.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r} must be an object or its dotted name, package.module.attribute ({error})") from error
+
+
+def numeric_defaults(*functions: Any) -> dict[str, int | float]:
+    """The parameters of some functions whose default is a number, with that default."""
+    parameters = (item for function in functions for item in inspect.signature(function).parameters.items())
+    return {
+        name: parameter.default
+        for name, parameter in parameters
+        if isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool)
+    }
+
+
+def as_number(value: Any, name: str, default: int | float) -> Any:
+    """
+    A number that arrived as a string (YAML reads ``1e-3`` as one), or as a float where a count is meant (``1e6``).
+
+    :param value: anything; what is neither a string nor a float comes back as it is
+    :param name: the argument, for the error
+    :param default: its default, whose type says what is meant
+    :raises ValueError: a string that is no number, or a count with a fraction
+    """
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name}={value!r} must be a number") from None
+    if isinstance(default, int) and isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError(f"{name}={value!r} must be a whole number")
+        return int(value)
+    return value
+
+
+def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[str, Any]:
+    """
+    Keyword arguments for ``function``, with numbers read from strings.
+
+    :param kwargs: what the user passed
+    :param function: a class or function
+    :param name: the argument that holds ``kwargs``, for the error
+    :raises ValueError: a key that ``function`` does not take
+    """
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"{name}={kwargs!r} must be a mapping of keyword arguments")
+    parameters = inspect.signature(function).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in ("seed", "device")]
+        for key in kwargs:
+            if key not in known:
+                raise ValueError(f"{name} has no key {key!r}; {getattr(function, '__name__', function)} takes {', '.join(known)}")
+    defaults = numeric_defaults(function)
+    return {key: as_number(value, f"{name}: {key}", defaults[key]) if key in defaults else value for key, value in kwargs.items()}
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :raises ValueError: spaces that MBPO cannot imagine in
+    """
+    if not isinstance(observation_space, spaces.Box) or is_image_space(observation_space):
+        raise ValueError(
+            f"env: the observation space {observation_space} is not supported; MBPO's dynamics needs a Box of numbers that are "
+            "no image. Flatten a Dict with gymnasium.wrappers.FlattenObservation, or use SAC or another model-free algorithm"
+        )
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"env: the action space {action_space} is not supported; MBPO needs a Box of continuous actions. "
+            "For discrete actions use DQN or PPO"
+        )
+    if not np.all(np.isfinite(action_space.low) & np.isfinite(action_space.high)):
+        raise ValueError(
+            f"env: the action space {action_space} is unbounded; MBPO scales actions to [-1, 1]. "
+            "Give it bounds with gymnasium.wrappers.RescaleAction or a Box with finite low and high"
+        )
+
+
+def check_counts(**counts: Any) -> None:
+    """
+    :raises ValueError: a count that is no positive whole number
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_ratio(name: str, value: Any) -> None:
+    """
+    :raises ValueError: no number in [0, 1]
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must be a number between 0 (all imagined) and 1 (plain model-free learning)")
+
+
+def check_replay(replay_buffer_class: Any, allowed: tuple[type, ...], n_steps: int, optimize_memory_usage: bool) -> None:
+    """
+    :raises ValueError: a replay option that imagined transitions do not go with
+    """
+    if replay_buffer_class not in (None, *allowed):
+        raise ValueError(
+            f"replay_buffer_class={replay_buffer_class!r} is not supported; MBPO mixes real and imagined transitions in a buffer "
+            "of its own (no HER, no n-step, no custom classes). Leave it at None"
+        )
+    if n_steps != 1:
+        raise ValueError(f"n_steps={n_steps!r} is not supported; imagined transitions are single steps. Leave it at 1")
+    if optimize_memory_usage:
+        raise ValueError(
+            "optimize_memory_usage=True is not supported; that buffer loses the last observation of an episode, which the "
+            "dynamics learns from. Leave it at False, or lower buffer_size"
+        )

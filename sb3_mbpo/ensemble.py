@@ -1,0 +1,104 @@
+"""The layers of an ensemble: every member's matrix product in one batched call, and the standardiser of its data."""
+
+import torch as th
+from torch import nn
+
+
+class EnsembleLinear(nn.Module):
+    """
+    ``n_members`` independent affine maps, computed as one batched matrix product.
+
+    The weights start as the original code draws them: normal, cut at two standard deviations,
+    of standard deviation 1 / (2 sqrt(in_size)); the biases start at zero.
+
+    :param n_members: number of maps
+    :param in_size: input features
+    :param out_size: output features
+    :param generator: source of the initial weights; the global generators are not touched
+    """
+
+    def __init__(self, n_members: int, in_size: int, out_size: int, generator: th.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(th.empty(n_members, in_size, out_size))
+        self.bias = nn.Parameter(th.zeros(n_members, 1, out_size))
+        std = 0.5 / in_size**0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param x: ``(members, B, in_size)``
+        :param members: indices of the members that ``x`` is meant for, in its order; all by default
+        :return: ``(members, B, out_size)``
+        """
+        if members is None:
+            return th.baddbmm(self.bias, x, self.weight)
+        return th.baddbmm(self.bias[members], x, self.weight[members])
+
+
+class EnsembleMLP(nn.Module):
+    """
+    ``n_members`` independent multi-layer perceptrons with SiLU between the layers and a linear output.
+
+    :param n_members: number of networks
+    :param in_size: input features
+    :param out_size: output features
+    :param net_arch: sizes of the hidden layers, the same for every member
+    :param generator: source of the initial weights (a CPU generator)
+    """
+
+    def __init__(self, n_members: int, in_size: int, out_size: int, net_arch: list[int], generator: th.Generator) -> None:
+        super().__init__()
+        sizes = [in_size, *net_arch, out_size]
+        self.layers = nn.ModuleList(
+            EnsembleLinear(n_members, n_in, n_out, generator) for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param x: ``(members, B, in_size)``
+        :param members: indices of the members that ``x`` is meant for, in its order; all by default
+        :return: ``(members, B, out_size)``
+        """
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = nn.functional.silu(layer(x, members))
+        return last(x, members)
+
+
+class Standardizer(nn.Module):
+    """
+    Per-dimension shift and scale to zero mean and unit variance.
+
+    A dimension whose spread is no more than rounding beside its magnitude counts as constant and keeps its scale;
+    a standardised value is cut at ``limit``, so that a dimension that hardly moved so far and then jumps
+    does not drive a network to infinity.
+
+    :param size: number of dimensions
+    :param limit: largest magnitude of a standardised value, in standard deviations
+    """
+
+    # Float buffers: SB3 draws `rand_like` of every entry of a state dict, and loads with `weights_only=True`.
+    mean: th.Tensor
+    std: th.Tensor
+
+    def __init__(self, size: int, limit: float = 10.0) -> None:
+        super().__init__()
+        self.limit = limit
+        self.register_buffer("mean", th.zeros(size))
+        self.register_buffer("std", th.ones(size))
+
+    def fit(self, x: th.Tensor) -> None:
+        """:param x: ``(N, size)``, N >= 1; the statistics are computed in float64"""
+        data = x.double()
+        mean, std = data.mean(dim=0), data.std(dim=0, correction=0)
+        negligible = std <= 1e-6 * mean.abs().clamp(min=1e-6)
+        self.mean.copy_(mean)
+        self.std.copy_(th.where(negligible, th.ones_like(std), std))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """:return: ``(x - mean) / std``, cut at ``limit``; shape of ``x``, ``(..., size)``"""
+        return ((x - self.mean) / self.std).clamp(-self.limit, self.limit)
+
+    def inverse(self, z: th.Tensor) -> th.Tensor:
+        """:return: ``z * std + mean``; shape of ``z``, ``(..., size)``"""
+        return z * self.std + self.mean

@@ -1,0 +1,122 @@
+"""Branched rollouts: imagined trajectories of k steps from real states, and the schedules that set k."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mbpo.dynamics import DynamicsModel
+
+RolloutSchedule = Callable[[int], int]
+
+
+@th.no_grad()
+def branched_rollout(
+    dynamics: DynamicsModel,
+    policy: Callable[[th.Tensor], th.Tensor],
+    termination: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
+    start_obs: th.Tensor,
+    length: int,
+) -> ReplayBufferSamples:
+    """
+    Follow the policy for ``length`` steps in the dynamics from every start state.
+
+    A terminal transition is kept and ends its branch. A transition with a non-finite number is left out and ends its branch.
+
+    :param dynamics: see ``DynamicsModel.sample``
+    :param policy: raw observations ``(B, obs_dim)`` -> actions in [-1, 1] ``(B, action_dim)``
+    :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``, same conventions
+    :param start_obs: ``(N, obs_dim)``, float32
+    :param length: the rollout length k, at least 1
+    :return: the transitions in order of their step, at most ``N * length`` rows; rewards and dones are ``(rows, 1)``
+    """
+    obs = start_obs
+    steps: list[tuple[th.Tensor, ...]] = []
+    for _ in range(length):
+        actions = policy(obs)
+        next_obs, rewards = dynamics.sample(obs, actions)
+        finite = next_obs.isfinite().all(dim=1) & rewards.isfinite()
+        if not finite.all():
+            obs, actions, next_obs, rewards = (part[finite] for part in (obs, actions, next_obs, rewards))
+        if len(obs) == 0:
+            break
+        dones = termination(obs, actions, next_obs)
+        steps.append((obs, actions, next_obs, dones.float().unsqueeze(1), rewards.unsqueeze(1)))
+        obs = next_obs[~dones]
+        if len(obs) == 0:
+            break
+    if not steps:
+        steps.append((obs, actions, next_obs, rewards.new_zeros(0, 1), rewards.new_zeros(0, 1)))
+    return ReplayBufferSamples(*(th.cat(parts) for parts in zip(*steps, strict=True)))
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """
+    The paper's schedule: k grows linearly from ``min_length`` at step ``start`` to ``max_length`` at step ``end``, rounded down.
+
+    :param min_length: k until ``start``
+    :param max_length: k from ``end`` on
+    :param start: env transitions, random ones included, when k begins to grow
+    :param end: env transitions when k is full
+    """
+
+    min_length: int
+    max_length: int
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_length <= self.max_length:
+            raise ValueError(
+                f"rollout_schedule: min_length={self.min_length} and max_length={self.max_length} must satisfy "
+                "1 <= min_length <= max_length (imagined rollouts have at least one step and never shrink)"
+            )
+        if not 0 <= self.start <= self.end:
+            raise ValueError(f"rollout_schedule: start={self.start} and end={self.end} must satisfy 0 <= start <= end")
+
+    def __call__(self, num_timesteps: int) -> int:
+        """
+        k = floor(k0 + clip((t - t0) / (t1 - t0), 0, 1) (k1 - k0))
+
+        :param num_timesteps: env transitions of the agent's life
+        """
+        if num_timesteps >= self.end:
+            return self.max_length
+        grown = max(num_timesteps - self.start, 0) * (self.max_length - self.min_length)
+        # In integers: a float quotient just under a whole number would hold k back.
+        return self.min_length + grown // max(self.end - self.start, 1)
+
+
+def make_schedule(spec: int | dict[str, int] | RolloutSchedule) -> RolloutSchedule:
+    """
+    The schedule that the argument ``rollout_schedule`` stands for.
+
+    :param spec: a fixed length, the keywords of ``LinearSchedule``, or any callable ``env transitions -> length``
+    :raises ValueError: anything else, or lengths below one
+    """
+    keys = ["min_length", "max_length", "start", "end"]
+    if isinstance(spec, dict):
+        if sorted(spec) != sorted(keys):
+            raise ValueError(f"rollout_schedule={spec!r} must have exactly the keys {', '.join(keys)}")
+        return LinearSchedule(**spec)
+    if isinstance(spec, int) and not isinstance(spec, bool):
+        return LinearSchedule(spec, spec, 0, 0)
+    if callable(spec):
+        return spec
+    raise ValueError(f"rollout_schedule={spec!r} must be a length, a mapping with {', '.join(keys)}, or a callable")
+
+
+def rollout_length(spec: int | dict[str, int] | RolloutSchedule, num_timesteps: int) -> int:
+    """
+    The rollout length k after so many env transitions.
+
+    :param spec: see ``make_schedule``
+    :param num_timesteps: env transitions of the agent's life
+    :raises ValueError: the schedule is none, or says something else than a whole number of at least 1
+    """
+    length = make_schedule(spec)(num_timesteps)
+    if not (1 <= length < float("inf") and int(length) == length):
+        raise ValueError(f"rollout_schedule: {spec!r} gives {length!r} at step {num_timesteps}; it must give a whole number >= 1")
+    return int(length)

@@ -1,0 +1,40 @@
+"""The same conductor over other off-policy algorithms."""
+
+from typing import Any
+
+import torch as th
+from stable_baselines3 import TD3
+
+from sb3_mbpo.mbpo import ModelBased
+
+
+class MBTD3(ModelBased, TD3):
+    """
+    TD3 that also learns from imagined transitions.
+
+    TD3's policy is deterministic; imagined actions carry the noise of its target policy smoothing, or the critic would never
+    see a slope in the action.
+    """
+
+    def _imagined_actions(self, obs: th.Tensor) -> th.Tensor:
+        actions = super()._imagined_actions(obs)
+        noise = (th.randn_like(actions) * self.target_policy_noise).clamp(-self.target_noise_clip, self.target_noise_clip)
+        return (actions + noise).clamp(-1, 1)
+
+
+try:
+    from sb3_contrib import TQC, CrossQ
+except ImportError:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("MBTQC", "MBCrossQ"):
+            raise ImportError(f"{name} needs sb3_contrib: pip install sb3_mbpo[contrib]")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+else:
+
+    class MBTQC(ModelBased, TQC):
+        """TQC that also learns from imagined transitions."""
+
+    class MBCrossQ(ModelBased, CrossQ):
+        """CrossQ that also learns from imagined transitions."""

@@ -1,0 +1,160 @@
+"""The plan of the house as a test: who imports whom, how long things are, what a plain import drags in."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "sb3_mbpo"
+FILES = sorted((ROOT / PACKAGE).glob("*.py"))
+MODULES = [file.stem for file in FILES]
+
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 50
+
+# Who may import whom of ours. A new arrow is a decision: change the picture in docs/architecture.md along with this table.
+MAY_IMPORT: dict[str, set[str]] = {
+    "ensemble": set(),
+    "buffers": set(),
+    "theory": set(),
+    "sac_update": set(),
+    "checkpoint": set(),
+    "arguments": set(),
+    "terminations": {"ensemble"},
+    "dynamics": {"ensemble"},
+    "filters": {"ensemble"},
+    "rollouts": {"dynamics", "terminations", "filters"},
+    "callbacks": {"rollouts", "terminations"},
+    "mbpo": {
+        "arguments",
+        "buffers",
+        "callbacks",
+        "checkpoint",
+        "dynamics",
+        "ensemble",
+        "filters",
+        "rollouts",
+        "sac_update",
+        "terminations",
+    },
+    "variants": {"mbpo"},
+    "diagnostics": {"dynamics", "rollouts", "theory"},
+    "plots": {"theory"},
+    "zoo": {"mbpo", "variants", "checkpoint"},
+    "compare": {"zoo", "plots"},
+}
+# The front door shows everything but the tools that need further packages.
+MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"zoo", "compare", "plots"}
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """
+    Our modules that a module's source imports, wherever the import stands: at the top, in a function, for type checking.
+    The package itself counts as ``__init__``.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # The package is flat: one dot means the package, more would leave it.
+            base = ".".join(part for part in (PACKAGE if node.level else "", node.module) if part)
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == PACKAGE else [base]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            target = node.args[0]
+            name = target.value if isinstance(target, ast.Constant) and isinstance(target.value, str) else ""
+            names = [PACKAGE + name if name.startswith(".") else name]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == PACKAGE:
+                module = rest.partition(".")[0]
+                # `from sb3_mbpo import MBPO` goes through the front door.
+                yield module if module in MAY_IMPORT or module in MODULES else "__init__"
+
+
+def forbidden_arrows(module: str, source: str) -> list[str]:
+    return [f"{module} -> {other}" for other in imported_modules(source) if other not in MAY_IMPORT[module]]
+
+
+def long_functions(source: str, limit: int = MAX_FUNCTION_LINES) -> list[str]:
+    """Functions whose body is too long; signature (one argument per line) and docstring are not counted."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+            if lines > limit:
+                found.append(f"{node.name}: {lines} lines")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=MODULES)
+def test_imports_follow_the_table(file: Path) -> None:
+    assert file.stem in MAY_IMPORT, f"{file.name} is new: give it a row in MAY_IMPORT"
+    assert forbidden_arrows(file.stem, file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=MODULES)
+def test_files_and_functions_are_short(file: Path) -> None:
+    source = file.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    assert long_functions(source) == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
+def test_every_module_has_its_test_file(module: str) -> None:
+    assert (ROOT / "tests" / f"test_{module}.py").is_file()
+
+
+def test_package_is_flat() -> None:
+    assert [folder.name for folder in (ROOT / PACKAGE).iterdir() if folder.is_dir() and any(folder.glob("*.py"))] == []
+
+
+def test_plain_import_stays_light() -> None:
+    code = f"import {PACKAGE}, sys; print([m for m in ('rl_zoo3', 'sb3_contrib', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from sb3_mbpo.mbpo import MBPO",
+        "from sb3_mbpo import MBPO",
+        "from sb3_mbpo import mbpo",
+        "import sb3_mbpo.mbpo as m",
+        "from .mbpo import MBPO",
+        "from . import mbpo",
+        "def late():\n    from sb3_mbpo.mbpo import MBPO",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sb3_mbpo.mbpo import MBPO",
+        "import importlib\nimportlib.import_module('sb3_mbpo.mbpo')",
+        "from importlib import import_module\nimport_module('.mbpo', 'sb3_mbpo')",
+    ],
+)
+def test_checker_sees_a_forbidden_import(source: str) -> None:
+    assert len(forbidden_arrows("rollouts", source)) == 1
+
+
+def test_checker_accepts_allowed_and_foreign_imports() -> None:
+    source = "import torch\nfrom stable_baselines3 import SAC\nfrom sb3_mbpo.dynamics import X\nfrom . import filters"
+    assert forbidden_arrows("rollouts", source) == []
+
+
+def test_checker_sees_a_long_function() -> None:
+    assert long_functions("def f():\n" + "    x = 1\n" * 51) == ["f: 51 lines"]
+    assert long_functions('def f():\n    """\n' + "    words\n" * 60 + '    """\n' + "    x = 1\n" * 50) == []
+
+
+def test_table_has_no_cycles() -> None:
+    open_rows = {module: set(others) for module, others in MAY_IMPORT.items()}
+    while open_rows:
+        done = [module for module, others in open_rows.items() if not others & set(open_rows)]
+        assert done, f"a cycle among {sorted(open_rows)}"
+        for module in done:
+            del open_rows[module]

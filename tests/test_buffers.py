@@ -1,0 +1,243 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_mbpo.buffers import MixedReplayBuffer, ModelBuffer, normalize_obs, normalize_rewards
+
+OBS = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+ACT = spaces.Box(-2, 2, (2,), np.float32)
+
+
+def imagined(values: list[int]) -> ReplayBufferSamples:
+    """Transitions whose every number tells their origin: -1 - value."""
+    column = -1.0 - th.tensor(values, dtype=th.float32).unsqueeze(1)
+    return ReplayBufferSamples(column.repeat(1, 3), column.repeat(1, 2), column.repeat(1, 3), th.zeros_like(column), column)
+
+
+def contents(buffer: ModelBuffer) -> list[int]:
+    """The numbers in a model buffer, oldest first."""
+    rows = buffer.rows[buffer._places(th.arange(len(buffer)))]
+    assert (rows[:, [0, 3, 4, 5, 7, 9]] == rows[:, :1]).all() and (rows[:, 8] == 0).all()
+    return (-1 - rows[:, 0]).int().tolist()
+
+
+def filled(n: int = 40, n_envs: int = 1, **kwargs) -> MixedReplayBuffer:
+    """Real transitions numbered from 1 up."""
+    buffer = MixedReplayBuffer(200, OBS, ACT, device="cpu", n_envs=n_envs, seed=0, **kwargs)
+    for i in range(n):
+        value = np.arange(1.0 + i * n_envs, 1 + (i + 1) * n_envs)
+        wide = value.reshape(-1, 1)
+        buffer.add(wide.repeat(3, 1), wide.repeat(3, 1) + 0.5, wide.repeat(2, 1), value, np.zeros(n_envs), [{}] * n_envs)
+    return buffer
+
+
+def refill(buffer: MixedReplayBuffer, n: int = 30) -> None:
+    buffer.model_buffer.begin_refill()
+    buffer.model_buffer.add(imagined(list(range(n))))
+
+
+# ---------------------------------------------------------------------- ModelBuffer
+
+
+def test_retention_by_refills():
+    """Against a plain list of lists, over many refills of changing size, in several pieces each."""
+    rng = np.random.default_rng(0)
+    buffer, expected, number = ModelBuffer(3, 2, retained_rollouts=3), [], 0
+    for _ in range(60):
+        buffer.begin_refill()
+        expected = [*expected, []][-3:]
+        for _ in range(rng.integers(0, 4)):
+            values = list(range(number, number + int(rng.integers(0, 30))))
+            number += len(values)
+            buffer.add(imagined(values))
+            expected[-1] += values
+            assert contents(buffer) == sum(expected, [])
+    assert [len(part) for part in expected] == list(buffer.refills)
+
+
+def test_bound_on_rows():
+    rng = np.random.default_rng(1)
+    buffer, expected, number = ModelBuffer(3, 2, retained_rollouts=2, max_rows=25), [], 0
+    for _ in range(80):
+        if rng.random() < 0.4 or not buffer.refills:
+            buffer.begin_refill()
+            expected = [*expected, []][-2:]
+        values = list(range(number, number + int(rng.integers(0, 40))))
+        number += len(values)
+        buffer.add(imagined(values))
+        expected[-1] += values
+        surplus = len(sum(expected, [])) - 25
+        for part in expected:
+            dropped = min(max(surplus, 0), len(part))
+            del part[:dropped]
+            surplus -= dropped
+        assert contents(buffer) == sum(expected, []) and len(buffer.rows) <= 25
+
+
+def test_memory_follows_the_content():
+    buffer = ModelBuffer(3, 2, retained_rollouts=4)
+    assert buffer.rows.numel() == 0
+    for _ in range(12):
+        buffer.begin_refill()
+        for _ in range(10):
+            buffer.add(imagined(list(range(100))))
+    assert len(buffer) == 4000 and len(buffer.rows) <= 6000
+
+
+def test_model_buffer_samples_uniformly():
+    buffer = ModelBuffer(3, 2, retained_rollouts=2)
+    for first in (0, 10, 20):
+        buffer.begin_refill()
+        buffer.add(imagined(list(range(first, first + 10))))
+    drawn = (-1 - buffer.sample(40_000, th.Generator().manual_seed(0)).rewards).int().flatten().bincount(minlength=30)
+    assert (drawn[:10] == 0).all() and ((drawn[10:] > 1800) & (drawn[10:] < 2200)).all()
+
+
+# ---------------------------------------------------------------------- mixing
+
+
+@pytest.mark.parametrize(
+    ("ratio", "batch_size", "real"),
+    [(0.05, 256, 12), (0.5, 7, 3), (0.0, 256, 0), (0.001, 256, 0), (1.0, 256, 256), (0.999, 10, 9), (0.05, 1, 0)],
+)
+def test_shares(ratio, batch_size, real):
+    buffer = filled(real_ratio=ratio)
+    refill(buffer)
+    batch = buffer.sample(batch_size)
+    assert len(batch.observations) == batch_size and buffer.real_rows(batch_size) == real
+    assert (batch.observations[:real] > 0).all() and (batch.observations[real:] < 0).all()
+    assert [tuple(part.shape) for part in batch[:5]] == [(batch_size, n) for n in (3, 2, 3, 1, 1)]
+    assert batch.discounts is None
+
+
+def test_all_real_while_nothing_is_imagined():
+    buffer = filled(real_ratio=0.0)
+    assert (buffer.sample(64).observations > 0).all()
+    buffer.model_buffer.begin_refill()
+    assert (buffer.sample(64).observations > 0).all()
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_real_ratio_one_is_sb3s_buffer(n_envs):
+    """Same draws from the same global stream, same dtypes, whatever is imagined."""
+    mixed = filled(20, n_envs, real_ratio=1.0)
+    plain = ReplayBuffer(200, OBS, ACT, device="cpu", n_envs=n_envs)
+    plain.__dict__.update({key: value for key, value in mixed.__dict__.items() if key in plain.__dict__})
+    refill(mixed)
+    batches = []
+    for buffer in (mixed, plain):
+        np.random.seed(3)
+        batches.append(buffer.sample(50))
+    assert all(th.equal(a, b) and a.dtype == b.dtype for a, b in zip(batches[0][:5], batches[1][:5], strict=True))
+
+
+def test_the_real_share_follows_the_global_stream_the_imagined_its_own():
+    buffer = filled()
+    refill(buffer)
+    np.random.seed(0)
+    first = buffer.sample(256)
+    np.random.seed(0)
+    second = buffer.sample(256)
+    assert th.equal(first.rewards[:12], second.rewards[:12]) and not th.equal(first.rewards[12:], second.rewards[12:])
+
+
+def make_vec_normalize() -> VecNormalize:
+    import gymnasium as gym
+
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), clip_obs=1.5, clip_reward=0.7)
+    env.seed(0)
+    env.reset()
+    for _ in range(50):
+        env.step(np.ones((1, 1), np.float32))
+    return env
+
+
+@pytest.mark.parametrize(("norm_obs", "norm_reward"), [(True, True), (True, False), (False, True), (False, False)])
+def test_normalised_as_vec_normalize_does(norm_obs, norm_reward):
+    env = make_vec_normalize()
+    env.norm_obs, env.norm_reward = norm_obs, norm_reward
+    obs, rewards = np.random.default_rng(0).normal(size=(20, 3)) * 3, np.random.default_rng(1).normal(size=20) * 9
+    obs, rewards = obs.astype(np.float32), rewards.astype(np.float32)
+    np.testing.assert_allclose(normalize_obs(th.as_tensor(obs), env), env.normalize_obs(obs), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normalize_rewards(th.as_tensor(rewards), env), env.normalize_reward(rewards), rtol=1e-5)
+    assert normalize_obs(th.as_tensor(obs), None) is not None and normalize_rewards(th.as_tensor(rewards), None) is not None
+
+
+def test_both_kinds_are_stored_raw_and_sampled_normalised():
+    env = make_vec_normalize()
+    buffer = MixedReplayBuffer(100, env.observation_space, env.action_space, device="cpu", real_ratio=0.5, seed=0)
+    raw = np.array([[0.3, -0.2, 1.0]], np.float32)
+    buffer.add(raw, raw * 2, np.zeros((1, 1)), np.array([-3.0]), np.zeros(1), [{}])
+    buffer.model_buffer.begin_refill()
+    buffer.model_buffer.add(buffer.real_transitions())
+    batch = buffer.sample(10, env=env)
+    for part in batch[:5]:
+        th.testing.assert_close(part[:5], part[5:])
+    np.testing.assert_allclose(batch.observations[0], env.normalize_obs(raw)[0], rtol=1e-5)
+    # Statistics as they are when sampling, not when storing.
+    env.obs_rms.mean += 1
+    np.testing.assert_allclose(buffer.sample(10, env=env).observations[-1], env.normalize_obs(raw)[0], rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- what the dynamics sees
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("n", [5, 300])
+def test_real_transitions(n, n_envs):
+    """All of them, once, also after the ring has turned over."""
+    buffer = filled(n, n_envs)
+    data = buffer.real_transitions()
+    total = min(n, 200 // n_envs) * n_envs
+    numbers = sorted(data.rewards.flatten().tolist())
+    assert numbers == [float(i) for i in range(n * n_envs - total + 1, n * n_envs + 1)]
+    assert all(part.dtype == th.float32 for part in data[:5])
+    th.testing.assert_close(data.next_observations, data.observations + 0.5)
+    th.testing.assert_close(data.observations[:, :1], data.rewards)
+    th.testing.assert_close(data.actions[:, :1], data.rewards)
+
+
+def test_time_limits_are_no_terminations():
+    buffer = MixedReplayBuffer(10, OBS, ACT, device="cpu", seed=0)
+    zeros = np.zeros((1, 3))
+    for done, info in [(1, {}), (1, {"TimeLimit.truncated": True}), (0, {})]:
+        buffer.add(zeros, zeros, np.zeros((1, 2)), np.zeros(1), np.array([done]), [info])
+    assert buffer.real_transitions().dones.flatten().tolist() == [1, 0, 0]
+
+
+def test_start_states_are_uniform_over_all_envs():
+    buffer = filled(10, n_envs=3)
+    starts = buffer.start_states(60_000)
+    assert starts.shape == (60_000, 3) and starts.dtype == th.float32
+    counts = starts[:, 0].int().bincount(minlength=31)[1:]
+    assert ((counts > 1800) & (counts < 2200)).all()
+
+
+# ---------------------------------------------------------------------- persistence
+
+
+def test_pickle_holds_the_real_transitions_only():
+    buffer = filled()
+    without = len(pickle.dumps(buffer))
+    refill(buffer, 10_000)
+    data = pickle.dumps(buffer)
+    assert len(data) < without + 1000
+    loaded = pickle.loads(data)
+    assert len(loaded.model_buffer) == 0 and loaded.size() == 40 and loaded.real_ratio == buffer.real_ratio
+    assert loaded.model_buffer.refills.maxlen == 4
+    refill(loaded)
+    assert (loaded.sample(256).observations < 0).any()
+
+
+def test_takes_over_a_plain_buffer():
+    plain = ReplayBuffer(50, OBS, ACT, device="cpu")
+    plain.add(np.ones((1, 3)), np.ones((1, 3)), np.ones((1, 2)), np.ones(1), np.zeros(1), [{}])
+    mixed = MixedReplayBuffer.from_replay_buffer(plain, real_ratio=0.5, retained_rollouts=2, model_buffer_size=None, seed=0)
+    refill(mixed)
+    assert (mixed.sample(10).observations > 0).all(dim=1).sum() == 5 and mixed.size() == 1

@@ -1,0 +1,219 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+
+from sb3_mbpo import MBPO, DynamicsModel
+
+FAST = {
+    "policy": "MlpPolicy",
+    "policy_kwargs": {"net_arch": [8]},
+    "batch_size": 16,
+    "rollout_batch_size": 30,
+    "gradient_steps": 1,
+    "dynamics_kwargs": {"net_arch": [8], "max_updates": 3},
+    "seed": 0,
+}
+
+
+class Recorder(DynamicsModel):
+    """A dynamics that predicts no change and notes when it is fitted, and on how much."""
+
+    def __init__(self, obs_dim, action_dim, *, seed=None, device="cpu", minimum=1):
+        super().__init__(obs_dim, action_dim, seed=seed, device=device)
+        self.fits = []
+        self.min_transitions = minimum
+
+    def fit(self, transitions, progress=None):
+        self.fits.append(len(transitions.rewards))
+        return {}
+
+    def sample(self, obs, actions):
+        return obs.clone(), th.zeros(len(obs))
+
+
+def agent(env="Pendulum-v1", **kwargs) -> MBPO:
+    defaults = {"dynamics_class": Recorder, "dynamics_kwargs": None, "learning_starts": 20, "model_train_freq": 10}
+    return MBPO(env=env, **{**FAST, **defaults, **kwargs})
+
+
+def test_first_fit_comes_before_the_first_update():
+    updates_then = []
+
+    class Spy(Recorder):
+        def fit(self, transitions, progress=None):
+            updates_then.append(model._n_updates)
+            return super().fit(transitions, progress)
+
+    model = agent(dynamics_class=Spy, learning_starts=23)
+    model.learn(24)
+    # SB3 updates past learning_starts: first after step 24.
+    assert model.dynamics.fits == [24] and updates_then == [0] and model._n_updates == 1
+    assert len(model.replay_buffer.model_buffer) == 30
+
+
+def test_then_at_every_multiple():
+    model = agent(learning_starts=23)
+    model.learn(60)
+    assert model.dynamics.fits == [24, 30, 40, 50, 60]
+
+
+@pytest.mark.parametrize(("train_freq", "expected"), [(1, [21, 30, 42, 51, 60]), (4, [24, 36, 48, 60])])
+def test_due_when_a_multiple_was_passed(train_freq, expected):
+    """Three envs step over the multiples of ten."""
+    model = agent(make_vec_env("Pendulum-v1", 3), train_freq=train_freq, learning_starts=19)
+    model.learn(60)
+    assert model.dynamics.fits == expected
+
+
+def test_whole_episodes():
+    model = agent(train_freq=(1, "episode"), learning_starts=100, model_train_freq=150)
+    model.learn(800)
+    assert model.dynamics.fits == [200, 400, 600, 800]
+
+
+@pytest.mark.parametrize("kwargs", [{"real_ratio": 1}, {"gradient_steps": 0}])
+def test_never_due(kwargs):
+    model = agent(**kwargs)
+    model.learn(50)
+    assert model.dynamics.fits == [] and len(model.replay_buffer.model_buffer) == 0
+
+
+def test_waits_for_enough_data():
+    model = agent(learning_starts=0, dynamics_kwargs={"minimum": 12})
+    model.learn(25)
+    assert model.dynamics.fits == [12, 20]
+
+
+def test_lifetime_is_what_counts():
+    """k and what is due go on over `learn` calls, whether or not SB3's counter starts again."""
+    model = agent(rollout_schedule={"min_length": 1, "max_length": 9, "start": 0, "end": 90}, rollout_batch_size=10)
+    model.set_logger(configure(None, []))
+    lengths = []
+    for reset in (True, False, True):
+        model.learn(30, reset_num_timesteps=reset)
+        lengths.append(model.logger.name_to_value["dynamics/rollout_length"])
+    # The random steps come again after a reset, without fits: 61 to 80.
+    assert model.dynamics.fits == [21, 30, 40, 50, 60, 81, 90] and model.lifetime_timesteps == 90
+    assert lengths == [1 + 8 * 30 // 90, 1 + 8 * 60 // 90, 9]
+
+
+def test_lifetime_survives_save_and_load(tmp_path):
+    model = agent(learning_starts=5, model_train_freq=100)
+    model.learn(30)
+    model.learn(10)
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    assert loaded.lifetime_timesteps == 40 and loaded.dynamics_fitted_at == model.dynamics_fitted_at == 6
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.learn(2, reset_num_timesteps=False)
+    # No imagined data came along: they are made anew at once, then again when due.
+    assert loaded.dynamics.fits == [41] and len(loaded.replay_buffer.model_buffer) == 30
+    loaded.learn(60, reset_num_timesteps=False)
+    assert loaded.dynamics.fits == [41, 100]
+
+
+def test_retention_and_length():
+    model = agent(rollout_schedule=3, retained_rollouts=2)
+    model.learn(100)
+    assert list(model.replay_buffer.model_buffer.refills) == [90, 90]
+
+
+class Counting(BaseCallback):
+    def __init__(self):
+        super().__init__()
+        self.inits, self.ends = 0, 0
+
+    def _init_callback(self):
+        self.inits += 1
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.ends += 1
+
+
+def test_user_callbacks_of_every_form():
+    called = []
+    counting = Counting()
+    forms = [
+        None,
+        counting,
+        [counting],
+        CallbackList([counting]),
+        [],
+        lambda locals_, globals_: called.append(1) or True,
+        EveryNTimesteps(5, counting),
+    ]
+    for form in forms:
+        model = agent(learning_starts=5)
+        model.learn(12, callback=form)
+        assert model.dynamics.fits == [6, 10]
+    assert called == [1] * 12
+    # Initialised once a run, never twice by ours.
+    assert counting.inits == 4 and counting.ends == 3 * 12
+
+
+def test_a_callback_that_stops():
+    model = agent(learning_starts=5)
+    model.learn(30, callback=lambda locals_, globals_: model.num_timesteps < 10)
+    assert model.num_timesteps == 10 and model.dynamics.fits == [6]
+
+
+def test_what_is_logged(tmp_path):
+    env = gym.make("Pendulum-v1", max_episode_steps=50)
+    model = MBPO(env=env, learning_starts=20, model_train_freq=25, **{**FAST, "gradient_steps": 2})
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(200, log_interval=1)
+    header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
+    expected = "train_loss holdout_error epochs elites fit_seconds rollout_seconds rollout_length real_buffer_size "
+    expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement"
+    assert {f"dynamics/{name}" for name in expected.split()} == {name for name in header if name.startswith("dynamics/")}
+    assert all(len(name) <= 33 for name in header)
+    values = model.logger.name_to_value
+    model.logger.close()
+    assert values["dynamics/real_buffer_size"] == 200 and values["dynamics/model_buffer_size"] == 120
+    assert values["dynamics/updates_per_transition"] == pytest.approx(2, rel=0.02)
+
+
+def test_every_fit_is_seen_by_tensorboard_and_nothing_is_dumped(monkeypatch):
+    model = agent()
+    model.set_logger(configure(None, []))
+    monkeypatch.setattr(model.logger, "dump", lambda step=0: pytest.fail("dumped"))
+    model.learn(100, log_interval=None)
+    assert "dynamics/rollout_length" in model.logger.name_to_value
+
+
+# tqdm's rich bar, which SB3 uses, announces itself as experimental.
+@pytest.mark.filterwarnings("ignore:rich is experimental")
+def test_the_progress_bar_moves_during_a_fit(monkeypatch):
+    said = []
+    from tqdm.rich import tqdm
+
+    monkeypatch.setattr(tqdm, "set_description", lambda self, what="", refresh=True: said.append(what))
+    MBPO(env="Pendulum-v1", learning_starts=20, **FAST).learn(25, progress_bar=True)
+    assert said[0] == "fitting the dynamics, epoch 1" and "imagining, 30 of 30 branches" in said and said[-1] == ""
+
+
+def test_imagined_states_follow_the_policy_and_the_real_states(monkeypatch):
+    """Start states are real observations, actions those of the stochastic policy on normalised observations."""
+    seen = []
+
+    class Spy(Recorder):
+        def sample(self, obs, actions):
+            seen.append((obs.clone(), actions.clone()))
+            return super().sample(obs, actions)
+
+    model = agent(dynamics_class=Spy, rollout_batch_size=2000, learning_starts=20)
+    model.learn(21)
+    ((obs, actions),) = seen
+    real = model.replay_buffer.real_transitions().observations
+    assert (th.cdist(obs, real).min(dim=1).values < 1e-6).all() and actions.abs().max() <= 1
+    # One start state many times: the spread of its actions is that of the policy at the time (not yet updated since).
+    same = (obs == obs[0]).all(dim=1)
+    assert actions[same].std() > 0.3 and len(np.unique(actions[same].numpy())) == same.sum()

@@ -1,0 +1,80 @@
+"""What an installed copy offers: version, public names, and the files that are not Python."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata, util
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import sb3_mbpo
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = (ROOT / "sb3_mbpo" / "version.txt").read_text(encoding="utf-8").strip()
+    assert sb3_mbpo.__version__ == version
+    assert metadata.version("sb3_mbpo") == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_core_needs_little() -> None:
+    lines = metadata.requires("sb3_mbpo") or []
+    required = {Requirement(line).name for line in lines if "extra ==" not in line}
+    assert required == {"stable-baselines3", "torch", "gymnasium"}
+
+
+def test_public_names_exist() -> None:
+    assert "MBPO" in sb3_mbpo.__all__
+    assert len(set(sb3_mbpo.__all__)) == len(sb3_mbpo.__all__)
+    for name in sb3_mbpo.__all__:
+        # The variants of sb3-contrib are loaded when asked for.
+        if name in vars(sb3_mbpo) or util.find_spec("sb3_contrib") is not None:
+            assert getattr(sb3_mbpo, name) is not None
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError):
+        sb3_mbpo.no_such_name  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build leaves folders behind, and would pick up what an earlier one left."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("sb3_mbpo", "hyperparams"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_everything(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"sb3_mbpo/{file.name}" for file in (ROOT / "sb3_mbpo").glob("*.py")}
+    expected |= {f"sb3_mbpo/hyperparams/{file.name}" for file in (ROOT / "hyperparams").glob("*.yml")}
+    expected |= {"sb3_mbpo/py.typed", "sb3_mbpo/version.txt", "sb3_mbpo/hyperparams/mbpo.yml"}
+    assert expected <= names
+    # Nothing else may land in the users' site-packages.
+    assert {name.split("/")[0] for name in names} == {"sb3_mbpo", f"sb3_mbpo-{sb3_mbpo.__version__}.dist-info"}
+
+
+@pytest.mark.expensive
+def test_installed_copy_learns_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True)
+    code = "import sb3_mbpo; print(sb3_mbpo.__file__); sb3_mbpo.MBPO('MlpPolicy', 'Pendulum-v1', learning_starts=20).learn(25)"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.splitlines()[0]).is_relative_to(site)
