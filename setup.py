@@ -9,13 +9,13 @@ ROOT = Path(__file__).parent
 # What one command each needs. Only what `import sb3_mbpo` itself needs is a hard dependency.
 EXTRAS = {
     # No upper cap: the Gymnasium tasks also run on MuJoCo 4. dm_control does not yet: install "mujoco<4" with it.
-    "mujoco": ["mujoco>=3.1.5"],
+    "mujoco": ["gymnasium[mujoco]>=1.0"],
     "contrib": ["sb3-contrib>=2.9,<3"],
     "zoo": ["rl_zoo3>=2.9,<3", "sb3-contrib>=2.9,<3"],
     # The Zoo's own plots need pandas 2: the same cap here lets both live in one environment.
     "plots": ["matplotlib>=3.8", "pandas>=2,<3"],
     # `make train`
-    "train": ["matplotlib>=3.8", "mujoco>=3.1.5", "pyyaml>=6", "rich", "tensorboard>=2.15", "tqdm"],
+    "train": ["matplotlib>=3.8", "gymnasium[mujoco]>=1.0", "pyyaml>=6", "rich", "tensorboard>=2.15", "tqdm"],
     "docs": ["furo", "myst-parser>=4", "sphinx>=7.4", "sphinx-copybutton"],
     "tests": [
         "black>=26,<27",

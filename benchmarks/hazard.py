@@ -45,4 +45,4 @@ def terminated(obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Te
     return (next_obs[:, :2] - next_obs.new_tensor(CENTRE)).norm(dim=1) < RADIUS
 
 
-gym.register("HiddenHazard-v0", entry_point=HiddenHazard, max_episode_steps=100)
+gym.register("HiddenHazard-v0", entry_point=lambda **kwargs: HiddenHazard(**kwargs), max_episode_steps=100)

@@ -40,7 +40,7 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
     "hazard": {
         "learned": (f"{HAZARD} --set termination_fn=learned", 3),
         "known": (f"{HAZARD} --set termination_fn=hazard.terminated", 3),
-        "never": (f"{HAZARD} --set termination_fn=never", 3),
+        "never": (f"{HAZARD} --set termination_fn=never", 1),
         "SAC": (f"{HAZARD} --algo sac --set gradient_steps=1", 3),
     },
     "hopper": {

@@ -133,6 +133,7 @@ def main() -> None:
     draw(folder / "learning_curve.png", title, evaluation.evaluations_timesteps, evaluation.evaluations_results)
     returns, _ = evaluate_policy(agent, eval_env, n_eval_episodes=10, return_episode_rewards=True)
     print(f"{steps:,} steps in {minutes:.1f} minutes; agent, CSV, TensorBoard log and learning_curve.png are in {folder}/")
+    assert isinstance(returns, list)
     print(f"deterministic evaluation return: {np.mean(returns):.1f} +/- {np.std(returns):.1f} over {len(returns)} episodes")
 
 

@@ -1,9 +1,8 @@
-"""What users may pass: strings from YAML turned into numbers and objects, and refusals that name argument, value and remedy."""
+"""What users may pass: strings from YAML become numbers and objects; refusals name argument, value and remedy."""
 
 import importlib
 import inspect
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ def resolve(value: Any, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}={value!r} must be an object or its dotted name, package.module.attribute ({error})") from error
+        raise ValueError(f"{name}={value!r} must be an object or its dotted name, package.module.name ({error})") from error
 
 
 def numeric_defaults(*functions: Any) -> dict[str, int | float]:
@@ -75,9 +74,13 @@ def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[
         known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in ("seed", "device")]
         for key in kwargs:
             if key not in known:
-                raise ValueError(f"{name} has no key {key!r}; {getattr(function, '__name__', function)} takes {', '.join(known)}")
+                raise ValueError(
+                    f"{name} has no key {key!r}; {getattr(function, '__name__', function)} takes {', '.join(known)}"
+                )
     defaults = numeric_defaults(function)
-    return {key: as_number(value, f"{name}: {key}", defaults[key]) if key in defaults else value for key, value in kwargs.items()}
+    return {
+        key: as_number(value, f"{name}: {key}", defaults[key]) if key in defaults else value for key, value in kwargs.items()
+    }
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -86,7 +89,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
     """
     if not isinstance(observation_space, spaces.Box) or is_image_space(observation_space):
         raise ValueError(
-            f"env: the observation space {observation_space} is not supported; MBPO's dynamics needs a Box of numbers that are "
+            f"env: the observation space {observation_space} is not supported; MBPO's dynamics needs a Box that is "
             "no image. Flatten a Dict with gymnasium.wrappers.FlattenObservation, or use SAC or another model-free algorithm"
         )
     if not isinstance(action_space, spaces.Box):
@@ -114,7 +117,7 @@ def check_ratio(name: str, value: Any) -> None:
     """
     :raises ValueError: no number in [0, 1]
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} must be a number between 0 (all imagined) and 1 (plain model-free learning)")
 
 
@@ -124,8 +127,8 @@ def check_replay(replay_buffer_class: Any, allowed: tuple[type, ...], n_steps: i
     """
     if replay_buffer_class not in (None, *allowed):
         raise ValueError(
-            f"replay_buffer_class={replay_buffer_class!r} is not supported; MBPO mixes real and imagined transitions in a buffer "
-            "of its own (no HER, no n-step, no custom classes). Leave it at None"
+            f"replay_buffer_class={replay_buffer_class!r} is not supported; MBPO mixes real and imagined transitions in a "
+            "buffer of its own (no HER, no n-step, no custom classes). Leave it at None"
         )
     if n_steps != 1:
         raise ValueError(f"n_steps={n_steps!r} is not supported; imagined transitions are single steps. Leave it at 1")
@@ -134,3 +137,29 @@ def check_replay(replay_buffer_class: Any, allowed: tuple[type, ...], n_steps: i
             "optimize_memory_usage=True is not supported; that buffer loses the last observation of an episode, which the "
             "dynamics learns from. Leave it at False, or lower buffer_size"
         )
+
+
+def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
+    """
+    Turn the arguments that an agent keeps under their names into what they mean, in place, and check those of ModelBased.
+
+    :param agent: a ModelBased algorithm, before its parts are built; also one that is being loaded
+    :param replay_buffer_classes: what ``replay_buffer_class`` may be
+    :raises ValueError: an argument that cannot be read or is out of range
+    """
+    for name, default in numeric_defaults(type(agent)).items():
+        if hasattr(agent, name):
+            setattr(agent, name, as_number(getattr(agent, name), name, default))
+    if isinstance(agent.train_freq, list):
+        agent.train_freq = tuple(agent.train_freq)
+    for name in ("activation_fn", "optimizer_class", "features_extractor_class"):
+        if name in agent.policy_kwargs:
+            agent.policy_kwargs[name] = resolve(agent.policy_kwargs[name], f"policy_kwargs: {name}")
+    agent.replay_buffer_class = resolve(agent.replay_buffer_class, "replay_buffer_class")
+    agent.rollout_schedule = resolve(agent.rollout_schedule, "rollout_schedule")
+    check_replay(agent.replay_buffer_class, replay_buffer_classes, agent.n_steps, agent.optimize_memory_usage)
+    check_ratio("real_ratio", agent.real_ratio)
+    check_counts(**{name: getattr(agent, name) for name in ("model_train_freq", "rollout_batch_size", "retained_rollouts")})
+    if agent.model_buffer_size is not None:
+        agent.model_buffer_size = as_number(agent.model_buffer_size, "model_buffer_size", 1)
+        check_counts(model_buffer_size=agent.model_buffer_size)

@@ -1,4 +1,4 @@
-"""What MBPO does between collecting and training: fit the dynamics when due, set the rollout length, refill the model buffer."""
+"""What MBPO does between collecting and training: fit the dynamics when due, set k, refill the model buffer."""
 
 import time
 from typing import Any

@@ -1,5 +1,7 @@
 """The layers of an ensemble: every member's matrix product in one batched call, and the standardiser of its data."""
 
+from itertools import pairwise
+
 import torch as th
 from torch import nn
 
@@ -49,9 +51,7 @@ class EnsembleMLP(nn.Module):
     def __init__(self, n_members: int, in_size: int, out_size: int, net_arch: list[int], generator: th.Generator) -> None:
         super().__init__()
         sizes = [in_size, *net_arch, out_size]
-        self.layers = nn.ModuleList(
-            EnsembleLinear(n_members, n_in, n_out, generator) for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(EnsembleLinear(n_members, n_in, n_out, generator) for n_in, n_out in pairwise(sizes))
 
     def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
         """

@@ -1,335 +1,12 @@
-"""MBPO as a Stable-Baselines3 algorithm: SAC, or any off-policy algorithm for Box actions, that also learns from imagination."""
+"""MBPO: SAC on real and imagined transitions."""
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch as th
 from stable_baselines3 import SAC
-from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_mbpo.arguments import (
-    as_number,
-    check_counts,
-    check_keywords,
-    check_ratio,
-    check_replay,
-    check_spaces,
-    numeric_defaults,
-    resolve,
-)
-from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
-from sb3_mbpo.callbacks import RolloutCallback
-from sb3_mbpo.dynamics import DynamicsModel, KnownReward, ProbabilisticEnsemble
-from sb3_mbpo.rollouts import rollout_length
-from sb3_mbpo.terminations import LearnedTermination, NeverTerminates, disagreement, dry_run, known_termination
-
-SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
-
-
-class ModelBased(OffPolicyAlgorithm):
-    """
-    Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
-
-    Takes every argument of that algorithm, by the same name and with the same meaning and default, except that
-    ``gradient_steps`` is 20; and, by keyword only:
-
-    :param real_ratio: share of real rows in a batch; 1: the plain algorithm, bit for bit; 0: imagined rows only
-    :param model_train_freq: env transitions from one fit of the dynamics to the next
-    :param rollout_batch_size: real states that imagined rollouts start from after each fit
-    :param rollout_schedule: the rollout length k: a number; or ``min_length``, ``max_length``, ``start`` and ``end`` (env
-        transitions) of a linear growth; or a callable from env transitions to k
-    :param retained_rollouts: imagined are the transitions of so many last fits
-    :param model_buffer_size: most imagined transitions kept; ``None``: what schedule and retention imply
-    :param termination_fn: when imagined episodes end: ``None``: as in this env where that is known, else learned;
-        ``"learned"``; ``"never"``; or a function ``(obs, actions, next_obs) -> bool (B,)`` of float32 tensors on the agent's
-        device, observations raw, actions in the env's scale, both in the env's shapes (or its dotted name)
-    :param reward_fn: ``None``: learned; or a function of the same inputs, ``-> float (B,)`` (or its dotted name)
-    :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
-    :param dynamics_kwargs: its keyword arguments
-    """
-
-    def __init__(
-        self,
-        policy: Any,
-        env: GymEnv | str | None,
-        *args: Any,
-        real_ratio: float = 0.05,
-        model_train_freq: int = 250,
-        rollout_batch_size: int = 100_000,
-        rollout_schedule: int | dict[str, int] | Callable[[int], int] = 1,
-        retained_rollouts: int = 4,
-        model_buffer_size: int | None = None,
-        termination_fn: str | Callable[..., th.Tensor] | None = None,
-        reward_fn: str | Callable[..., th.Tensor] | None = None,
-        dynamics_class: str | type[DynamicsModel] = ProbabilisticEnsemble,
-        dynamics_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        passed = inspect.signature(super().__init__).bind_partial(policy, env, *args, **kwargs).arguments
-        passed.setdefault("gradient_steps", 20)
-        if env is not None:
-            # Before SB3 looks at the spaces: its assertions do not say what to do instead.
-            passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
-            check_spaces(env.observation_space, env.action_space)
-        # SB3 writes into these dictionaries; the caller's stay as they are.
-        passed |= {key: dict(passed[key]) for key in ("policy_kwargs", "replay_buffer_kwargs") if passed.get(key)}
-
-        self.real_ratio = real_ratio
-        self.model_train_freq = model_train_freq
-        self.rollout_batch_size = rollout_batch_size
-        self.rollout_schedule = rollout_schedule
-        self.retained_rollouts = retained_rollouts
-        self.model_buffer_size = model_buffer_size
-        self.termination_fn = termination_fn
-        self.reward_fn = reward_fn
-        self.dynamics_class = dynamics_class
-        self.dynamics_kwargs = dynamics_kwargs
-        #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
-        self.termination: Any = None
-        #: ``lifetime_timesteps`` at the last fit.
-        self.dynamics_fitted_at: int | None = None
-        self._earlier_timesteps = 0
-        self._warned_of_termination = False
-        super().__init__(**passed)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # What help() and editors show: the algorithm's arguments, then ours.
-        own = inspect.signature(ModelBased.__init__).parameters.values()
-        base = inspect.signature(cls.__mro__[cls.__mro__.index(ModelBased) + 1].__init__).parameters
-        theirs = [base[name].replace(default=20) if name == "gradient_steps" else base[name] for name in list(base)[1:]]
-        cls.__signature__ = inspect.Signature([*theirs, *(p for p in own if p.kind is p.KEYWORD_ONLY)])  # type: ignore[attr-defined]
-
-    # ------------------------------------------------------------------ construction
-
-    def _setup_model(self) -> None:
-        self._check_arguments()
-        if self.replay_buffer is None:
-            self.replay_buffer_class = MixedReplayBuffer
-            self.replay_buffer = MixedReplayBuffer(
-                self.buffer_size,
-                self.observation_space,
-                self.action_space,
-                self.device,
-                self.n_envs,
-                **self.replay_buffer_kwargs,
-                **self._mixing(),
-            )
-        super()._setup_model()
-        self.dynamics = self._make_dynamics()
-        self.learned_termination = LearnedTermination(
-            self.observation_space.shape, self.action_space.shape, seed=self.seed, device=self.device
-        )
-        if self.termination is None:
-            self.termination = self._find_termination()
-
-    def _check_arguments(self) -> None:
-        for name, default in numeric_defaults(type(self)).items():
-            if hasattr(self, name):
-                setattr(self, name, as_number(getattr(self, name), name, default))
-        if isinstance(self.train_freq, list):
-            self.train_freq = tuple(self.train_freq)
-        for name in ("activation_fn", "optimizer_class", "features_extractor_class"):
-            if name in self.policy_kwargs:
-                self.policy_kwargs[name] = resolve(self.policy_kwargs[name], f"policy_kwargs: {name}")
-        self.replay_buffer_class = resolve(self.replay_buffer_class, "replay_buffer_class")
-        check_replay(self.replay_buffer_class, (ReplayBuffer, MixedReplayBuffer), self.n_steps, self.optimize_memory_usage)
-        check_ratio("real_ratio", self.real_ratio)
-        check_counts(
-            model_train_freq=self.model_train_freq,
-            rollout_batch_size=self.rollout_batch_size,
-            retained_rollouts=self.retained_rollouts,
-        )
-        if self.model_buffer_size is not None:
-            self.model_buffer_size = as_number(self.model_buffer_size, "model_buffer_size", 1)
-            check_counts(model_buffer_size=self.model_buffer_size)
-        self.rollout_schedule = resolve(self.rollout_schedule, "rollout_schedule")
-        rollout_length(self.rollout_schedule, 0)
-
-    def _mixing(self) -> dict[str, Any]:
-        return {
-            "real_ratio": self.real_ratio,
-            "retained_rollouts": self.retained_rollouts,
-            "model_buffer_size": self.model_buffer_size,
-            "seed": self.seed,
-        }
-
-    def _make_dynamics(self) -> DynamicsModel:
-        make = resolve(self.dynamics_class, "dynamics_class")
-        if not callable(make) or (isinstance(make, type) and not issubclass(make, DynamicsModel)):
-            raise ValueError(f"dynamics_class={self.dynamics_class!r} must be a subclass of sb3_mbpo.DynamicsModel")
-        obs_dim, action_dim = (int(np.prod(space.shape)) for space in (self.observation_space, self.action_space))
-        kwargs = check_keywords(self.dynamics_kwargs or {}, make, "dynamics_kwargs")
-        dynamics = make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
-        if self.reward_fn is None:
-            return dynamics
-        reward_fn = resolve(self.reward_fn, "reward_fn")
-        dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
-        return KnownReward(dynamics, self._known_reward)
-
-    def _find_termination(self) -> Any:
-        """What ``termination_fn`` stands for in this env."""
-        if self.termination_fn is None and self.env is not None:
-            known, reason = known_termination(self.env)
-            if self.verbose >= 1:
-                print(reason)
-            return "learned" if known is None else known
-        if self.termination_fn in (None, "learned"):
-            return "learned"
-        if self.termination_fn == "never":
-            return NeverTerminates()
-        termination = resolve(self.termination_fn, "termination_fn")
-        dry_run(termination, "termination_fn", self.observation_space, self.action_space, self.device)
-        return termination
-
-    # ------------------------------------------------------------------ imagination
-
-    @property
-    def lifetime_timesteps(self) -> int:
-        """Env transitions of the agent's whole life: ``num_timesteps`` that no ``learn`` sets back. What is due goes by it."""
-        return self._earlier_timesteps + self.num_timesteps
-
-    @contextmanager
-    def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:
-        """Lends the policy, in evaluation mode, as ``branched_rollout`` wants it."""
-        training = self.policy.training
-        self.policy.set_training_mode(False)
-        try:
-            yield self._imagined_actions
-        finally:
-            self.policy.set_training_mode(training)
-            if self.use_sde:
-                self.actor.reset_noise(self.n_envs)  # type: ignore[operator]
-
-    def _imagined_actions(self, obs: th.Tensor) -> th.Tensor:
-        """
-        :param obs: raw observations ``(B, obs_dim)``
-        :return: actions of the stochastic policy in [-1, 1], ``(B, action_dim)``
-        """
-        if self.use_sde:
-            self.actor.reset_noise(len(obs))  # type: ignore[operator]
-        policy_obs = normalize_obs(self._env_obs(obs), self._vec_normalize_env)
-        return self.policy._predict(policy_obs, deterministic=False).reshape(len(obs), -1)
-
-    def _env_obs(self, obs: th.Tensor) -> th.Tensor:
-        """Flat observations in the env's shape."""
-        return obs.reshape(len(obs), *self.observation_space.shape)
-
-    def _env_actions(self, actions: th.Tensor) -> th.Tensor:
-        """Flat actions in [-1, 1] in the env's scale and shape."""
-        low, high = (
-            th.as_tensor(bound, dtype=th.float32, device=actions.device)
-            for bound in (self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
-        )
-        return low + 0.5 * (actions.reshape(len(actions), *low.shape) + 1) * (high - low)
-
-    def _known_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        function = resolve(self.reward_fn, "reward_fn")
-        return function(self._env_obs(obs), self._env_actions(actions), self._env_obs(next_obs))
-
-    def terminates(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        """
-        Which transitions end an imagined episode.
-
-        :param obs: raw observations ``(B, obs_dim)``
-        :param actions: in [-1, 1], ``(B, action_dim)``
-        :param next_obs: raw observations ``(B, obs_dim)``
-        :return: bool ``(B,)``
-        """
-        function = self.learned_termination if isinstance(self.termination, str) else self.termination
-        return function(self._env_obs(obs), self._env_actions(actions), self._env_obs(next_obs))
-
-    def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
-        """
-        Learn from the real terminations, or hold the known function against them.
-
-        :param transitions: all real transitions, as the dynamics gets them
-        :return: what to log, under ``dynamics/``
-        """
-        obs, actions, next_obs = transitions[:3]
-        terminated = transitions.dones.squeeze(1) > 0.5
-        if isinstance(self.termination, str):
-            metrics = self.learned_termination.fit(
-                self._env_obs(obs), self._env_actions(actions), self._env_obs(next_obs), terminated
-            )
-            return {**metrics, "termination": "learned"}
-        predicted = self.terminates(obs, actions, next_obs)
-        warning = disagreement(predicted, terminated)
-        if warning is not None and not self._warned_of_termination:
-            self._warned_of_termination = True
-            warnings.warn(warning, stacklevel=2)
-        wrong = (predicted != terminated).float().mean().item()
-        return {"termination_disagreement": wrong, "termination": "given" if self.termination_fn else "known"}
-
-    # ------------------------------------------------------------------ SB3's contract
-
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        if isinstance(callback, list):
-            callback = CallbackList(callback)
-        elif not isinstance(callback, BaseCallback):
-            callback = ConvertCallback(callback)
-        rollouts = RolloutCallback()
-        everything = super()._init_callback(CallbackList([rollouts, callback]), progress_bar)
-        if progress_bar:
-            rollouts.progress_bar = everything.callbacks[-1]  # type: ignore[attr-defined]
-        return everything
-
-    def learn(
-        self: SelfModelBased,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str | None = None,
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfModelBased:
-        """See SB3; ``tb_log_name`` is the name of the class unless given."""
-        name = tb_log_name or type(self).__name__
-        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
-
-    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        before = self.num_timesteps
-        result = super()._setup_learn(total_timesteps, *args, **kwargs)
-        self._earlier_timesteps += before - self.num_timesteps
-        return result
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """See SB3. What ends imagined episodes stays as it is, and is held against the new env's transitions."""
-        super().set_env(env, force_reset)
-        self._warned_of_termination = False
-        if self.termination_fn is None and not isinstance(self.termination, str):
-            known, reason = known_termination(self.env)
-            if known != self.termination:
-                warnings.warn(
-                    f"set_env: imagined episodes still end by {self.termination}, found in the first env; for this one: {reason}. "
-                    "Make a new agent, or pass termination_fn",
-                    stacklevel=2,
-                )
-
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """See SB3; seeds the dynamics, the learned termination and the draws among imagined rows as well."""
-        super().set_random_seed(seed)
-        for part in (getattr(self, name, None) for name in ("dynamics", "learned_termination", "replay_buffer")):
-            if part is not None and seed is not None:
-                part.seed(seed)
-
-    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
-        """See SB3; also takes the pickled replay buffer of a model-free agent."""
-        super().load_replay_buffer(path, truncate_last_traj)
-        self.replay_buffer = MixedReplayBuffer.from_replay_buffer(self.replay_buffer, **self._mixing())
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, variables = super()._get_torch_save_params()
-        optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []
-        return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables
+from sb3_mbpo import sac_update
+from sb3_mbpo.model_based import ModelBased
 
 
 class MBPO(ModelBased, SAC):
@@ -338,5 +15,34 @@ class MBPO(ModelBased, SAC):
 
     Paper: https://arxiv.org/abs/1906.08253
 
-    Arguments: those of ``stable_baselines3.SAC`` (``gradient_steps`` is 20), then those of :class:`ModelBased`.
+    Arguments: those of ``stable_baselines3.SAC`` (``gradient_steps`` is 20), then those of :class:`ModelBased`, then
+
+    :param fast_update: which code does SAC's update: ``False``: SB3's own; ``True``: ours, the same numbers faster, and a
+        ``ValueError`` where it does not cover the agent; ``None``: ours where it covers the agent and ``real_ratio`` is below 1
     """
+
+    def __init__(
+        self, policy: Any, env: GymEnv | str | None, *args: Any, fast_update: bool | None = None, **kwargs: Any
+    ) -> None:
+        self.fast_update = fast_update
+        super().__init__(policy, env, *args, **kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        reason = sac_update.why_not_fast(self, MBPO)
+        if self.fast_update and reason is not None:
+            raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")
+        if self.verbose >= 1:
+            print(f"SAC update: {'fast' if self._is_fast() else 'Stable-Baselines3' + chr(39) + 's own'}")
+
+    def _is_fast(self) -> bool:
+        if self.fast_update is None:
+            return self.real_ratio < 1 and sac_update.why_not_fast(self, MBPO) is None
+        return self.fast_update
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """See SB3."""
+        if self._is_fast():
+            sac_update.train(self, gradient_steps, batch_size)
+        else:
+            super().train(gradient_steps, batch_size)

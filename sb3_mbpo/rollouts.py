@@ -54,7 +54,7 @@ def branched_rollout(
 @dataclass(frozen=True)
 class LinearSchedule:
     """
-    The paper's schedule: k grows linearly from ``min_length`` at step ``start`` to ``max_length`` at step ``end``, rounded down.
+    The paper's schedule: k grows linearly from ``min_length`` at ``start`` to ``max_length`` at ``end``, rounded down.
 
     :param min_length: k until ``start``
     :param max_length: k from ``end`` on
@@ -118,5 +118,5 @@ def rollout_length(spec: int | dict[str, int] | RolloutSchedule, num_timesteps: 
     """
     length = make_schedule(spec)(num_timesteps)
     if not (1 <= length < float("inf") and int(length) == length):
-        raise ValueError(f"rollout_schedule: {spec!r} gives {length!r} at step {num_timesteps}; it must give a whole number >= 1")
+        raise ValueError(f"rollout_schedule: {spec!r} gives {length!r} at step {num_timesteps}, not a whole number >= 1")
     return int(length)

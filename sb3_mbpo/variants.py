@@ -5,7 +5,7 @@ from typing import Any
 import torch as th
 from stable_baselines3 import TD3
 
-from sb3_mbpo.mbpo import ModelBased
+from sb3_mbpo.model_based import ModelBased
 
 
 class MBTD3(ModelBased, TD3):

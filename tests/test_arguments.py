@@ -14,13 +14,13 @@ def test_resolve():
 
 @pytest.mark.parametrize("name", ["OrderedDict", "collections.NoSuchThing", "no_such_package.thing", ""])
 def test_resolve_nothing(name):
-    with pytest.raises(ValueError, match="dynamics_class='.*' must be an object or its dotted name"):
+    with pytest.raises(ValueError, match=r"dynamics_class='.*' must be an object or its dotted name"):
         arguments.resolve(name, "dynamics_class")
 
 
 @pytest.mark.parametrize(
     ("value", "default", "expected"),
-    [("1e-3", 0.5, 1e-3), ("1e6", 1, 10**6), (1e6, 1, 10**6), ("7", 1, 7), (3, 0.5, 3), ((1, "step"), 1, (1, "step")), (None, 1, None)],
+    [("1e-3", 0.5, 1e-3), ("1e6", 1, 10**6), (1e6, 1, 10**6), ("7", 1, 7), (3, 0.5, 3), ([1], 1, [1]), (None, 1, None)],
 )
 def test_as_number(value, default, expected):
     result = arguments.as_number(value, "x", default)
@@ -29,7 +29,7 @@ def test_as_number(value, default, expected):
 
 @pytest.mark.parametrize(("value", "default"), [("many", 1), ("auto", 0.5), ("1.5", 1), (2.5, 1), ("nan", 1), ("inf", 1)])
 def test_no_number(value, default):
-    with pytest.raises(ValueError, match="batch_size=.* must be a"):
+    with pytest.raises(ValueError, match=r"batch_size=.* must be a"):
         arguments.as_number(value, "batch_size", default)
 
 
@@ -79,13 +79,13 @@ def test_accepted_spaces():
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "three", None])
 def test_counts(value):
-    with pytest.raises(ValueError, match="retained_rollouts=.* whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"retained_rollouts=.* whole number of at least 1"):
         arguments.check_counts(retained_rollouts=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "half", None, True])
 def test_ratios(value):
-    with pytest.raises(ValueError, match="real_ratio=.* between 0"):
+    with pytest.raises(ValueError, match=r"real_ratio=.* between 0"):
         arguments.check_ratio("real_ratio", value)
 
 

@@ -27,6 +27,10 @@ def contents(buffer: ModelBuffer) -> list[int]:
     return (-1 - rows[:, 0]).int().tolist()
 
 
+def flat(parts: list[list[int]]) -> list[int]:
+    return [number for part in parts for number in part]
+
+
 def filled(n: int = 40, n_envs: int = 1, **kwargs) -> MixedReplayBuffer:
     """Real transitions numbered from 1 up."""
     buffer = MixedReplayBuffer(200, OBS, ACT, device="cpu", n_envs=n_envs, seed=0, **kwargs)
@@ -57,7 +61,7 @@ def test_retention_by_refills():
             number += len(values)
             buffer.add(imagined(values))
             expected[-1] += values
-            assert contents(buffer) == sum(expected, [])
+            assert contents(buffer) == flat(expected)
     assert [len(part) for part in expected] == list(buffer.refills)
 
 
@@ -72,12 +76,12 @@ def test_bound_on_rows():
         number += len(values)
         buffer.add(imagined(values))
         expected[-1] += values
-        surplus = len(sum(expected, [])) - 25
+        surplus = len(flat(expected)) - 25
         for part in expected:
             dropped = min(max(surplus, 0), len(part))
             del part[:dropped]
             surplus -= dropped
-        assert contents(buffer) == sum(expected, []) and len(buffer.rows) <= 25
+        assert contents(buffer) == flat(expected) and len(buffer.rows) <= 25
 
 
 def test_memory_follows_the_content():

@@ -187,5 +187,5 @@ def test_bad_schedules(spec):
 
 @pytest.mark.parametrize("length", [0, -3, 1.5, math.nan])
 def test_a_callable_schedule_must_give_lengths(length):
-    with pytest.raises(ValueError, match="must give a whole number >= 1"):
+    with pytest.raises(ValueError, match="not a whole number >= 1"):
         rollout_length(lambda step: length, 100)

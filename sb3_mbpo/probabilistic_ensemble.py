@@ -1,0 +1,277 @@
+"""The paper's dynamics: an ensemble of Gaussian networks over the reward and the change of the observation."""
+
+from collections.abc import Sequence
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import nn
+
+from sb3_mbpo.dynamics import DynamicsModel, Progress
+from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
+
+
+class ProbabilisticEnsemble(DynamicsModel):
+    """
+    The paper's model: an ensemble of Gaussian networks over the reward and the change of the observation.
+
+    Each member predicts a diagonal Gaussian and is trained by maximum likelihood on its own bootstrap of the data, with early
+    stopping on a shared hold-out set; the ``n_elites`` members best on it make the predictions
+    (Janner et al., 2019, appendix; Chua et al., 2018). Weights and Adam moments carry over from fit to fit.
+
+    :param n_members: number of networks
+    :param n_elites: how many of them predict
+    :param net_arch: sizes of the hidden layers
+    :param learning_rate: of Adam
+    :param weight_decays: L2 factor per layer, input to output (weights only);
+        ``None``: the original's 2.5e-5 ... 1e-4 (spread evenly over another depth)
+    :param batch_size: transitions per member and gradient step
+    :param holdout_ratio: share of the data held out, drawn anew in every fit
+    :param max_holdout: most transitions held out
+    :param patience: epochs without a member improving that are tolerated
+    :param min_improvement: relative fall of a member's hold-out error that counts as improving
+    :param max_updates: most gradient steps in one fit, checked after each epoch; ``None``: only early stopping ends it
+    :param target_mode: ``"delta"``: predict next_obs - obs (the paper); ``"next"``: predict next_obs
+    :param normalize_targets: standardise each target dimension, so that reward and every observation weigh the same in loss,
+        hold-out error and early stopping; ``False``: raw targets (the paper)
+    """
+
+    min_transitions = 10
+    # Logarithms of the variance, in the units of the targets: where the learned bounds start (original code).
+    initial_log_variance = (-10.0, 0.5)
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        seed: int | None = None,
+        device: th.device | str = "cpu",
+        n_members: int = 7,
+        n_elites: int = 5,
+        net_arch: Sequence[int] = (200, 200, 200, 200),
+        learning_rate: float = 1e-3,
+        weight_decays: Sequence[float] | None = None,
+        batch_size: int = 256,
+        holdout_ratio: float = 0.2,
+        max_holdout: int = 5000,
+        patience: int = 5,
+        min_improvement: float = 0.01,
+        max_updates: int | None = 5000,
+        target_mode: str = "delta",
+        normalize_targets: bool = True,
+    ) -> None:
+        super().__init__(obs_dim, action_dim, seed=seed, device=device)
+        self.n_elites = n_elites
+        self.batch_size = batch_size
+        self.holdout_ratio, self.max_holdout = holdout_ratio, max_holdout
+        self.patience, self.min_improvement, self.max_updates = patience, min_improvement, max_updates
+        self.target_mode, self.normalize_targets = target_mode, normalize_targets
+        self._check(n_members, list(net_arch), learning_rate, weight_decays)
+
+        # The weights are drawn on the CPU, so that a seed means the same network on every device.
+        on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
+        out_dim = 1 + obs_dim
+        self.input_standardizer = Standardizer(obs_dim + action_dim)
+        # Targets are never cut: a rare large reward is information.
+        self.target_standardizer = Standardizer(out_dim, limit=float("inf"))
+        self.mlp = EnsembleMLP(n_members, obs_dim + action_dim, 2 * out_dim, list(net_arch), on_cpu)
+        low, high = self.initial_log_variance
+        self.min_log_variance = nn.Parameter(th.full((out_dim,), low))
+        self.max_log_variance = nn.Parameter(th.full((out_dim,), high))
+        self.register_buffer("holdout_errors", th.full((n_members,), float("inf")))
+        self.to(device)
+        self.optimizer = self._make_optimizer(learning_rate, weight_decays)
+
+    holdout_errors: th.Tensor
+
+    def _check(self, n_members: int, net_arch: list[int], learning_rate: float, weight_decays: Sequence[float] | None) -> None:
+        def require(ok: bool, name: str, value: object, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"dynamics_kwargs: {name}={value!r} must be {expected}")
+
+        require(n_members >= 1, "n_members", n_members, "at least 1")
+        require(1 <= self.n_elites <= n_members, "n_elites", self.n_elites, f"between 1 and n_members={n_members}")
+        require(len(net_arch) > 0 and min(net_arch) >= 1, "net_arch", net_arch, "a list of layer sizes of at least 1")
+        require(learning_rate > 0, "learning_rate", learning_rate, "positive")
+        require(
+            weight_decays is None or (len(weight_decays) == len(net_arch) + 1 and min(weight_decays) >= 0),
+            *("weight_decays", weight_decays, f"{len(net_arch) + 1} numbers >= 0, one per layer, or None"),
+        )
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(0 < self.holdout_ratio < 1, "holdout_ratio", self.holdout_ratio, "between 0 and 1, both excluded")
+        require(self.max_holdout >= 1, "max_holdout", self.max_holdout, "at least 1")
+        require(self.patience >= 0, "patience", self.patience, "0 or more")
+        require(0 <= self.min_improvement < 1, "min_improvement", self.min_improvement, "at least 0 and below 1")
+        require(self.max_updates is None or self.max_updates >= 1, "max_updates", self.max_updates, "at least 1, or None")
+        require(self.target_mode in ("delta", "next"), "target_mode", self.target_mode, "'delta' or 'next'")
+
+    def _make_optimizer(self, learning_rate: float, weight_decays: Sequence[float] | None) -> th.optim.Adam:
+        if weight_decays is None:
+            n_layers = len(self.mlp.layers)
+            original = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
+            weight_decays = original if n_layers == len(original) else th.linspace(2.5e-5, 1e-4, n_layers).tolist()
+        groups = [
+            {"params": [layer.weight], "weight_decay": decay}
+            for layer, decay in zip(self.mlp.layers, weight_decays, strict=True)
+        ]
+        groups.append({"params": [layer.bias for layer in self.mlp.layers] + [self.min_log_variance, self.max_log_variance]})
+        return th.optim.Adam(groups, lr=learning_rate, fused=True)
+
+    @property
+    def elites(self) -> th.Tensor:
+        """Indices of the ``n_elites`` members with the least hold-out error, ``(n_elites,)``."""
+        return self.holdout_errors.argsort(stable=True)[: self.n_elites]
+
+    # ------------------------------------------------------------------ predicting
+
+    def _distribution(self, x: th.Tensor, members: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param x: standardised inputs ``(members, B, obs_dim + action_dim)``
+        :return: mean and log-variance of the standardised targets, each ``(members, B, 1 + obs_dim)``
+        """
+        mean, log_variance = self.mlp(x, members).chunk(2, dim=-1)
+        # Soft bounds, so that a gradient is left beyond them (Chua et al., 2018, appendix A.1).
+        log_variance = self.max_log_variance - nn.functional.softplus(self.max_log_variance - log_variance)
+        log_variance = self.min_log_variance + nn.functional.softplus(log_variance - self.min_log_variance)
+        return mean, log_variance
+
+    def _to_prediction(self, targets: th.Tensor, obs: th.Tensor) -> th.Tensor:
+        """
+        :param targets: standardised targets ``(..., 1 + obs_dim)``
+        :return: reward and next observation in the environment's units, same shape
+        """
+        raw = self.target_standardizer.inverse(targets)
+        if self.target_mode == "next":
+            return raw
+        return th.cat([raw[..., :1], raw[..., 1:] + obs], dim=-1)
+
+    def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Every member's distribution, elites or not.
+
+        :param obs: ``(B, obs_dim)``
+        :param actions: ``(B, action_dim)``
+        :return: mean and variance of (reward, next observation), each ``(members, B, 1 + obs_dim)``, in the env's units
+        """
+        x = self.input_standardizer(th.cat([obs, actions], dim=-1))
+        mean, log_variance = self._distribution(x.expand(len(self.holdout_errors), -1, -1))
+        return self._to_prediction(mean, obs), log_variance.exp() * self.target_standardizer.std**2
+
+    def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Draw from one elite per row, chosen uniformly and independently ("TS1" of Chua et al., 2018).
+
+        :param obs: ``(B, obs_dim)``
+        :param actions: ``(B, action_dim)``
+        :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
+        """
+        x = self.input_standardizer(th.cat([obs, actions], dim=-1))
+        elites = self.elites
+        choice = th.randint(len(elites), (len(x),), generator=self.generator, device=x.device)
+        # Only the chosen member computes a row: rows are lined up per elite and padded to the longest line.
+        order = choice.argsort()
+        counts = choice.bincount(minlength=len(elites))
+        place = th.empty_like(choice)
+        place[order] = th.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[choice[order]]
+        lines = th.zeros((len(elites), int(counts.max())), dtype=th.long, device=x.device)
+        lines[choice, place] = th.arange(len(x), device=x.device)
+        mean, log_variance = (part[choice, place] for part in self._distribution(x[lines], elites))
+        noise = th.randn(mean.shape, generator=self.generator, device=x.device)
+        prediction = self._to_prediction(mean + noise * (0.5 * log_variance).exp(), obs)
+        return prediction[:, 1:], prediction[:, 0]
+
+    # ------------------------------------------------------------------ learning
+
+    def negative_log_likelihood(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
+        """
+        The training loss without weight decay: sum over members of the mean of (mu - y)^2 exp(-l) + l,
+        plus 0.01 (sum of upper - sum of lower bounds of l), l the log-variance.
+
+        :param x: standardised inputs ``(members, B, obs_dim + action_dim)``
+        :param y: standardised targets ``(members, B, 1 + obs_dim)``
+        :return: a scalar
+        """
+        mean, log_variance = self._distribution(x)
+        likelihood = ((mean - y) ** 2 * (-log_variance).exp() + log_variance).mean(dim=(1, 2)).sum()
+        return likelihood + 0.01 * (self.max_log_variance.sum() - self.min_log_variance.sum())
+
+    @th.no_grad()
+    def _holdout_error(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
+        """:return: mean squared error of each member's mean on standardised data, ``(members,)``"""
+        mean, _ = self._distribution(x.expand(len(self.holdout_errors), -1, -1))
+        return ((mean - y) ** 2).mean(dim=(1, 2))
+
+    def _split(self, transitions: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """:return: standardised training inputs and targets, then those held out; the standardisers see the training part"""
+        obs, next_obs = transitions.observations, transitions.next_observations
+        inputs = th.cat([obs, transitions.actions], dim=-1)
+        targets = th.cat([transitions.rewards, next_obs - obs if self.target_mode == "delta" else next_obs], dim=-1)
+        rows = th.randperm(len(inputs), generator=self.generator, device=inputs.device)
+        n_holdout = max(1, min(int(len(inputs) * self.holdout_ratio), self.max_holdout))
+        held_out, train = rows[:n_holdout], rows[n_holdout:]
+        self.input_standardizer.fit(inputs[train])
+        if self.normalize_targets:
+            self.target_standardizer.fit(targets[train])
+        x, y = self.input_standardizer(inputs), self.target_standardizer(targets)
+        return x[train], y[train], x[held_out], y[held_out]
+
+    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor) -> float:
+        """
+        One pass of every member over its bootstrap, in a new order.
+
+        :param bootstrap: rows of ``x`` and ``y`` per member, ``(members, N)``
+        :return: the mean loss
+        """
+        shuffle = th.rand(bootstrap.shape, generator=self.generator, device=x.device).argsort(dim=1)
+        losses = []
+        for rows in bootstrap.gather(1, shuffle).split(self.batch_size, dim=1):
+            loss = self.negative_log_likelihood(x[rows], y[rows])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+        return th.stack(losses).mean().item()
+
+    def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
+        """
+        Train until no member improves on the hold-out set, then give each member its best weights back and rank them.
+
+        A member whose error is not finite never improves, so a fit that diverges leaves the weights it started from.
+
+        :param transitions: see ``DynamicsModel.fit``; at least ``min_transitions``
+        :param progress: called with a few words after each epoch
+        :return: ``train_loss``, ``holdout_error`` (mean over elites, standardised units), ``epochs``, ``elites``
+        :raises ValueError: too few transitions
+        """
+        if len(transitions.observations) < self.min_transitions:
+            raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {len(transitions.observations)}")
+        x, y, x_holdout, y_holdout = self._split(transitions)
+        members = len(self.holdout_errors)
+        bootstrap = th.randint(len(x), (members, len(x)), generator=self.generator, device=x.device)
+        weights = list(self.mlp.parameters())
+        best = [weight.detach().clone() for weight in weights]
+        best_error = th.full_like(self.holdout_errors, float("inf"))
+        epochs = updates = idle = 0
+        loss = float("nan")
+        while idle <= self.patience and (self.max_updates is None or updates < self.max_updates):
+            loss = self._train_epoch(x, y, bootstrap)
+            epochs, updates = epochs + 1, updates + -(-len(x) // self.batch_size)
+            error = self._holdout_error(x_holdout, y_holdout)
+            improved = error < best_error * (1 - self.min_improvement)
+            idle = 0 if improved.any() else idle + 1
+            best_error = th.where(improved, error, best_error)
+            for kept, weight in zip(best, weights, strict=True):
+                kept[improved] = weight.detach()[improved]
+            if progress is not None:
+                progress(f"fitting the dynamics, epoch {epochs}")
+        with th.no_grad():
+            for kept, weight in zip(best, weights, strict=True):
+                weight.copy_(kept)
+            self.holdout_errors.copy_(self._holdout_error(x_holdout, y_holdout).nan_to_num(nan=float("inf")))
+        elites = self.elites
+        return {
+            "train_loss": loss,
+            "holdout_error": self.holdout_errors[elites].mean().item(),
+            "epochs": epochs,
+            "elites": " ".join(str(i) for i in sorted(elites.tolist())),
+        }
