@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs" / "learning"
 RESULTS = ROOT / "docs" / "benchmarks" / "learning.csv"
 
-PENDULUM = "--env Pendulum-v1 --steps 2500"
-POLE = "--env InvertedPendulum-v5 --steps 2500"
-HAZARD = "--env HiddenHazard-v0 --steps 2500 --set gradient_steps=10"
+PENDULUM = "--env Pendulum-v1 --steps 2000"
+POLE = "--env InvertedPendulum-v5 --steps 3500"
+HAZARD = "--env HiddenHazard-v0 --steps 2000 --set gradient_steps=10"
 HOPPER = "--env Hopper-v5 --steps 5000 --set learning_starts=1000 --set gradient_steps=10"
 RAW = "--set dynamics_kwargs.normalize_targets=false"
 NEXT = "--set dynamics_kwargs.target_mode=next"
@@ -49,9 +49,9 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
         "SAC": (f"{HOPPER} --algo sac --set gradient_steps=1", 3),
     },
     "targets_pendulum": {
-        "delta, raw": (f"{PENDULUM} --steps 2000 {RAW}", 2),
-        "next, normalised": (f"{PENDULUM} --steps 2000 {NEXT}", 2),
-        "next, raw": (f"{PENDULUM} --steps 2000 {NEXT} {RAW}", 2),
+        "delta, raw": (f"{PENDULUM} {RAW}", 2),
+        "next, normalised": (f"{PENDULUM} {NEXT}", 2),
+        "next, raw": (f"{PENDULUM} {NEXT} {RAW}", 2),
     },
     "targets_inverted_pendulum": {
         "delta, raw": (f"{POLE} {RAW}", 2),

@@ -32,7 +32,7 @@ class ProbabilisticEnsemble(DynamicsModel):
     :param max_updates: most gradient steps in one fit, checked after each epoch; ``None``: only early stopping ends it
     :param target_mode: ``"delta"``: predict next_obs - obs (the paper); ``"next"``: predict next_obs
     :param normalize_targets: standardise each target dimension, so that reward and every observation weigh the same in loss,
-        hold-out error and early stopping; ``False``: raw targets (the paper)
+        hold-out error and early stopping; ``False``: raw targets and their mean squared error (the paper)
     """
 
     min_transitions = 10
@@ -56,7 +56,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         max_holdout: int = 5000,
         patience: int = 5,
         min_improvement: float = 0.01,
-        max_updates: int | None = 5000,
+        max_updates: int | None = 1000,
         target_mode: str = "delta",
         normalize_targets: bool = True,
     ) -> None:
@@ -197,9 +197,22 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     @th.no_grad()
     def _holdout_error(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
-        """:return: mean squared error of each member's mean on standardised data, ``(members,)``"""
+        """
+        How wrong each member's mean is: the squared error over rows, and its mean over the target's dimensions.
+
+        That mean is geometric where targets are standardised: a dimension that cannot be predicted, such as a reward that is
+        almost always the same, would outweigh all others in an arithmetic mean, end the fit early and choose the elites.
+
+        :param x: standardised inputs ``(B, obs_dim + action_dim)``
+        :param y: standardised targets ``(B, 1 + obs_dim)``
+        :return: ``(members,)``
+        """
         mean, _ = self._distribution(x.expand(len(self.holdout_errors), -1, -1))
-        return ((mean - y) ** 2).mean(dim=(1, 2))
+        errors = ((mean - y) ** 2).mean(dim=1)
+        if not self.normalize_targets:
+            return errors.mean(dim=1)
+        # A thousandth of a standard deviation is good enough: a constant dimension must not keep a fit going.
+        return errors.add(1e-6).log().mean(dim=1).exp()
 
     def _split(self, transitions: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """:return: standardised training inputs and targets, then those held out; the standardisers see the training part"""
