@@ -17,11 +17,9 @@ __version__ = (Path(__file__).parent / "version.txt").read_text().strip()
 __all__ = [
     "MBPO",
     "MBTD3",
-    "MBTQC",
     "DynamicsModel",
     "LearnedTermination",
     "LinearSchedule",
-    "MBCrossQ",
     "MixedReplayBuffer",
     "ModelBased",
     "ModelBuffer",
@@ -32,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # MBTQC and MBCrossQ need sb3_contrib, which is optional and slow to import.
+    # MBTQC and MBCrossQ need sb3_contrib, which is optional (so they are not in __all__) and slow to import.
     if name in ("MBTD3", "MBTQC", "MBCrossQ"):
         from sb3_mbpo import variants
 

@@ -58,6 +58,23 @@ def as_number(value: Any, name: str, default: int | float) -> Any:
     return value
 
 
+def numbers_in(value: Any) -> Any:
+    """
+    The same, with every string that is a number turned into one, also inside lists, tuples and mappings.
+
+    :param value: anything that YAML can say
+    """
+    if isinstance(value, Mapping):
+        return {key: numbers_in(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(numbers_in(item) for item in value)
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return int(number) if isinstance(number, float) and isinstance(value, str) and number.is_integer() else number
+
+
 def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[str, Any]:
     """
     Keyword arguments for ``function``, with numbers read from strings.
@@ -78,9 +95,29 @@ def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[
                     f"{name} has no key {key!r}; {getattr(function, '__name__', function)} takes {', '.join(known)}"
                 )
     defaults = numeric_defaults(function)
-    return {
-        key: as_number(value, f"{name}: {key}", defaults[key]) if key in defaults else value for key, value in kwargs.items()
-    }
+    for key, value in kwargs.items():
+        if key in parameters and isinstance(parameters[key].default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{name}: {key}={value!r} must be true or false")
+    read = {key: as_number(value, f"{name}: {key}", defaults[key]) for key, value in kwargs.items() if key in defaults}
+    # Text stays text; numbers in lists, and where the default says nothing, may have come as text.
+    return {key: read.get(key, value if isinstance(value, str) else numbers_in(value)) for key, value in kwargs.items()}
+
+
+def joined_signature(cls: type, mixin: type, **defaults: Any) -> inspect.Signature:
+    """
+    The constructor of a class that mixes keyword arguments into another one's.
+
+    :param cls: a subclass of ``mixin`` and, after it, of the class whose arguments it takes
+    :param mixin: passes on ``*args`` and ``**kwargs``
+    :param defaults: arguments whose default differs
+    :return: that other class's parameters, then the keyword-only ones of ``mixin`` and of what derives from it
+    """
+    mro: list[Any] = list(cls.__mro__)
+    position = mro.index(mixin)
+    theirs = list(inspect.signature(mro[position + 1].__init__).parameters.values())[1:]
+    plain = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
+    mixed = [p for kind in reversed(mro[: position + 1]) for p in inspect.signature(kind.__init__).parameters.values()]
+    return inspect.Signature([*plain, *{p.name: p for p in mixed if p.kind is p.KEYWORD_ONLY}.values()])
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -147,16 +184,24 @@ def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     :param replay_buffer_classes: what ``replay_buffer_class`` may be
     :raises ValueError: an argument that cannot be read or is out of range
     """
-    for name, default in numeric_defaults(type(agent)).items():
-        if hasattr(agent, name):
-            setattr(agent, name, as_number(getattr(agent, name), name, default))
+    # SB3 keeps this one under another name.
+    kept_as = {"stats_window_size": "_stats_window_size"}
+    for name, default in {**numeric_defaults(type(agent)), "seed": 0}.items():
+        attribute = kept_as.get(name, name)
+        if name in ("learning_rate", "rollout_schedule"):
+            setattr(agent, name, resolve(numbers_in(getattr(agent, name)), name))
+        elif hasattr(agent, attribute):
+            setattr(agent, attribute, as_number(getattr(agent, attribute), name, default))
+    if isinstance(agent.rollout_schedule, Mapping):
+        steps = agent.rollout_schedule.items()
+        agent.rollout_schedule = {key: as_number(value, f"rollout_schedule: {key}", 1) for key, value in steps}
     if isinstance(agent.train_freq, list):
-        agent.train_freq = tuple(agent.train_freq)
+        agent.train_freq = tuple(numbers_in(agent.train_freq))
+    agent.policy_kwargs = numbers_in(agent.policy_kwargs)
     for name in ("activation_fn", "optimizer_class", "features_extractor_class"):
         if name in agent.policy_kwargs:
             agent.policy_kwargs[name] = resolve(agent.policy_kwargs[name], f"policy_kwargs: {name}")
     agent.replay_buffer_class = resolve(agent.replay_buffer_class, "replay_buffer_class")
-    agent.rollout_schedule = resolve(agent.rollout_schedule, "rollout_schedule")
     check_replay(agent.replay_buffer_class, replay_buffer_classes, agent.n_steps, agent.optimize_memory_usage)
     check_ratio("real_ratio", agent.real_ratio)
     check_counts(**{name: getattr(agent, name) for name in ("model_train_freq", "rollout_batch_size", "retained_rollouts")})

@@ -89,7 +89,7 @@ class ModelBuffer:
 
         :param transitions: raw, flat, on this buffer's device; rewards and dones ``(N, 1)``
         """
-        new = th.cat(list(transitions[:5]), dim=1)
+        new = th.cat(list(transitions[:5]), dim=1).to(self.rows.dtype)
         if self.max_rows is not None:
             new = new[-self.max_rows :]
             self._forget(len(self) + len(new) - self.max_rows)
@@ -175,18 +175,20 @@ class MixedReplayBuffer(ReplayBuffer):
         )
         self._set_up_mixing(real_ratio, retained_rollouts, model_buffer_size, seed)
 
-    @classmethod
-    def from_replay_buffer(cls, buffer: ReplayBuffer, **mixing: Any) -> "MixedReplayBuffer":
+    def adopt(self, buffer: ReplayBuffer) -> None:
         """
-        Take over the contents of a plain replay buffer (of SAC, say), or of another mixed one.
+        Take over the transitions of another replay buffer, plain or mixed; nothing imagined is left.
 
         :param buffer: its arrays are shared, not copied
-        :param mixing: ``real_ratio``, ``retained_rollouts``, ``model_buffer_size``, ``seed``
+        :raises ValueError: it was made for other envs, or without next observations
         """
-        mixed = cls.__new__(cls)
-        mixed.__dict__.update(buffer.__dict__)
-        mixed._set_up_mixing(**mixing)
-        return mixed
+        for name in ("n_envs", "obs_shape", "action_dim", "optimize_memory_usage"):
+            theirs, ours = getattr(buffer, name), getattr(self, name)
+            if theirs != ours:
+                raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
+        own = ("real_ratio", "model_buffer", "generator", "device")
+        self.__dict__.update({key: value for key, value in buffer.__dict__.items() if key not in own})
+        self.model_buffer.refills.clear()
 
     def _set_up_mixing(
         self, real_ratio: float, retained_rollouts: int, model_buffer_size: int | None, seed: int | None
@@ -224,9 +226,14 @@ class MixedReplayBuffer(ReplayBuffer):
         self.device = th.device("cpu") if not th.cuda.is_available() else self.device
         self._set_up_mixing(**mixing)
 
+    def reset(self) -> None:
+        """Forget real and imagined transitions."""
+        super().reset()
+        self.model_buffer.refills.clear()
+
     def real_rows(self, batch_size: int) -> int:
         """How many of ``batch_size`` rows are real now."""
-        return batch_size if len(self.model_buffer) == 0 else int(batch_size * self.real_ratio)
+        return batch_size if len(self.model_buffer) == 0 else int(batch_size * self.real_ratio + 1e-9)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """

@@ -7,8 +7,8 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 
 from sb3_mbpo.rollouts import branched_rollout, rollout_length
 
-# Start states imagined at once on a CPU: larger blocks no longer fit its caches, and a block bounds the memory in use.
-ROLLOUT_BLOCK = 5_000
+# Start states imagined at once: larger blocks no longer fit a CPU's caches, and a block bounds the memory in use.
+ROLLOUT_BLOCK = {"cpu": 5_000, "cuda": 100_000}
 
 
 class RolloutCallback(BaseCallback):
@@ -17,12 +17,12 @@ class RolloutCallback(BaseCallback):
 
     It works on the agent and holds no state of its own, so a run may be cut and continued anywhere.
 
-    :param progress_bar: shows how far a fit or a rollout is, if there is one
     """
 
-    def __init__(self, progress_bar: ProgressBarCallback | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.progress_bar = progress_bar
+        #: Shows how far a fit or a rollout is, if there is one.
+        self.progress_bar: ProgressBarCallback | None = None
         # The agent: any class that mixes in ModelBased. SB3's own annotation knows only BaseAlgorithm.
         self.model: Any
 
@@ -48,7 +48,10 @@ class RolloutCallback(BaseCallback):
         if agent.real_ratio == 1 or agent.gradient_steps == 0 or agent.num_timesteps <= agent.learning_starts:
             return False
         buffer = agent.replay_buffer
-        if buffer.size() * buffer.n_envs < agent.dynamics.min_transitions:
+        # As many as a new agent has at its first fit: one that was loaded without its buffer must not forget what it learned
+        # for the sake of a handful.
+        needed = max(agent.dynamics.min_transitions, min(agent.learning_starts, buffer.buffer_size * buffer.n_envs))
+        if buffer.size() * buffer.n_envs < needed:
             return False
         if agent.dynamics_fitted_at is None or not buffer.model_buffer.refills:
             return True
@@ -74,10 +77,11 @@ class RolloutCallback(BaseCallback):
         model_buffer = agent.replay_buffer.model_buffer
         model_buffer.begin_refill()
         done = 0
-        block = ROLLOUT_BLOCK if agent.device.type == "cpu" else agent.rollout_batch_size
+        block = ROLLOUT_BLOCK.get(agent.device.type, 100_000)
+        dynamics = agent.imagined_dynamics
         with agent.imagining() as policy:
             for start_obs in agent.replay_buffer.start_states(agent.rollout_batch_size).split(block):
-                model_buffer.add(branched_rollout(agent.dynamics, policy, agent.terminates, start_obs, length))
+                model_buffer.add(branched_rollout(dynamics, policy, agent.terminates, start_obs, length))
                 done += len(start_obs)
                 self._say(f"imagining, {done:,} of {agent.rollout_batch_size:,} branches")
         self.logger.record("dynamics/rollout_length", length)

@@ -77,8 +77,6 @@ class KnownReward(DynamicsModel):
         self.min_transitions = dynamics.min_transitions
         self.dynamics = dynamics
         self.reward_fn = reward_fn
-        if hasattr(dynamics, "optimizer"):
-            self.optimizer = dynamics.optimizer
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
         """See ``DynamicsModel.fit``."""

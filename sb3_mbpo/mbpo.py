@@ -18,7 +18,7 @@ class MBPO(ModelBased, SAC):
     Arguments: those of ``stable_baselines3.SAC`` (``gradient_steps`` is 20), then those of :class:`ModelBased`, then
 
     :param fast_update: which code does SAC's update: ``False``: SB3's own; ``True``: ours, the same numbers faster, and a
-        ``ValueError`` where it does not cover the agent; ``None``: ours where it covers the agent and ``real_ratio`` is below 1
+        ``ValueError`` where it does not cover the agent; ``None``: ours where it does and ``real_ratio`` is below 1
     """
 
     def __init__(
@@ -29,11 +29,13 @@ class MBPO(ModelBased, SAC):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if self.fast_update is not None and not isinstance(self.fast_update, bool):
+            raise ValueError(f"fast_update={self.fast_update!r} must be None, True or False")
         reason = sac_update.why_not_fast(self, MBPO)
         if self.fast_update and reason is not None:
             raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")
         if self.verbose >= 1:
-            print(f"SAC update: {'fast' if self._is_fast() else 'Stable-Baselines3' + chr(39) + 's own'}")
+            print("SAC update: " + ("fast" if self._is_fast() else f"Stable-Baselines3's own ({reason or 'as asked'})"))
 
     def _is_fast(self) -> bool:
         if self.fast_update is None:
@@ -42,7 +44,7 @@ class MBPO(ModelBased, SAC):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """See SB3."""
-        if self._is_fast():
+        if gradient_steps > 0 and self._is_fast():
             sac_update.train(self, gradient_steps, batch_size)
         else:
             super().train(gradient_steps, batch_size)

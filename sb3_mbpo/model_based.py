@@ -15,14 +15,14 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 
-from sb3_mbpo.arguments import check_keywords, check_spaces, read_arguments, resolve
+from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve
 from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.rollouts import rollout_length
-from sb3_mbpo.terminations import NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
+from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
@@ -51,6 +51,7 @@ class ModelBased(OffPolicyAlgorithm):
 
     observation_space: spaces.Box
     action_space: spaces.Box
+    replay_buffer: MixedReplayBuffer
 
     def __init__(
         self,
@@ -69,8 +70,11 @@ class ModelBased(OffPolicyAlgorithm):
         dynamics_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        passed = inspect.signature(super().__init__).bind_partial(policy, env, *args, **kwargs).arguments
-        passed.setdefault("gradient_steps", 20)
+        signature = inspect.signature(super().__init__)
+        if "gradient_steps" not in signature.bind_partial(policy, env, *args, **kwargs).arguments:
+            kwargs.setdefault("gradient_steps", 20)
+        bound = signature.bind_partial(policy, env, *args, **kwargs)
+        passed = bound.arguments
         if env is not None:
             # Before SB3 looks at the spaces: its assertions do not say what to do instead.
             passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
@@ -93,20 +97,12 @@ class ModelBased(OffPolicyAlgorithm):
         #: ``lifetime_timesteps`` at the last fit.
         self.dynamics_fitted_at: int | None = None
         self._earlier_timesteps = 0
-        self._warned_of_termination = False
-        super().__init__(**passed)
+        super().__init__(*bound.args, **bound.kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # What help() and editors show: the algorithm's arguments, then ours, then those of the class itself.
-        plain: Any = cls.__mro__[cls.__mro__.index(ModelBased) + 1]
-        base = inspect.signature(plain.__init__).parameters
-        theirs = [base[name].replace(default=20) if name == "gradient_steps" else base[name] for name in list(base)[1:]]
-        own = {**inspect.signature(ModelBased.__init__).parameters, **inspect.signature(cls.__init__).parameters}
-        ours = [parameter for parameter in own.values() if parameter.kind is parameter.KEYWORD_ONLY]
-        cls.__signature__ = inspect.Signature([*theirs, *ours])  # type: ignore[attr-defined]
-
-    # ------------------------------------------------------------------ construction
+        # What help() and editors show.
+        cls.__signature__ = joined_signature(cls, ModelBased, gradient_steps=20)  # type: ignore[attr-defined]
 
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, MixedReplayBuffer))
@@ -119,8 +115,9 @@ class ModelBased(OffPolicyAlgorithm):
                 self.action_space,
                 self.device,
                 self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
                 **self.replay_buffer_kwargs,
-                **self._mixing(),
+                **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
             )
         super()._setup_model()
         self.dynamics = self._make_dynamics()
@@ -130,9 +127,10 @@ class ModelBased(OffPolicyAlgorithm):
         # Without a termination_fn it came from the env; a loaded agent has it saved and does not look again.
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
-
-    def _mixing(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")}
+        self._warned_of_termination = False
+        if self.reward_fn is not None:
+            reward_fn = resolve(self.reward_fn, "reward_fn")
+            dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
 
     def _make_dynamics(self) -> DynamicsModel:
         make = resolve(self.dynamics_class, "dynamics_class")
@@ -140,12 +138,7 @@ class ModelBased(OffPolicyAlgorithm):
             raise ValueError(f"dynamics_class={self.dynamics_class!r} must be a subclass of sb3_mbpo.DynamicsModel")
         obs_dim, action_dim = (int(np.prod(space.shape)) for space in (self.observation_space, self.action_space))
         kwargs = check_keywords(self.dynamics_kwargs or {}, make, "dynamics_kwargs")
-        dynamics = make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
-        if self.reward_fn is None:
-            return dynamics
-        reward_fn = resolve(self.reward_fn, "reward_fn")
-        dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
-        return KnownReward(dynamics, lambda *transition: reward_fn(*self._in_env_terms(transition)))
+        return make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
 
     def _find_termination(self) -> Any:
         """What ``termination_fn`` stands for in this env."""
@@ -162,12 +155,18 @@ class ModelBased(OffPolicyAlgorithm):
         dry_run(termination, "termination_fn", self.observation_space, self.action_space, self.device)
         return termination
 
-    # ------------------------------------------------------------------ imagination
-
     @property
     def lifetime_timesteps(self) -> int:
         """Env transitions of the agent's whole life: ``num_timesteps`` that no ``learn`` sets back. What is due goes by it."""
         return self._earlier_timesteps + self.num_timesteps
+
+    @property
+    def imagined_dynamics(self) -> DynamicsModel:
+        """What imagined transitions come from: the dynamics, with the rewards of ``reward_fn`` if there is one."""
+        if self.reward_fn is None:
+            return self.dynamics
+        reward_fn = resolve(self.reward_fn, "reward_fn")
+        return KnownReward(self.dynamics, lambda *transition: reward_fn(*self._in_env_terms(transition)))
 
     @contextmanager
     def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:
@@ -223,15 +222,12 @@ class ModelBased(OffPolicyAlgorithm):
             self._warned_of_termination = True
             warnings.warn(warning, stacklevel=2)
         wrong = (predicted != terminated).float().mean().item()
-        return {"termination_disagreement": wrong, "termination": "given" if self.termination_fn else "known"}
-
-    # ------------------------------------------------------------------ SB3's contract
+        known = self.termination_fn is None and isinstance(self.termination, KNOWN_TERMINATIONS)
+        return {"termination_disagreement": wrong, "termination": "known" if known else "given"}
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        if isinstance(callback, list):
-            callback = CallbackList(callback)
-        elif not isinstance(callback, BaseCallback):
-            callback = ConvertCallback(callback)
+        if not isinstance(callback, BaseCallback):
+            callback = CallbackList(callback) if isinstance(callback, list) else ConvertCallback(callback)
         rollouts = RolloutCallback()
         everything = super()._init_callback(CallbackList([rollouts, callback]), progress_bar)
         if progress_bar:
@@ -249,13 +245,20 @@ class ModelBased(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfModelBased:
         """See SB3; ``tb_log_name`` is the name of the class unless given."""
-        name = tb_log_name or type(self).__name__
-        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+        tb_log_name = tb_log_name or type(self).__name__
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         before = self.num_timesteps
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
         self._earlier_timesteps += before - self.num_timesteps
+        self.replay_buffer.real_ratio = self.real_ratio
+        if self.real_ratio < 1 and self.dynamics_fitted_at is not None and self.replay_buffer.size() == 0:
+            warnings.warn(
+                f"After {self.lifetime_timesteps} steps, the agent goes on with an empty replay buffer, and its dynamics will "
+                "forget the old transitions. Keep them with save_replay_buffer, and call load_replay_buffer",
+                stacklevel=3,
+            )
         return result
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -281,9 +284,10 @@ class ModelBased(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
         """See SB3; also takes the pickled replay buffer of a model-free agent."""
+        mine = self.replay_buffer
         super().load_replay_buffer(path, truncate_last_traj)
-        assert self.replay_buffer is not None
-        self.replay_buffer = MixedReplayBuffer.from_replay_buffer(self.replay_buffer, **self._mixing())
+        loaded, self.replay_buffer = self.replay_buffer, mine
+        self.replay_buffer.adopt(loaded)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

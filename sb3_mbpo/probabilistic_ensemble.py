@@ -1,5 +1,7 @@
 """The paper's dynamics: an ensemble of Gaussian networks over the reward and the change of the observation."""
 
+import copy
+import warnings
 from collections.abc import Sequence
 
 import torch as th
@@ -80,7 +82,9 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.max_log_variance = nn.Parameter(th.full((out_dim,), high))
         self.register_buffer("holdout_errors", th.full((n_members,), float("inf")))
         self.to(device)
-        self.optimizer = self._make_optimizer(learning_rate, weight_decays)
+        self.learning_rate = learning_rate
+        self.weight_decays = self._decay_per_layer(weight_decays)
+        self.optimizer = self._make_optimizer()
 
     holdout_errors: th.Tensor
 
@@ -105,24 +109,22 @@ class ProbabilisticEnsemble(DynamicsModel):
         require(self.max_updates is None or self.max_updates >= 1, "max_updates", self.max_updates, "at least 1, or None")
         require(self.target_mode in ("delta", "next"), "target_mode", self.target_mode, "'delta' or 'next'")
 
-    def _make_optimizer(self, learning_rate: float, weight_decays: Sequence[float] | None) -> th.optim.Adam:
-        if weight_decays is None:
-            n_layers = len(self.mlp.layers)
-            original = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
-            weight_decays = original if n_layers == len(original) else th.linspace(2.5e-5, 1e-4, n_layers).tolist()
-        groups = [
-            {"params": [layer.weight], "weight_decay": decay}
-            for layer, decay in zip(self.mlp.layers, weight_decays, strict=True)
-        ]
+    def _decay_per_layer(self, weight_decays: Sequence[float] | None) -> list[float]:
+        if weight_decays is not None:
+            return list(weight_decays)
+        original, n_layers = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4], len(self.mlp.layers)
+        return original if n_layers == len(original) else th.linspace(original[0], original[-1], n_layers).tolist()
+
+    def _make_optimizer(self) -> th.optim.Adam:
+        decays = zip(self.mlp.layers, self.weight_decays, strict=True)
+        groups = [{"params": [layer.weight], "weight_decay": decay} for layer, decay in decays]
         groups.append({"params": [layer.bias for layer in self.mlp.layers] + [self.min_log_variance, self.max_log_variance]})
-        return th.optim.Adam(groups, lr=learning_rate, fused=True)
+        return th.optim.Adam(groups, lr=self.learning_rate, fused=True)
 
     @property
     def elites(self) -> th.Tensor:
         """Indices of the ``n_elites`` members with the least hold-out error, ``(n_elites,)``."""
         return self.holdout_errors.argsort(stable=True)[: self.n_elites]
-
-    # ------------------------------------------------------------------ predicting
 
     def _distribution(self, x: th.Tensor, members: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -179,8 +181,6 @@ class ProbabilisticEnsemble(DynamicsModel):
         noise = th.randn(mean.shape, generator=self.generator, device=x.device)
         prediction = self._to_prediction(mean + noise * (0.5 * log_variance).exp(), obs)
         return prediction[:, 1:], prediction[:, 0]
-
-    # ------------------------------------------------------------------ learning
 
     def negative_log_likelihood(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         """
@@ -249,7 +249,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         Train until no member improves on the hold-out set, then give each member its best weights back and rank them.
 
-        A member whose error is not finite never improves, so a fit that diverges leaves the weights it started from.
+        A fit that diverges (which warns) leaves everything as it was.
 
         :param transitions: see ``DynamicsModel.fit``; at least ``min_transitions``
         :param progress: called with a few words after each epoch
@@ -261,6 +261,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         x, y, x_holdout, y_holdout = self._split(transitions)
         members = len(self.holdout_errors)
         bootstrap = th.randint(len(x), (members, len(x)), generator=self.generator, device=x.device)
+        # A loaded optimizer brings the settings of its time along.
+        for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
+            group["lr"], group["weight_decay"] = self.learning_rate, decay
+        before = copy.deepcopy((self.state_dict(), self.optimizer.state_dict()))
         weights = list(self.mlp.parameters())
         best = [weight.detach().clone() for weight in weights]
         best_error = th.full_like(self.holdout_errors, float("inf"))
@@ -277,6 +281,11 @@ class ProbabilisticEnsemble(DynamicsModel):
                 kept[improved] = weight.detach()[improved]
             if progress is not None:
                 progress(f"fitting the dynamics, epoch {epochs}")
+        if not all(parameter.isfinite().all() for parameter in self.parameters()):
+            warnings.warn("The fit of the dynamics diverged; it keeps what it had before", stacklevel=2)
+            self.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
+            best = [weight.detach().clone() for weight in weights]
         with th.no_grad():
             for kept, weight in zip(best, weights, strict=True):
                 weight.copy_(kept)

@@ -68,6 +68,10 @@ class LinearSchedule:
     end: int
 
     def __post_init__(self) -> None:
+        for name in ("min_length", "max_length", "start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"rollout_schedule: {name}={value!r} must be a whole number")
         if not 1 <= self.min_length <= self.max_length:
             raise ValueError(
                 f"rollout_schedule: min_length={self.min_length} and max_length={self.max_length} must satisfy "

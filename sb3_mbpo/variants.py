@@ -24,7 +24,9 @@ class MBTD3(ModelBased, TD3):
 
 try:
     from sb3_contrib import TQC, CrossQ
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "sb3_contrib":
+        raise
 
     def __getattr__(name: str) -> Any:
         if name in ("MBTQC", "MBCrossQ"):

@@ -20,25 +20,20 @@ MAX_FUNCTION_LINES = 50
 MAY_IMPORT: dict[str, set[str]] = {
     "ensemble": set(),
     "buffers": set(),
-    "theory": set(),
     "sac_update": set(),
-    "checkpoint": set(),
     "arguments": set(),
     "terminations": set(),
     "learned_termination": {"ensemble"},
     "dynamics": set(),
     "probabilistic_ensemble": {"dynamics", "ensemble"},
-    "filters": {"ensemble"},
-    "rollouts": {"dynamics", "filters"},
+    "rollouts": {"dynamics"},
     "callbacks": {"rollouts"},
     "model_based": {
         "arguments",
         "buffers",
         "callbacks",
-        "checkpoint",
         "dynamics",
         "ensemble",
-        "filters",
         "learned_termination",
         "probabilistic_ensemble",
         "rollouts",
@@ -46,13 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "mbpo": {"model_based", "sac_update"},
     "variants": {"model_based"},
-    "diagnostics": {"dynamics", "rollouts", "theory"},
-    "plots": {"theory"},
-    "zoo": {"mbpo", "variants", "checkpoint"},
-    "compare": {"zoo", "plots"},
 }
-# The front door shows everything but the tools that need further packages.
-MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"zoo", "compare", "plots"}
+# The front door shows everything.
+MAY_IMPORT["__init__"] = set(MAY_IMPORT)
 
 
 def imported_modules(source: str) -> Iterator[str]:
@@ -147,7 +138,7 @@ def test_checker_sees_a_forbidden_import(source: str) -> None:
 
 
 def test_checker_accepts_allowed_and_foreign_imports() -> None:
-    source = "import torch\nfrom stable_baselines3 import SAC\nfrom sb3_mbpo.dynamics import X\nfrom . import filters"
+    source = "import torch\nfrom stable_baselines3 import SAC\nfrom sb3_mbpo.dynamics import X\nfrom . import dynamics"
     assert forbidden_arrows("rollouts", source) == []
 
 

@@ -170,7 +170,7 @@ def test_normalised_as_vec_normalize_does(norm_obs, norm_reward):
     obs, rewards = obs.astype(np.float32), rewards.astype(np.float32)
     np.testing.assert_allclose(normalize_obs(th.as_tensor(obs), env), env.normalize_obs(obs), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(normalize_rewards(th.as_tensor(rewards), env), env.normalize_reward(rewards), rtol=1e-5)
-    assert normalize_obs(th.as_tensor(obs), None) is not None and normalize_rewards(th.as_tensor(rewards), None) is not None
+    assert th.equal(normalize_obs(th.as_tensor(obs), None), th.as_tensor(obs))
 
 
 def test_both_kinds_are_stored_raw_and_sampled_normalised():
@@ -242,6 +242,44 @@ def test_pickle_holds_the_real_transitions_only():
 def test_takes_over_a_plain_buffer():
     plain = ReplayBuffer(50, OBS, ACT, device="cpu")
     plain.add(np.ones((1, 3)), np.ones((1, 3)), np.ones((1, 2)), np.ones(1), np.zeros(1), [{}])
-    mixed = MixedReplayBuffer.from_replay_buffer(plain, real_ratio=0.5, retained_rollouts=2, model_buffer_size=None, seed=0)
+    mixed = MixedReplayBuffer(200, OBS, ACT, device="cpu", real_ratio=0.5, seed=0)
+    refill(mixed)
+    mixed.adopt(plain)
+    assert len(mixed.model_buffer) == 0
     refill(mixed)
     assert (mixed.sample(10).observations > 0).all(dim=1).sum() == 5 and mixed.size() == 1
+
+
+@pytest.mark.parametrize(
+    ("space", "kwargs", "name"),
+    [
+        (spaces.Box(-1, 1, (4,)), {}, "obs_shape"),
+        (OBS, {"n_envs": 2}, "n_envs"),
+        (OBS, {"optimize_memory_usage": True, "handle_timeout_termination": False}, "optimize_memory_usage"),
+    ],
+)
+def test_does_not_take_over_what_does_not_fit(space, kwargs, name):
+    buffer = filled()
+    with pytest.raises(ValueError, match=f"this replay buffer has {name}="):
+        buffer.adopt(ReplayBuffer(50, space, ACT, device="cpu", **kwargs))
+    assert buffer.size() == 40
+
+
+def test_imagined_rows_of_another_precision():
+    buffer = ModelBuffer(3, 2)
+    buffer.begin_refill()
+    buffer.add(ReplayBufferSamples(*(part.double() for part in imagined([0, 1])[:5])))
+    assert contents(buffer) == [0, 1] and buffer.rows.dtype == th.float32
+
+
+def test_reset_forgets_both_kinds():
+    buffer = filled()
+    refill(buffer)
+    buffer.reset()
+    assert buffer.size() == 0 and len(buffer.model_buffer) == 0
+
+
+def test_shares_are_not_cut_by_rounding():
+    buffer = filled(real_ratio=0.29)
+    refill(buffer)
+    assert buffer.real_rows(100) == 29

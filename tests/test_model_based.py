@@ -11,7 +11,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import MBPO, ModelBased
 from sb3_mbpo.terminations import NeverTerminates
 
 FAST = {
@@ -94,26 +94,41 @@ def test_everything_from_yaml():
         buffer_size: 1e5
         learning_starts: 1e1
         tau: 1e-2
-        train_freq: [2, step]
+        train_freq: ["2", step]
         gradient_steps: "2"
         batch_size: 16
-        policy_kwargs: {{net_arch: [8], activation_fn: torch.nn.Tanh}}
+        policy_kwargs: {{net_arch: [8], activation_fn: torch.nn.Tanh, optimizer_kwargs: {{eps: 1e-5}}}}
         replay_buffer_class: sb3_mbpo.MixedReplayBuffer
         real_ratio: 5e-2
         model_train_freq: 2e1
         rollout_batch_size: 3e1
-        rollout_schedule: {{min_length: 1, max_length: 2, start: 0, end: 20}}
+        rollout_schedule: {{min_length: 1, max_length: 2, start: 0, end: 2e1}}
+        stats_window_size: 1e1
+        seed: 1e1
         model_buffer_size: 1e3
         termination_fn: {own("falls")}
         reward_fn: {own("pays")}
         dynamics_class: sb3_mbpo.ProbabilisticEnsemble
-        dynamics_kwargs: {{learning_rate: 1e-2, max_updates: 1e1, net_arch: [8]}}
+        dynamics_kwargs: {{learning_rate: 1e-2, max_updates: 1e1, net_arch: ["8"], weight_decays: [1e-4, 1e-5]}}
         """)
     model = MBPO(env="InvertedPendulum-v5", **settings).learn(30)
     assert model.learning_rate == 1e-3 and model.learning_starts == 10 and model.gradient_steps == 2
     assert isinstance(model.buffer_size, int) and model.replay_buffer.model_buffer.max_rows == 1000
-    assert model.dynamics.optimizer.param_groups[0]["lr"] == 1e-2 and model.dynamics.dynamics.max_updates == 10
+    assert model.dynamics.optimizer.param_groups[0]["lr"] == 1e-2 and model.dynamics.max_updates == 10
     assert isinstance(model.actor.latent_pi[1], th.nn.Tanh) and model.termination is falls
+
+
+def k_of(num_timesteps):
+    return 2 if num_timesteps > 25 else 1
+
+
+def rate_of(progress_remaining):
+    return 1e-3 * progress_remaining
+
+
+def test_functions_by_name_where_a_number_is_usual():
+    model = MBPO("MlpPolicy", "Pendulum-v1", rollout_schedule=own("k_of"), learning_rate=own("rate_of"), **FAST).learn(30)
+    assert model.rollout_schedule is k_of and model.actor.optimizer.param_groups[0]["lr"] < 1e-3
 
 
 def test_the_callers_dictionaries_stay_as_they_are():
@@ -150,7 +165,10 @@ def test_the_callers_dictionaries_stay_as_they_are():
         ({"termination_fn": "sometimes"}, r"termination_fn='sometimes'"),
         ({"termination_fn": pays}, r"termination_fn"),
         ({"reward_fn": falls}, r"reward_fn"),
-        ({"learning_rate": "fast"}, r"learning_rate='fast' must be a number"),
+        ({"learning_rate": "fast"}, r"learning_rate='fast' must be an object or its dotted name"),
+        ({"dynamics_kwargs": {"normalize_targets": "false"}}, r"normalize_targets='false' must be true or false"),
+        ({"rollout_schedule": {"min_length": 1, "max_length": 2.5, "start": 0, "end": 9}}, r"max_length=2.5 must be a whole"),
+        ({"fast_update": "no"}, r"fast_update='no' must be None, True or False"),
     ],
 )
 def test_refused_arguments(kwargs, message):
@@ -353,13 +371,15 @@ def test_save_and_load(tmp_path):
             assert all(th.equal(a, b) for a, b in pairs)
         moments = [agent.dynamics.optimizer.state_dict()["state"][0]["exp_avg"] for agent in (model, loaded)]
         assert th.equal(*moments)
-    loaded.learn(60, reset_num_timesteps=False)
+    with pytest.warns(UserWarning, match="empty replay buffer"):
+        loaded.learn(60, reset_num_timesteps=False)
 
 
 def test_load_with_other_arguments(tmp_path):
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30).save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"), real_ratio="5e-1", retained_rollouts=1)
-    loaded.learn(60)
+    with pytest.warns(UserWarning, match="empty replay buffer"):
+        loaded.learn(60)
     assert loaded.replay_buffer.real_rows(10) == 5 and len(loaded.replay_buffer.model_buffer) == 30
 
 
@@ -369,6 +389,64 @@ def test_sacs_replay_buffer(tmp_path):
     model.load_replay_buffer(tmp_path / "buffer")
     model.learn(30)
     assert model.replay_buffer.size() == 230 and model.replay_buffer.real_rows(100) == 5
+
+
+def test_going_on_without_the_replay_buffer(tmp_path):
+    """A loud warning, and no refit to a handful of new transitions."""
+    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
+    model.save(tmp_path / "agent")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    with pytest.warns(UserWarning, match="After 60 steps, the agent goes on with an empty replay buffer"):
+        loaded.learn(15, reset_num_timesteps=False)
+    assert loaded.dynamics_fitted_at == model.dynamics_fitted_at
+    loaded.learn(10, reset_num_timesteps=False)
+    assert loaded.dynamics_fitted_at == 80
+
+
+def test_load_with_a_reward_or_termination_function(tmp_path):
+    model = MBPO("MlpPolicy", "InvertedPendulum-v5", **FAST).learn(40)
+    model.save(tmp_path / "agent")
+    loaded = MBPO.load(tmp_path / "agent", reward_fn=pays, termination_fn=falls)
+    assert loaded.termination is falls and type(loaded.imagined_dynamics).__name__ == "KnownReward"
+    loaded.save(tmp_path / "again")
+    assert MBPO.load(tmp_path / "again", reward_fn=None).imagined_dynamics is not None
+
+
+def test_a_wrong_termination_is_noticed_again_after_loading(tmp_path):
+    model = MBPO("MlpPolicy", "InvertedPendulum-v5", termination_fn="never", **FAST)
+    with pytest.warns(UserWarning, match="real transitions"):
+        model.learn(60)
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("InvertedPendulum-v5"))
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    with pytest.warns(UserWarning, match="real transitions"):
+        loaded.learn(30, reset_num_timesteps=False)
+
+
+def test_real_ratio_may_change_between_runs():
+    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(40)
+    model.real_ratio = 1.0
+    model.learn(10, reset_num_timesteps=False)
+    assert model.replay_buffer.real_rows(100) == 100
+
+
+def test_reward_function_in_double_precision():
+    MBPO("MlpPolicy", "Pendulum-v1", reward_fn=lambda o, a, n: o[:, 0].double(), **FAST).learn(40)
+
+
+def test_a_base_with_arguments_of_its_own():
+    class Extra(SAC):
+        def __init__(self, *args, extra=1, **kwargs):
+            self.extra = extra
+            super().__init__(*args, **kwargs)
+
+    class Mixed(ModelBased, Extra):
+        pass
+
+    model = Mixed("MlpPolicy", "Pendulum-v1", extra=3, real_ratio=0.5)
+    assert model.extra == 3 and model.gradient_steps == 20 and model.real_ratio == 0.5
+    assert "fast_update" in inspect.signature(type("Mine", (MBPO,), {"__init__": lambda self, *a, **k: None})).parameters
 
 
 def test_set_random_seed_reaches_everything():

@@ -182,10 +182,26 @@ def test_a_diverging_fit_keeps_the_old_weights():
     ensemble = ProbabilisticEnsemble(3, 2, **SMALL)
     ensemble.fit(linear_system(200))
     before = [weight.detach().clone() for weight in ensemble.mlp.parameters()]
-    for group in ensemble.optimizer.param_groups:
-        group["lr"] = 1e30
-    ensemble.fit(linear_system(200, seed=2))
+    ensemble.learning_rate = 1e30
+    with pytest.warns(UserWarning, match="diverged"):
+        ensemble.fit(linear_system(200, seed=2))
     assert all(th.equal(a, b) for a, b in zip(before, ensemble.mlp.parameters(), strict=True))
+    data = linear_system(50, seed=3)
+    with th.no_grad():
+        assert all(part.isfinite().all() for part in ensemble.sample(data.observations, data.actions))
+    # Nothing of the failure is left behind: the next fit is a good one.
+    ensemble.learning_rate = 1e-3
+    assert np.isfinite(ensemble.fit(linear_system(200, seed=2))["train_loss"])
+
+
+def test_settings_apply_after_loading_an_optimizer():
+    """load(dynamics_kwargs=...) with another learning rate: the loaded optimizer does not bring the old one back."""
+    first = ProbabilisticEnsemble(3, 2, **SMALL)
+    first.fit(linear_system(50))
+    second = ProbabilisticEnsemble(3, 2, learning_rate=5e-2, weight_decays=[0.1, 0.2, 0.3], **SMALL)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.fit(linear_system(50))
+    assert [(g["lr"], g["weight_decay"]) for g in second.optimizer.param_groups] == [(5e-2, d) for d in (0.1, 0.2, 0.3, 0.0)]
 
 
 def test_warm_start():
@@ -208,6 +224,36 @@ def test_reward_scale_does_not_matter():
             mean, _ = ensemble.predict(fresh.observations, fresh.actions)
         errors.append((mean.mean(0)[:, 1:] - fresh.next_observations).square().mean().item())
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_an_unpredictable_reward_does_not_end_the_fit():
+    """Pure noise in one dimension: the others are learned as well as without it."""
+    data = linear_system(400)
+    noise = data._replace(rewards=th.randn(400, 1, generator=th.Generator().manual_seed(7)))
+    fresh = linear_system(1000, seed=5)
+    errors = []
+    for transitions in (data, noise):
+        ensemble = ProbabilisticEnsemble(3, 2, **SMALL)
+        ensemble.fit(transitions)
+        with th.no_grad():
+            mean, _ = ensemble.predict(fresh.observations, fresh.actions)
+        errors.append((mean[ensemble.elites].mean(0)[:, 1:] - fresh.next_observations).square().mean().sqrt().item())
+    assert errors[1] < 2.5 * errors[0], errors
+
+
+def test_holdout_error_by_hand():
+    """Raw targets: the plain mean. Standardised ones: the geometric mean over dimensions, with a floor."""
+    data = linear_system(200)
+    for normalize in (False, True):
+        ensemble = ProbabilisticEnsemble(3, 2, normalize_targets=normalize, **SMALL)
+        ensemble.fit(data)
+        x = ensemble.input_standardizer(th.cat([data.observations, data.actions], dim=1))
+        y = ensemble.target_standardizer(th.cat([data.rewards, data.next_observations - data.observations], dim=1))
+        with th.no_grad():
+            mean, _ = ensemble._distribution(x.expand(7, -1, -1))
+        squared = ((mean - y) ** 2).mean(dim=1).numpy()
+        expected = (squared + 1e-6).prod(axis=1) ** (1 / 4) if normalize else squared.mean(axis=1)
+        np.testing.assert_allclose(ensemble._holdout_error(x, y), expected, rtol=1e-4)
 
 
 def test_seeds_and_global_generators():

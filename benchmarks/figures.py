@@ -1,0 +1,66 @@
+"""
+Draw docs/benchmarks/*.png and print the tables of docs/benchmarks/index.md from the CSV files there.
+
+    python benchmarks/figures.py
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+TITLES = {
+    "inverted_pendulum": "InvertedPendulum-v5",
+    "pendulum": "Pendulum-v1",
+    "hazard": "HiddenHazard-v0",
+    "hopper": "Hopper-v5",
+    "targets_pendulum": "Pendulum-v1, other targets",
+    "targets_inverted_pendulum": "InvertedPendulum-v5, other targets",
+}
+# study -> arm -> seed -> step -> returns of the episodes
+Runs = dict[str, dict[str, dict[int, dict[int, list[float]]]]]
+
+
+def read() -> Runs:
+    runs: Runs = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
+    with (DOCS / "learning.csv").open() as file:
+        for row in csv.DictReader(file):
+            runs[row["study"]][row["arm"]][int(row["seed"])][int(row["step"])].append(float(row["return"]))
+    return runs
+
+
+def draw(study: str, arms: dict[str, dict[int, dict[int, list[float]]]]) -> None:
+    """Each seed a thin line of means over the evaluated episodes, their mean a thick one as far as all seeds go."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for colour, (arm, seeds) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], arms.items(), strict=False):
+        curves = [{step: float(np.mean(returns)) for step, returns in steps.items()} for steps in seeds.values()]
+        for curve in curves:
+            axes.plot(list(curve), list(curve.values()), color=colour, alpha=0.35, linewidth=1)
+        common = sorted(set.intersection(*(set(curve) for curve in curves)))
+        mean = [np.mean([curve[step] for curve in curves]) for step in common]
+        axes.plot(common, mean, color=colour, linewidth=2.2, label=f"{arm} ({len(curves)} seeds)")
+    axes.set(title=TITLES[study], xlabel="real environment steps", ylabel="return of deterministic episodes")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(DOCS / f"{study}.png", dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    for study, arms in read().items():
+        draw(study, arms)
+        print(f"\n{TITLES[study]}")
+        for arm, seeds in arms.items():
+            for seed, steps in seeds.items():
+                shown = [step for step in steps if step % 500 == 0]
+                print(f"  {arm}, seed {seed}: " + " · ".join(f"{step:,}: {np.mean(steps[step]):.0f}" for step in shown))
+
+
+if __name__ == "__main__":
+    main()
