@@ -28,6 +28,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.arguments import numbers_in
 
 matplotlib.use("Agg")
 
@@ -107,7 +108,8 @@ def main() -> None:
     settings.pop("n_timesteps")
     algorithm = {"mbpo": MBPO, "sac": SAC}[args.algo]
     if algorithm is SAC:
-        settings = {key: value for key, value in settings.items() if key in inspect.signature(SAC).parameters}
+        known = inspect.signature(SAC).parameters
+        settings = {key: numbers_in(value) for key, value in settings.items() if key in known}
     folder = args.folder or Path("logs") / args.algo / f"{args.env}_{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -118,7 +120,7 @@ def main() -> None:
         eval_env,
         callback_after_eval=EvaluationCsv(folder / "evaluations.csv", args.seed),
         n_eval_episodes=args.eval_episodes,
-        eval_freq=args.eval_freq,
+        eval_freq=min(args.eval_freq, steps),
         log_path=str(folder),
         best_model_save_path=str(folder),
         verbose=0,

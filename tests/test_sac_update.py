@@ -311,11 +311,12 @@ class OwnDistribution(SquashedDiagGaussianDistribution): ...
 
 
 def insert(layer: nn.Module, agent: SAC) -> None:
-    agent.critic.q_networks[0].insert(1, layer)
+    agent.critic.q_networks[0].insert(1, layer)  # type: ignore[operator]
 
 
 def tie(agent: SAC) -> None:
-    agent.critic.q_networks[1][0].weight = agent.critic.q_networks[0][0].weight
+    first, second = agent.critic.q_networks
+    second[0].weight = first[0].weight  # type: ignore[index]
 
 
 def unused(agent: SAC) -> None:
