@@ -50,7 +50,7 @@ class PlainMean(ProbabilisticEnsemble):
         return ((mean - y) ** 2).mean(dim=(1, 2))
 
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[type[ProbabilisticEnsemble], dict[str, Any]]] = {
     "change, raw": (ProbabilisticEnsemble, {"normalize_targets": False}),
     "change, standardised, plain mean": (PlainMean, {}),
     "change, standardised (default)": (ProbabilisticEnsemble, {}),
