@@ -69,21 +69,22 @@ class Standardizer(nn.Module):
     """
     Per-dimension shift and scale to zero mean and unit variance.
 
-    A dimension whose spread is no more than rounding beside its magnitude counts as constant and keeps its scale;
+    A dimension whose spread is no more than rounding beside its magnitude counts as constant;
     a standardised value is cut at ``limit``, so that a dimension that hardly moved so far and then jumps
     does not drive a network to infinity.
 
     :param size: number of dimensions
     :param limit: largest magnitude of a standardised value, in standard deviations
+    :param constant_std: what stands for the standard deviation of a constant dimension
     """
 
     # Float buffers: SB3 draws `rand_like` of every entry of a state dict, and loads with `weights_only=True`.
     mean: th.Tensor
     std: th.Tensor
 
-    def __init__(self, size: int, limit: float = 10.0) -> None:
+    def __init__(self, size: int, limit: float = 10.0, constant_std: float = 1.0) -> None:
         super().__init__()
-        self.limit = limit
+        self.limit, self.constant_std = limit, constant_std
         self.register_buffer("mean", th.zeros(size))
         self.register_buffer("std", th.ones(size))
 
@@ -93,7 +94,7 @@ class Standardizer(nn.Module):
         mean, std = data.mean(dim=0), data.std(dim=0, correction=0)
         negligible = std <= 1e-6 * mean.abs().clamp(min=1e-6)
         self.mean.copy_(mean)
-        self.std.copy_(th.where(negligible, th.ones_like(std), std))
+        self.std.copy_(th.where(negligible, self.constant_std, std))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """:return: ``(x - mean) / std``, cut at ``limit``; shape of ``x``, ``(..., size)``"""

@@ -74,8 +74,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
         out_dim = 1 + obs_dim
         self.input_standardizer = Standardizer(obs_dim + action_dim)
-        # Targets are never cut: a rare large reward is information.
-        self.target_standardizer = Standardizer(out_dim, limit=float("inf"))
+        # Targets are never cut: a rare large reward is information. A constant one gets next to no noise from the start.
+        self.target_standardizer = Standardizer(out_dim, limit=float("inf"), constant_std=1e-3)
         self.mlp = EnsembleMLP(n_members, obs_dim + action_dim, 2 * out_dim, list(net_arch), on_cpu)
         low, high = self.initial_log_variance
         self.min_log_variance = nn.Parameter(th.full((out_dim,), low))

@@ -77,6 +77,12 @@ def test_standardizer_of_a_constant(rows, value):
     assert standardizer(th.full((1, 1), value + 1e6)).item() == 10
 
 
+def test_noise_of_a_constant_target():
+    standardizer = Standardizer(2, constant_std=1e-3)
+    standardizer.fit(th.tensor([[5.0, 1.0], [5.0, 3.0]]))
+    th.testing.assert_close(standardizer.inverse(th.ones(1, 2)), th.tensor([[5.001, 3.0]]))
+
+
 def test_standardizer_keeps_a_small_but_real_spread():
     data = th.randn(500, 1, generator=generator()) * 1e-4
     standardizer = Standardizer(1)
