@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs" / "learning"
 RESULTS = ROOT / "docs" / "benchmarks" / "learning.csv"
 
-PENDULUM = "--env Pendulum-v1 --steps 1500"
+PENDULUM = "--env Pendulum-v1 --steps 2500"
 POLE = "--env InvertedPendulum-v5 --steps 2750"
 HAZARD = "--env HiddenHazard-v0 --steps 2000 --set gradient_steps=10"
 HOPPER = "--env Hopper-v5 --steps 5000 --set learning_starts=1000 --set gradient_steps=5 --set model_train_freq=500"
