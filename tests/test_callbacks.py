@@ -1,3 +1,5 @@
+from typing import Any
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from stable_baselines3.common.logger import configure
 
 from sb3_mbpo import MBPO, DynamicsModel
 
-FAST = {
+FAST: dict[str, Any] = {
     "policy": "MlpPolicy",
     "policy_kwargs": {"net_arch": [8]},
     "batch_size": 16,

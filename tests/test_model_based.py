@@ -1,4 +1,5 @@
 import inspect
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_mbpo import MBPO, ModelBased
 from sb3_mbpo.terminations import NeverTerminates
 
-FAST = {
+FAST: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [8]},
     "batch_size": 16,
     "learning_starts": 20,
