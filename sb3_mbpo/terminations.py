@@ -68,7 +68,7 @@ class TipFalls:
     ``next_obs`` starts with (cart, sin 1, sin 2, cos 1, cos 2); atan2 makes an angle of an imagined sine and cosine
     off the unit circle. A NaN angle does not terminate, as in the env. What observations cannot show: the env reads
     the tip where the last stage of the Runge-Kutta step left it, up to a centimetre from where the observed
-    angles put it (one of 30,000 random transitions was judged differently).
+    angles put it.
 
     :param link: length of either pole in metres, as in Gymnasium's own XML file
     """

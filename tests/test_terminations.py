@@ -75,7 +75,10 @@ EXTREME_CASES = [case for case in CASES if str(case.values[0]).split("-")[0] in 
 def make(name: str, options: dict[str, Any]) -> Any:
     try:
         return gym.make(name, **options)
-    except (ImportError, DependencyNotInstalled) as error:  # Pusher-v4 wants MuJoCo 2
+    except (ImportError, DependencyNotInstalled) as error:
+        # Pusher-v4 wants MuJoCo 2, which no longer installs; for any other task this is a failure.
+        if name != "Pusher-v4":
+            raise
         pytest.skip(str(error))
 
 
