@@ -15,8 +15,8 @@ class LearnedTermination(nn.Module):
     A classifier of real terminations, for environments without a known rule.
 
     It sees next_obs, obs and action, for a rule may rest on any of them; a group lasso on the first layer
-    (Scardapane et al. 2017, arXiv 1607.00485) lets go of the inputs that do not matter, which on Walker2d-v5 raises
-    F1 from 0.71 to 0.91 (2,000 random transitions). A non-finite next_obs counts as terminated.
+    (Scardapane et al. 2017, arXiv 1607.00485) lets go of the inputs that do not matter.
+    A non-finite next_obs counts as terminated.
 
     :param obs_shape: shape of one observation
     :param action_shape: shape of one action
@@ -129,8 +129,7 @@ def _fewest_errors(positives: th.Tensor, negatives: th.Tensor, weight: float) ->
     The threshold of fewest errors, the middle one where several are as good.
 
     The textbook correction for balanced batches, adding the log of the real odds, supposes calibrated logits; under
-    a lasso they are not. On Hopper-v5, 4,000 random transitions, it gives recall 0.88 and precision 0.99 on fresh
-    ones, the threshold of fewest errors on the training rows 0.97 and 0.96.
+    a lasso they are not.
 
     :param positives: logits of terminations
     :param negatives: logits of other transitions
