@@ -6,13 +6,13 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 
-CENTRE, RADIUS, GOAL = (0.0, 0.0), 0.35, (0.8, 0.0)
+CENTRE, RADIUS, GOAL = (0.0, 0.2), 0.35, (0.8, 0.0)
 
 
 class HiddenHazard(gym.Env):
     """
     A point with momentum in the square [-1, 1]^2. It starts on the left and is paid for nearness to a goal on the right;
-    a disc in between ends the episode.
+    a disc across the straight way, which leaves more room below than above, ends the episode.
 
     Observation: position and velocity. Action: acceleration, in [-1, 1]^2. Reward: 1 - distance to the goal / 2.
     """

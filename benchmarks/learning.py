@@ -24,6 +24,7 @@ PENDULUM = "--env Pendulum-v1 --steps 2500"
 POLE = "--env InvertedPendulum-v5 --steps 2750"
 HAZARD = "--env HiddenHazard-v0 --steps 2000 --set gradient_steps=10"
 HOPPER = "--env Hopper-v5 --steps 5000 --set learning_starts=1000 --set gradient_steps=5 --set model_train_freq=500"
+PAPER = "--env Hopper-v5 --steps 20000 --eval-freq 1000"
 RAW = "--set dynamics_kwargs.normalize_targets=false"
 NEXT = "--set dynamics_kwargs.target_mode=next"
 
@@ -51,12 +52,16 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
     "targets_pendulum": {
         "delta, raw": (f"{PENDULUM} {RAW}", 2),
         "next, normalised": (f"{PENDULUM} {NEXT}", 2),
-        "next, raw": (f"{PENDULUM} {NEXT} {RAW}", 2),
+        "next, raw": (f"{PENDULUM} {NEXT} {RAW}", 1),
     },
     "targets_inverted_pendulum": {
         "delta, raw": (f"{POLE} {RAW}", 2),
         "next, normalised": (f"{POLE} {NEXT}", 2),
-        "next, raw": (f"{POLE} {NEXT} {RAW}", 2),
+        "next, raw": (f"{POLE} {NEXT} {RAW}", 1),
+    },
+    "hopper_paper": {
+        "MBPO": (PAPER, 1),
+        "SAC": (f"{PAPER} --algo sac --set gradient_steps=1", 1),
     },
 }
 
