@@ -1,6 +1,7 @@
 """Where transitions wait for SAC: the imagined ones in a ModelBuffer, mixed with the real ones by a MixedReplayBuffer."""
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+
+# What is drawn at once, at most: enough to make the calls cheap, too little to leave a CPU's caches.
+BLOCK_NUMBERS = 2**20
 
 
 def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
@@ -119,14 +123,14 @@ class ModelBuffer:
         """Where the rows with these ages (0 is the oldest) stand in the ring."""
         return (self.start + ages) % max(len(self.rows), 1)
 
-    def sample(self, batch_size: int, generator: th.Generator) -> ReplayBufferSamples:
+    def sample(self, n_rows: int, generator: th.Generator) -> th.Tensor:
         """
-        :param batch_size: rows, drawn uniformly with replacement
+        :param n_rows: drawn uniformly with replacement
         :param generator: source of the draw, on this buffer's device
-        :return: raw, flat, float32
+        :return: packed rows ``(n_rows, sum(widths))``, raw, float32
         """
-        ages = th.randint(len(self), (batch_size,), generator=generator, device=self.rows.device)
-        return ReplayBufferSamples(*self.rows[self._places(ages)].split(self.widths, dim=1))
+        ages = th.randint(len(self), (n_rows,), generator=generator, device=self.rows.device)
+        return self.rows.index_select(0, self._places(ages))
 
 
 class MixedReplayBuffer(ReplayBuffer):
@@ -241,20 +245,46 @@ class MixedReplayBuffer(ReplayBuffer):
         :param env: normalises observations and rewards of both kinds, if given
         :return: ``real_rows(batch_size)`` real rows, then the imagined ones; as SB3's own while all are real
         """
+        return next(self.batches(1, batch_size, env))
+
+    def batches(self, n: int, batch_size: int, env: VecNormalize | None = None) -> Iterator[ReplayBufferSamples]:
+        """
+        ``n`` batches like those of :meth:`sample`, drawn many at a time: that is where the time of small batches goes.
+
+        :param n: number of batches
+        :param batch_size: rows of each
+        :param env: see :meth:`sample`
+        """
         n_real = self.real_rows(batch_size)
         if n_real == batch_size:
-            return super().sample(batch_size, env=env)
-        raw = self.model_buffer.sample(batch_size - n_real, self.generator)
-        imagined = raw._replace(
-            observations=normalize_obs(raw.observations.reshape(-1, *self.obs_shape), env),
-            next_observations=normalize_obs(raw.next_observations.reshape(-1, *self.obs_shape), env),
-            rewards=normalize_rewards(raw.rewards, env),
-        )
-        if n_real == 0:
-            return imagined
-        real = super().sample(n_real, env=env)
-        # MuJoCo's observations are float64 in SB3's buffer; the networks are float32.
-        return ReplayBufferSamples(*(th.cat([a.float(), b]) for a, b in zip(real[:5], imagined[:5], strict=True)))
+            for _ in range(n):
+                yield super().sample(batch_size, env=env)
+            return
+        widths = self.model_buffer.widths
+        while n > 0:
+            drawn = min(n, max(1, BLOCK_NUMBERS // (batch_size * sum(widths))))
+            imagined = self._imagined_rows(drawn * (batch_size - n_real), env).unflatten(0, (drawn, -1))
+            real = self._real_rows(drawn * n_real, env).unflatten(0, (drawn, n_real))
+            fields = list(th.cat([real, imagined], dim=1).split(widths, dim=2))
+            for i in (0, 2):
+                fields[i] = fields[i].unflatten(2, self.obs_shape)
+            yield from map(ReplayBufferSamples, *(field.unbind() for field in fields))
+            n -= drawn
+
+    def _imagined_rows(self, n_rows: int, env: VecNormalize | None) -> th.Tensor:
+        """Drawn from the model buffer, packed and normalised."""
+        rows = self.model_buffer.sample(n_rows, self.generator)
+        obs, _, next_obs, _, rewards = rows.split(self.model_buffer.widths, dim=1)
+        for raw in (obs, next_obs) if env is not None else ():
+            raw.copy_(normalize_obs(raw.unflatten(1, self.obs_shape), env).flatten(1))
+        rewards.copy_(normalize_rewards(rewards, env))
+        return rows
+
+    def _real_rows(self, n_rows: int, env: VecNormalize | None) -> th.Tensor:
+        """Drawn by SB3 from the real transitions, packed; MuJoCo's observations, float64 there, as float32."""
+        if n_rows == 0:
+            return self.model_buffer.rows.new_empty(0, sum(self.model_buffer.widths))
+        return th.cat([part.flatten(1).float() for part in super().sample(n_rows, env=env)[:5]], dim=1)
 
     def _flat(self, array: np.ndarray) -> np.ndarray:
         """The filled part of a storage array as ``(size() * n_envs, -1)``."""

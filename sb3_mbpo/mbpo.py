@@ -17,7 +17,7 @@ class MBPO(ModelBased, SAC):
 
     Arguments: those of ``stable_baselines3.SAC`` (``gradient_steps`` is 20), then those of :class:`ModelBased`, then
 
-    :param fast_update: which code does SAC's update: ``False``: SB3's own; ``True``: ours, the same numbers faster, and a
+    :param fast_update: which code does SAC's update: ``False``: SB3's own; ``True``: ours, the same equations faster, and a
         ``ValueError`` where it does not cover the agent; ``None``: ours where it does and ``real_ratio`` is below 1
     """
 
@@ -45,6 +45,6 @@ class MBPO(ModelBased, SAC):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """See SB3."""
         if gradient_steps > 0 and self._is_fast():
-            sac_update.train(self, gradient_steps, batch_size)
+            sac_update.train(self, self.replay_buffer.batches(gradient_steps, batch_size, self._vec_normalize_env))
         else:
             super().train(gradient_steps, batch_size)

@@ -80,28 +80,28 @@ def _unknown_optimizer(agent: SAC) -> str | None:
 
 
 @th.no_grad()
-def train(agent: SAC, gradient_steps: int, batch_size: int) -> None:
+def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> None:
     """
-    ``SAC.train``, to rounding: same batches and noise from the same random streams, same equations, same log entries.
+    ``SAC.train`` on given batches, to rounding: same noise from the same random stream, same equations, same log entries.
 
     SB3's objects stay the only truth: parameters and optimizer states are changed in place, and nothing outlives the call.
     Covers what :func:`why_not_fast` lets pass; does not ask it.
 
     :param agent: the agent whose networks are trained
-    :param gradient_steps: number of updates
-    :param batch_size: transitions per update
+    :param batches: one for each update, all of one size
     """
     agent.policy.set_training_mode(True)
     optimizers: list[Any] = [agent.actor.optimizer, agent.critic.optimizer]
     agent._update_learning_rate(optimizers + ([] if agent.ent_coef_optimizer is None else [agent.ent_coef_optimizer]))
     sources, targets = ([p.detach() for p in net.parameters()] for net in (agent.critic, agent.critic_target))
-    update, history = _Update(agent, batch_size), []
-    for step in range(gradient_steps):
-        history.append(update(agent.replay_buffer.sample(batch_size, env=agent._vec_normalize_env)))  # type: ignore
+    update, history = None, []
+    for step, batch in enumerate(batches):
+        update = update or _Update(agent, len(batch.rewards))
+        history.append(update(batch))
         if step % agent.target_update_interval == 0:
             th._foreach_lerp_(targets, sources, agent.tau)
 
-    agent._n_updates += gradient_steps
+    agent._n_updates += len(history)
     agent.logger.record("train/n_updates", agent._n_updates, exclude="tensorboard")
     means = np.mean(th.stack([th.cat(scalars) for scalars in history]).tolist(), axis=0)
     for key, mean in zip(("ent_coef", "actor_loss", "critic_loss", "ent_coef_loss"), means, strict=False):

@@ -99,7 +99,7 @@ def test_model_buffer_samples_uniformly():
     for first in (0, 10, 20):
         buffer.begin_refill()
         buffer.add(imagined(list(range(first, first + 10))))
-    drawn = (-1 - buffer.sample(40_000, th.Generator().manual_seed(0)).rewards).int().flatten().bincount(minlength=30)
+    drawn = (-1 - buffer.sample(40_000, th.Generator().manual_seed(0))[:, -1]).int().flatten().bincount(minlength=30)
     assert (drawn[:10] == 0).all() and ((drawn[10:] > 1800) & (drawn[10:] < 2200)).all()
 
 
@@ -151,6 +151,24 @@ def test_the_real_share_follows_the_global_stream_the_imagined_its_own():
     assert th.equal(first.rewards[:12], second.rewards[:12]) and not th.equal(first.rewards[12:], second.rewards[12:])
 
 
+@pytest.mark.parametrize(("ratio", "real"), [(0.05, 3), (0.0, 0), (1.0, 64)])
+def test_many_batches_at_once(ratio, real, monkeypatch):
+    """Each is as ``sample`` gives it, none repeats another, and a block that is too small for all of them is no limit."""
+    monkeypatch.setattr("sb3_mbpo.buffers.BLOCK_NUMBERS", 3 * 64 * 10)
+    buffer = filled(100, 2, real_ratio=ratio)
+    refill(buffer)
+    batches = list(buffer.batches(7, 64))
+    assert len(batches) == 7
+    for batch in batches:
+        assert [tuple(part.shape) for part in batch[:5]] == [(64, n) for n in (3, 2, 3, 1, 1)]
+        assert (batch.observations[:real] > 0).all() and (batch.observations[real:] < 0).all()
+    assert len({tuple(batch.rewards.flatten().tolist()) for batch in batches}) == 7
+    # All fields of a row belong together.
+    rows = {tuple(row) for row in th.cat(list(buffer.real_transitions()[:5]), dim=1).tolist()}
+    rows |= {tuple(row) for row in buffer.model_buffer.sample(5000, buffer.generator).tolist()}
+    assert all(tuple(row) in rows for batch in batches for row in th.cat([part.float() for part in batch[:5]], dim=1).tolist())
+
+
 def make_vec_normalize() -> VecNormalize:
     import gymnasium as gym
 
@@ -184,6 +202,9 @@ def test_both_kinds_are_stored_raw_and_sampled_normalised():
     for part in batch[:5]:
         th.testing.assert_close(part[:5], part[5:])
     np.testing.assert_allclose(batch.observations[0], env.normalize_obs(raw)[0], rtol=1e-5)
+    for several in buffer.batches(3, 10, env):
+        th.testing.assert_close(several.observations, batch.observations)
+        th.testing.assert_close(several.rewards, batch.rewards)
     # Statistics as they are when sampling, not when storing.
     env.obs_rms.mean += 1
     np.testing.assert_allclose(buffer.sample(10, env=env).observations[-1], env.normalize_obs(raw)[0], rtol=1e-5)

@@ -12,6 +12,7 @@ from stable_baselines3.common import policies
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
@@ -100,12 +101,18 @@ def difference(agent: SAC, reference: SAC) -> float:
     return max(float((ours[key] - theirs[key]).norm() / theirs[key].norm().clamp_min(1e-30)) for key in ours)
 
 
+def batches(agent: SAC, n: int, size: int = BATCH) -> list[ReplayBufferSamples]:
+    """What SB3's own ``train`` would draw."""
+    assert agent.replay_buffer is not None
+    return [agent.replay_buffer.sample(size, env=agent._vec_normalize_env) for _ in range(n)]
+
+
 def run(agent: SAC, fast: bool, steps: int = 5) -> tuple[SAC, dict[str, Any], list[Any]]:
     """Train from a fixed seed; also the log entries and where the random streams got to."""
     set_random_seed(3)
     agent.policy.set_training_mode(False)
     if fast:
-        train(agent, steps, BATCH)
+        train(agent, batches(agent, steps))
     else:
         SAC.train(agent, steps, BATCH)
     numpy_state = np.random.get_state(legacy=False)["state"]
@@ -174,14 +181,14 @@ def test_no_gradient_beyond_the_bounds_of_log_std(bias):
     agent = make()
     agent.actor.log_std.bias.data.fill_(bias)
     weight = agent.actor.log_std.weight.detach().clone()
-    train(agent, 3, BATCH)
+    train(agent, batches(agent, 3))
     assert th.equal(agent.actor.log_std.weight, weight) and (agent.actor.log_std.bias == bias).all()
 
 
 def test_one_row():
     compare(make(), 1e-3, steps=1)
     agent = make()
-    train(agent, 2, 1)
+    train(agent, batches(agent, 2, 1))
     assert all(value.isfinite().all() for value in parts(agent).values())
 
 
@@ -252,7 +259,7 @@ def test_save_and_load(fast):
 
 def test_optimizer_states_are_those_of_adam():
     agent, reference = make(), make()
-    train(agent, 2, BATCH)
+    train(agent, batches(agent, 2))
     SAC.train(reference, 2, BATCH)
     pairs = [(agent.actor.optimizer, reference.actor.optimizer), (agent.critic.optimizer, reference.critic.optimizer)]
     for ours, theirs in [*pairs, (agent.ent_coef_optimizer, reference.ent_coef_optimizer)]:
@@ -269,7 +276,7 @@ def test_optimizer_states_are_those_of_adam():
 def test_autograd_goes_on_as_before():
     """Nothing is left behind that a loss of the user's own would trip over."""
     agent = make()
-    train(agent, 2, BATCH)
+    train(agent, batches(agent, 2))
     assert th.is_grad_enabled() and all(p.requires_grad and p.grad is None for p in agent.policy.parameters())
     obs = th.zeros(3, 4)
     agent.critic(obs, agent.actor(obs))[0].mean().backward()
@@ -288,7 +295,7 @@ class Conductor(SAC):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         if why_not_fast(self, Conductor) is None:
-            train(self, gradient_steps, batch_size)
+            train(self, batches(self, gradient_steps, batch_size))
         else:
             super().train(gradient_steps, batch_size)
 
