@@ -263,28 +263,14 @@ class MixedReplayBuffer(ReplayBuffer):
         widths = self.model_buffer.widths
         while n > 0:
             drawn = min(n, max(1, BLOCK_NUMBERS // (batch_size * sum(widths))))
-            imagined = self._imagined_rows(drawn * (batch_size - n_real), env).unflatten(0, (drawn, -1))
-            real = self._real_rows(drawn * n_real, env).unflatten(0, (drawn, n_real))
-            fields = list(th.cat([real, imagined], dim=1).split(widths, dim=2))
-            for i in (0, 2):
-                fields[i] = fields[i].unflatten(2, self.obs_shape)
+            real = self._real_rows(np.random.randint(self.size() * self.n_envs, size=drawn * n_real))
+            imagined = self.model_buffer.sample(drawn * (batch_size - n_real), self.generator)
+            rows = th.cat([real.unflatten(0, (drawn, n_real)), imagined.unflatten(0, (drawn, -1))], dim=1)
+            obs, actions, next_obs, dones, rewards = rows.split(widths, dim=2)
+            obs, next_obs = (normalize_obs(raw.unflatten(2, self.obs_shape), env) for raw in (obs, next_obs))
+            fields = (obs, actions, next_obs, dones, normalize_rewards(rewards, env))
             yield from map(ReplayBufferSamples, *(field.unbind() for field in fields))
             n -= drawn
-
-    def _imagined_rows(self, n_rows: int, env: VecNormalize | None) -> th.Tensor:
-        """Drawn from the model buffer, packed and normalised."""
-        rows = self.model_buffer.sample(n_rows, self.generator)
-        obs, _, next_obs, _, rewards = rows.split(self.model_buffer.widths, dim=1)
-        for raw in (obs, next_obs) if env is not None else ():
-            raw.copy_(normalize_obs(raw.unflatten(1, self.obs_shape), env).flatten(1))
-        rewards.copy_(normalize_rewards(rewards, env))
-        return rows
-
-    def _real_rows(self, n_rows: int, env: VecNormalize | None) -> th.Tensor:
-        """Drawn by SB3 from the real transitions, packed; MuJoCo's observations, float64 there, as float32."""
-        if n_rows == 0:
-            return self.model_buffer.rows.new_empty(0, sum(self.model_buffer.widths))
-        return th.cat([part.flatten(1).float() for part in super().sample(n_rows, env=env)[:5]], dim=1)
 
     def _flat(self, array: np.ndarray) -> np.ndarray:
         """The filled part of a storage array as ``(size() * n_envs, -1)``."""
@@ -293,11 +279,17 @@ class MixedReplayBuffer(ReplayBuffer):
     def _tensor(self, array: np.ndarray) -> th.Tensor:
         return th.as_tensor(array, dtype=th.float32, device=self.device)
 
+    def _real_rows(self, rows: np.ndarray | slice) -> th.Tensor:
+        """Real transitions, packed like those of the model buffer; dones without time limits, as SB3's samples have them."""
+        arrays = (self.observations, self.actions, self.next_observations, self.dones, self.rewards)
+        parts = [self._flat(array)[rows] for array in arrays]
+        parts[3] = parts[3] * (1 - self._flat(self.timeouts)[rows])
+        # MuJoCo's observations are float64 in SB3's buffer; the networks are float32.
+        return self._tensor(np.concatenate(parts, axis=1, dtype=np.float32))
+
     def real_transitions(self) -> ReplayBufferSamples:
-        """All real transitions, raw, flat, float32; dones without time limits, as SB3's samples have them."""
-        dones = self._flat(self.dones) * (1 - self._flat(self.timeouts))
-        arrays = [self.observations, self.actions, self.next_observations]
-        return ReplayBufferSamples(*map(self._tensor, [*map(self._flat, arrays), dones, self._flat(self.rewards)]))
+        """All real transitions, raw, flat, float32."""
+        return ReplayBufferSamples(*self._real_rows(slice(None)).split(self.model_buffer.widths, dim=1))
 
     def start_states(self, n: int) -> th.Tensor:
         """:return: observations of ``n`` real transitions, uniform with replacement, raw ``(n, obs_dim)``, float32"""
