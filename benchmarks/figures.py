@@ -19,7 +19,8 @@ TITLES = {
     "inverted_pendulum": "InvertedPendulum-v5",
     "pendulum": "Pendulum-v1",
     "hazard": "HiddenHazard-v0",
-    "hopper": "Hopper-v5",
+    "hopper": "Hopper-v5, 5 updates a step",
+    "hopper_paper": "Hopper-v5, settings of the paper",
     "targets_pendulum": "Pendulum-v1, other targets",
     "targets_inverted_pendulum": "InvertedPendulum-v5, other targets",
 }
