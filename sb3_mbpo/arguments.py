@@ -139,6 +139,11 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"env: the action space {action_space} is unbounded; MBPO scales actions to [-1, 1]. "
             "Give it bounds with gymnasium.wrappers.RescaleAction or a Box with finite low and high"
         )
+    if not np.all(action_space.low < action_space.high):
+        raise ValueError(
+            f"env: the action space {action_space} has dimensions with low = high, which no action in [-1, 1] stands for. "
+            "Leave them out with gymnasium.wrappers.TransformAction"
+        )
 
 
 def check_counts(**counts: Any) -> None:

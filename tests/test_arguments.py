@@ -65,6 +65,7 @@ BOX = spaces.Box(-1, 1, (3,), np.float32)
         (BOX, spaces.MultiDiscrete([2, 3]), "action space MultiDiscrete"),
         (BOX, spaces.Box(-np.inf, np.inf, (2,)), "unbounded.*finite low and high"),
         (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, np.inf], np.float32)), "unbounded"),
+        (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, 0], np.float32)), "low = high.*TransformAction"),
     ],
 )
 def test_refused_spaces(observation_space, action_space, message):
