@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve
 from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
 from sb3_mbpo.callbacks import RolloutCallback
+from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
@@ -246,7 +247,9 @@ class ModelBased(OffPolicyAlgorithm):
     ) -> SelfModelBased:
         """See SB3; ``tb_log_name`` is the name of the class unless given."""
         tb_log_name = tb_log_name or type(self).__name__
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        # With the model off, the agent is the plain algorithm to the last bit, and so are the numbers.
+        with flush_denormals() if self.real_ratio < 1 else nullcontext():
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         before = self.num_timesteps

@@ -13,6 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mbpo import MBPO, ModelBased
+from sb3_mbpo.denormals import flushed
 from sb3_mbpo.terminations import NeverTerminates
 
 FAST: dict[str, Any] = {
@@ -463,3 +464,13 @@ def test_set_random_seed_reaches_everything():
 def test_tensorboard_folder(tmp_path):
     MBPO("MlpPolicy", "Pendulum-v1", tensorboard_log=str(tmp_path), **FAST).learn(30)
     assert [path.name for path in tmp_path.iterdir()] == ["MBPO_1"]
+
+
+@pytest.mark.parametrize("real_ratio", [0.05, 1])
+def test_denormals_are_flushed_while_learning_with_a_model(real_ratio):
+    if not th.set_flush_denormal(False):
+        pytest.skip("this CPU cannot flush denormals")
+    seen = []
+    model = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "real_ratio": real_ratio})
+    model.learn(5, callback=lambda *_: seen.append(flushed()) or True)
+    assert set(seen) == {real_ratio < 1} and not flushed()
