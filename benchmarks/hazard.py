@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 
-CENTRE, RADIUS, GOAL = (0.0, 0.2), 0.35, (0.8, 0.0)
+CENTRE, RADIUS, GOAL = (0.0, 0.15), 0.25, (0.8, 0.0)
 
 
 class HiddenHazard(gym.Env):

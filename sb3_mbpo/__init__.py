@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from sb3_mbpo.buffers import MixedReplayBuffer, ModelBuffer
+from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based import ModelBased
+from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
 

@@ -114,7 +114,8 @@ def joined_signature(cls: type, mixin: type, **defaults: Any) -> inspect.Signatu
     """
     mro: list[Any] = list(cls.__mro__)
     position = mro.index(mixin)
-    theirs = list(inspect.signature(mro[position + 1].__init__).parameters.values())[1:]
+    base = next(kind for kind in mro[position + 1 :] if "__init__" in vars(kind))
+    theirs = list(inspect.signature(base.__init__).parameters.values())[1:]
     plain = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
     mixed = [p for kind in reversed(mro[: position + 1]) for p in inspect.signature(kind.__init__).parameters.values()]
     return inspect.Signature([*plain, *{p.name: p for p in mixed if p.kind is p.KEYWORD_ONLY}.values()])

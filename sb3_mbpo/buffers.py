@@ -1,6 +1,5 @@
-"""Where transitions wait for SAC: the imagined ones in a ModelBuffer, mixed with the real ones by a MixedReplayBuffer."""
+"""Where transitions wait for SAC: the real ones, mixed with the imagined ones of a ModelBuffer."""
 
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +12,12 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.model_buffer import ModelBuffer
+
 # What is drawn at once, at most: enough to make the calls cheap, too little to leave a CPU's caches.
 BLOCK_NUMBERS = 2**20
+# SB3's storage arrays, one row a step: (buffer_size, n_envs, ...).
+ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
 
 def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
@@ -47,99 +50,13 @@ def normalize_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor
     return (rewards / std).clamp(-env.clip_reward, env.clip_reward)
 
 
-class ModelBuffer:
-    """
-    The imagined transitions of the last ``retained_rollouts`` refills, on the training device.
-
-    Rows are packed side by side in one tensor that grows with its content and is used as a ring: the oldest refill leaves as a
-    whole when a new one begins; within ``max_rows`` the oldest rows leave as new ones come.
-
-    :param obs_dim: size of a flat observation
-    :param action_dim: size of a flat action
-    :param retained_rollouts: refills kept
-    :param max_rows: most rows kept; ``None``: as many as the retained refills bring
-    :param device: where the rows live
-    """
-
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        retained_rollouts: int = 4,
-        max_rows: int | None = None,
-        device: th.device | str = "cpu",
-    ) -> None:
-        # The order of the fields of ReplayBufferSamples.
-        self.widths = [obs_dim, action_dim, obs_dim, 1, 1]
-        self.max_rows = max_rows
-        self.rows = th.empty((0, sum(self.widths)), device=device)
-        self.start = 0
-        #: Number of rows of each retained refill, oldest first.
-        self.refills: deque[int] = deque(maxlen=retained_rollouts)
-
-    def __len__(self) -> int:
-        return sum(self.refills)
-
-    def begin_refill(self) -> None:
-        """Open a new refill; the oldest leaves if ``retained_rollouts`` are there already."""
-        if len(self.refills) == self.refills.maxlen:
-            self._forget(self.refills[0])
-            self.refills.popleft()
-        self.refills.append(0)
-
-    def add(self, transitions: ReplayBufferSamples) -> None:
-        """
-        Put transitions into the refill that was begun last.
-
-        :param transitions: raw, flat, on this buffer's device; rewards and dones ``(N, 1)``
-        """
-        new = th.cat(list(transitions[:5]), dim=1).to(self.rows.dtype)
-        if self.max_rows is not None:
-            new = new[-self.max_rows :]
-            self._forget(len(self) + len(new) - self.max_rows)
-        if len(self) + len(new) > len(self.rows):
-            self._grow(len(self) + len(new))
-        end = self.start + len(self)
-        self.rows[th.arange(end, end + len(new), device=new.device) % max(len(self.rows), 1)] = new
-        self.refills[-1] += len(new)
-
-    def _forget(self, n_rows: int) -> None:
-        """Drop the oldest ``n_rows``."""
-        for i, size in enumerate(self.refills):
-            dropped = min(max(n_rows, 0), size)
-            self.refills[i] -= dropped
-            self.start += dropped
-            n_rows -= dropped
-        self.start %= max(len(self.rows), 1)
-
-    def _grow(self, n_rows: int) -> None:
-        """Make room for ``n_rows``, half as much again as now at least, so that growing stays cheap on the whole."""
-        capacity = max(n_rows, len(self.rows) * 3 // 2)
-        rows = self.rows.new_empty((capacity if self.max_rows is None else min(capacity, self.max_rows), sum(self.widths)))
-        rows[: len(self)] = self.rows[self._places(th.arange(len(self), device=self.rows.device))]
-        self.rows, self.start = rows, 0
-
-    def _places(self, ages: th.Tensor) -> th.Tensor:
-        """Where the rows with these ages (0 is the oldest) stand in the ring."""
-        return (self.start + ages) % max(len(self.rows), 1)
-
-    def sample(self, n_rows: int, generator: th.Generator) -> th.Tensor:
-        """
-        :param n_rows: drawn uniformly with replacement
-        :param generator: source of the draw, on this buffer's device
-        :return: packed rows ``(n_rows, sum(widths))``, raw, float32
-        """
-        ages = th.randint(len(self), (n_rows,), generator=generator, device=self.rows.device)
-        return self.rows.index_select(0, self._places(ages))
-
-
 class MixedReplayBuffer(ReplayBuffer):
     """
     SB3's replay buffer, filled with the real transitions as ever, whose batches are ``real_ratio`` real and the rest imagined.
 
     A batch of ``batch_size`` has ``int(batch_size * real_ratio)`` real rows, first, then the imagined ones (the paper's 5 % of
     256 is 12): whoever cuts a batch into pieces has to shuffle it. While nothing is imagined, everything is real.
-    Both kinds are stored raw and normalised when sampled. A pickle holds the real transitions only.
+    Both kinds are stored raw and normalised when sampled. A pickle holds what is filled, not what is allocated.
 
     :param buffer_size: most real transitions, over all envs
     :param observation_space: a Box
@@ -181,7 +98,7 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def adopt(self, buffer: ReplayBuffer) -> None:
         """
-        Take over the transitions of another replay buffer, plain or mixed; nothing imagined is left.
+        Take over the transitions of another replay buffer, plain or mixed; what was imagined here is left behind.
 
         :param buffer: its arrays are shared, not copied
         :raises ValueError: it was made for other envs, or without next observations
@@ -193,6 +110,8 @@ class MixedReplayBuffer(ReplayBuffer):
         own = ("real_ratio", "model_buffer", "generator", "device")
         self.__dict__.update({key: value for key, value in buffer.__dict__.items() if key not in own})
         self.model_buffer.refills.clear()
+        if isinstance(buffer, MixedReplayBuffer):
+            self.model_buffer.restore(*buffer.model_buffer.contents())
 
     def _set_up_mixing(
         self, real_ratio: float, retained_rollouts: int, model_buffer_size: int | None, seed: int | None
@@ -213,8 +132,9 @@ class MixedReplayBuffer(ReplayBuffer):
             self.generator.manual_seed(seed)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Imagined rows are cheap to imagine again, and a pickle must not be tied to the device they live on.
+        # What is filled, not what is allocated; and nothing that is tied to the device imagined rows live on.
         state = self.__dict__.copy()
+        state |= {name: state[name][: self.size()] for name in ROWS}
         model_buffer, generator = state.pop("model_buffer"), state.pop("generator")
         state["_mixing"] = {
             "real_ratio": self.real_ratio,
@@ -222,13 +142,25 @@ class MixedReplayBuffer(ReplayBuffer):
             "model_buffer_size": model_buffer.max_rows,
             "seed": generator.initial_seed(),
         }
+        rows, refills = model_buffer.contents()
+        state["_imagined"] = (rows.cpu(), refills)
+        state["_generator"] = (generator.device.type, generator.get_state())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        mixing = state.pop("_mixing")
+        mixing, imagined, (device, random_state) = (state.pop(f"_{name}") for name in ("mixing", "imagined", "generator"))
         self.__dict__.update(state)
+        for name in ROWS:
+            filled = state[name]
+            # Untouched zeros cost no memory.
+            rows = np.zeros((self.buffer_size, *filled.shape[1:]), dtype=filled.dtype)
+            rows[: len(filled)] = filled
+            setattr(self, name, rows)
         self.device = th.device("cpu") if not th.cuda.is_available() else self.device
         self._set_up_mixing(**mixing)
+        self.model_buffer.restore(*imagined)
+        if self.generator.device.type == device:
+            self.generator.set_state(random_state)
 
     def reset(self) -> None:
         """Forget real and imagined transitions."""
@@ -272,6 +204,20 @@ class MixedReplayBuffer(ReplayBuffer):
             yield from map(ReplayBufferSamples, *(field.unbind() for field in fields))
             n -= drawn
 
+    def insert(self, transitions: dict[str, np.ndarray]) -> None:
+        """
+        Put many real transitions in at once, as ``add`` would one by one; the oldest leave when the buffer is full.
+
+        :param transitions: for each of SB3's storage arrays ``(N, n_envs, ...)``, in order of time
+        """
+        n_rows = len(transitions["rewards"])
+        places = (self.pos + np.arange(n_rows)) % self.buffer_size
+        for name in ROWS if self.handle_timeout_termination else ROWS[:-1]:
+            # Assignment to a place that comes twice would keep either.
+            getattr(self, name)[places[-self.buffer_size :]] = transitions[name][-self.buffer_size :]
+        self.full = self.full or self.pos + n_rows >= self.buffer_size
+        self.pos = (self.pos + n_rows) % self.buffer_size
+
     def _flat(self, array: np.ndarray) -> np.ndarray:
         """The filled part of a storage array as ``(size() * n_envs, -1)``."""
         return array[: self.size()].reshape(self.size() * self.n_envs, -1)
@@ -281,9 +227,8 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def _real_rows(self, rows: np.ndarray | slice) -> th.Tensor:
         """Real transitions, packed like those of the model buffer; dones without time limits, as SB3's samples have them."""
-        arrays = (self.observations, self.actions, self.next_observations, self.dones, self.rewards)
-        parts = [self._flat(array)[rows] for array in arrays]
-        parts[3] = parts[3] * (1 - self._flat(self.timeouts)[rows])
+        *parts, timeouts = (self._flat(getattr(self, name))[rows] for name in ROWS)
+        parts[3] = parts[3] * (1 - timeouts)
         # MuJoCo's observations are float64 in SB3's buffer; the networks are float32.
         return self._tensor(np.concatenate(parts, axis=1, dtype=np.float32))
 

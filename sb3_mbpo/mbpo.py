@@ -48,3 +48,7 @@ class MBPO(ModelBased, SAC):
             sac_update.train(self, self.replay_buffer.batches(gradient_steps, batch_size, self._vec_normalize_env))
         else:
             super().train(gradient_steps, batch_size)
+
+    def to_sac(self) -> SAC:
+        """:return: a plain SAC as trained so far, on the same env, with an empty replay buffer"""
+        return self._model_free()

@@ -8,11 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 
 from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve
@@ -23,12 +21,13 @@ from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.rollouts import rollout_length
+from sb3_mbpo.saving import Saving
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 
-class ModelBased(OffPolicyAlgorithm):
+class ModelBased(Saving):
     """
     Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
 
@@ -49,10 +48,6 @@ class ModelBased(OffPolicyAlgorithm):
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
-
-    observation_space: spaces.Box
-    action_space: spaces.Box
-    replay_buffer: MixedReplayBuffer
 
     def __init__(
         self,
@@ -284,15 +279,3 @@ class ModelBased(OffPolicyAlgorithm):
         for part in (getattr(self, name, None) for name in ("dynamics", "learned_termination", "replay_buffer")):
             if part is not None and seed is not None:
                 part.seed(seed)
-
-    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
-        """See SB3; also takes the pickled replay buffer of a model-free agent."""
-        mine = self.replay_buffer
-        super().load_replay_buffer(path, truncate_last_traj)
-        loaded, self.replay_buffer = self.replay_buffer, mine
-        self.replay_buffer.adopt(loaded)
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, variables = super()._get_torch_save_params()
-        optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []
-        return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables

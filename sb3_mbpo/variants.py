@@ -21,6 +21,10 @@ class MBTD3(ModelBased, TD3):
         noise = (th.randn_like(actions) * self.target_policy_noise).clamp(-self.target_noise_clip, self.target_noise_clip)
         return (actions + noise).clamp(-1, 1)
 
+    def to_td3(self) -> TD3:
+        """:return: a plain TD3 as trained so far, on the same env, with an empty replay buffer"""
+        return self._model_free()
+
 
 try:
     from sb3_contrib import TQC, CrossQ
@@ -38,5 +42,13 @@ else:
     class MBTQC(ModelBased, TQC):
         """TQC that also learns from imagined transitions."""
 
+        def to_tqc(self) -> TQC:
+            """:return: a plain TQC as trained so far, on the same env, with an empty replay buffer"""
+            return self._model_free()
+
     class MBCrossQ(ModelBased, CrossQ):
         """CrossQ that also learns from imagined transitions."""
+
+        def to_crossq(self) -> CrossQ:
+            """:return: a plain CrossQ as trained so far, on the same env, with an empty replay buffer"""
+            return self._model_free()

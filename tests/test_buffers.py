@@ -1,3 +1,4 @@
+import copy
 import pickle
 
 import numpy as np
@@ -8,7 +9,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo.buffers import MixedReplayBuffer, ModelBuffer, normalize_obs, normalize_rewards
+from sb3_mbpo.buffers import ROWS, MixedReplayBuffer, normalize_obs, normalize_rewards
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float64)
 ACT = spaces.Box(-2, 2, (2,), np.float32)
@@ -20,87 +21,25 @@ def imagined(values: list[int]) -> ReplayBufferSamples:
     return ReplayBufferSamples(column.repeat(1, 3), column.repeat(1, 2), column.repeat(1, 3), th.zeros_like(column), column)
 
 
-def contents(buffer: ModelBuffer) -> list[int]:
-    """The numbers in a model buffer, oldest first."""
-    rows = buffer.rows[buffer._places(th.arange(len(buffer)))]
-    assert (rows[:, [0, 3, 4, 5, 7, 9]] == rows[:, :1]).all() and (rows[:, 8] == 0).all()
-    return (-1 - rows[:, 0]).int().tolist()
-
-
-def flat(parts: list[list[int]]) -> list[int]:
-    return [number for part in parts for number in part]
+def add(buffer: MixedReplayBuffer, first: int) -> None:
+    """One step of all envs, numbered from ``first`` up."""
+    n_envs = buffer.n_envs
+    value = np.arange(float(first), first + n_envs)
+    wide = value.reshape(-1, 1)
+    buffer.add(wide.repeat(3, 1), wide.repeat(3, 1) + 0.5, wide.repeat(2, 1), value, np.zeros(n_envs), [{}] * n_envs)
 
 
 def filled(n: int = 40, n_envs: int = 1, **kwargs) -> MixedReplayBuffer:
     """Real transitions numbered from 1 up."""
     buffer = MixedReplayBuffer(200, OBS, ACT, device="cpu", n_envs=n_envs, seed=0, **kwargs)
     for i in range(n):
-        value = np.arange(1.0 + i * n_envs, 1 + (i + 1) * n_envs)
-        wide = value.reshape(-1, 1)
-        buffer.add(wide.repeat(3, 1), wide.repeat(3, 1) + 0.5, wide.repeat(2, 1), value, np.zeros(n_envs), [{}] * n_envs)
+        add(buffer, 1 + i * n_envs)
     return buffer
 
 
 def refill(buffer: MixedReplayBuffer, n: int = 30) -> None:
     buffer.model_buffer.begin_refill()
     buffer.model_buffer.add(imagined(list(range(n))))
-
-
-# ---------------------------------------------------------------------- ModelBuffer
-
-
-def test_retention_by_refills():
-    """Against a plain list of lists, over many refills of changing size, in several pieces each."""
-    rng = np.random.default_rng(0)
-    buffer, expected, number = ModelBuffer(3, 2, retained_rollouts=3), [], 0
-    for _ in range(60):
-        buffer.begin_refill()
-        expected = [*expected, []][-3:]
-        for _ in range(rng.integers(0, 4)):
-            values = list(range(number, number + int(rng.integers(0, 30))))
-            number += len(values)
-            buffer.add(imagined(values))
-            expected[-1] += values
-            assert contents(buffer) == flat(expected)
-    assert [len(part) for part in expected] == list(buffer.refills)
-
-
-def test_bound_on_rows():
-    rng = np.random.default_rng(1)
-    buffer, expected, number = ModelBuffer(3, 2, retained_rollouts=2, max_rows=25), [], 0
-    for _ in range(80):
-        if rng.random() < 0.4 or not buffer.refills:
-            buffer.begin_refill()
-            expected = [*expected, []][-2:]
-        values = list(range(number, number + int(rng.integers(0, 40))))
-        number += len(values)
-        buffer.add(imagined(values))
-        expected[-1] += values
-        surplus = len(flat(expected)) - 25
-        for part in expected:
-            dropped = min(max(surplus, 0), len(part))
-            del part[:dropped]
-            surplus -= dropped
-        assert contents(buffer) == flat(expected) and len(buffer.rows) <= 25
-
-
-def test_memory_follows_the_content():
-    buffer = ModelBuffer(3, 2, retained_rollouts=4)
-    assert buffer.rows.numel() == 0
-    for _ in range(12):
-        buffer.begin_refill()
-        for _ in range(10):
-            buffer.add(imagined(list(range(100))))
-    assert len(buffer) == 4000 and len(buffer.rows) <= 6000
-
-
-def test_model_buffer_samples_uniformly():
-    buffer = ModelBuffer(3, 2, retained_rollouts=2)
-    for first in (0, 10, 20):
-        buffer.begin_refill()
-        buffer.add(imagined(list(range(first, first + 10))))
-    drawn = (-1 - buffer.sample(40_000, th.Generator().manual_seed(0))[:, -1]).int().flatten().bincount(minlength=30)
-    assert (drawn[:10] == 0).all() and ((drawn[10:] > 1800) & (drawn[10:] < 2200)).all()
 
 
 # ---------------------------------------------------------------------- mixing
@@ -247,17 +186,65 @@ def test_start_states_are_uniform_over_all_envs():
 # ---------------------------------------------------------------------- persistence
 
 
-def test_pickle_holds_the_real_transitions_only():
-    buffer = filled()
-    without = len(pickle.dumps(buffer))
-    refill(buffer, 10_000)
-    data = pickle.dumps(buffer)
-    assert len(data) < without + 1000
-    loaded = pickle.loads(data)
-    assert len(loaded.model_buffer) == 0 and loaded.size() == 40 and loaded.real_ratio == buffer.real_ratio
-    assert loaded.model_buffer.refills.maxlen == 4
-    refill(loaded)
-    assert (loaded.sample(256).observations < 0).any()
+def rows_of(buffer: MixedReplayBuffer) -> list[th.Tensor]:
+    return [*buffer.real_transitions()[:5], buffer.model_buffer.contents()[0]]
+
+
+@pytest.mark.parametrize("n", [40, 230])
+@pytest.mark.parametrize("again", [lambda buffer: pickle.loads(pickle.dumps(buffer)), copy.deepcopy])
+def test_a_copy_goes_on_as_the_original(n, again):
+    """The same rows and draws, half full and after the ring has turned over; and no storage is shared."""
+    buffer = filled(n)
+    refill(buffer, 50)
+    refill(buffer, 20)
+    other = again(buffer)
+    for _ in range(2):
+        assert all(th.equal(a, b) for a, b in zip(rows_of(buffer), rows_of(other), strict=True))
+        assert list(buffer.model_buffer.refills) == list(other.model_buffer.refills)
+        batches = []
+        for one in (buffer, other):
+            np.random.seed(0)
+            batches.append(one.sample(64))
+            add(one, 1000)
+            refill(one, 70)
+        assert all(th.equal(a, b) for a, b in zip(batches[0][:5], batches[1][:5], strict=True))
+    assert other.observations.shape == buffer.observations.shape and other.pos == buffer.pos
+    size = other.size()
+    buffer.reset()
+    assert other.size() == size and len(other.model_buffer) == 210
+
+
+def test_a_pickle_is_as_large_as_what_is_filled():
+    small, large = (len(pickle.dumps(MixedReplayBuffer(size, OBS, ACT, device="cpu", seed=0))) for size in (10, 1_000_000))
+    assert large - small < 100
+    buffer = filled(40)
+    assert len(pickle.dumps(buffer)) < small + 40 * 100 + 500
+
+
+def test_insert_is_add_many_times():
+    """Also over the end of the ring, more rows than there is room for, and several envs."""
+    rng = np.random.default_rng(0)
+    for sizes in ([7, 20, 60], [150], [1, 66, 67, 68], [200, 400]):
+        one, other = (MixedReplayBuffer(200, OBS, ACT, device="cpu", n_envs=3, seed=0) for _ in range(2))
+        for n in sizes:
+            rows = {name: rng.normal(size=(n, *getattr(one, name).shape[1:])) for name in ROWS}
+            rows["timeouts"] = rng.random((n, 3)) < 0.1
+            one.insert(rows)
+            for i in range(n):
+                values = [rows[name][i] for name in ("observations", "next_observations", "actions", "rewards", "dones")]
+                other.add(*values, [{"TimeLimit.truncated": bool(late)} for late in rows["timeouts"][i]])
+        assert (one.pos, one.full) == (other.pos, other.full)
+        assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ROWS)
+
+
+def test_takes_over_a_mixed_buffer_with_what_it_imagined():
+    """As far as the limits of the one that takes over go."""
+    theirs, ours = filled(40), filled(5, retained_rollouts=2, model_buffer_size=60)
+    for n in (10, 20, 50):
+        refill(theirs, n)
+    refill(ours, 5)
+    ours.adopt(theirs)
+    assert ours.size() == 40 and list(ours.model_buffer.refills) == [10, 50]
 
 
 def test_takes_over_a_plain_buffer():
@@ -284,13 +271,6 @@ def test_does_not_take_over_what_does_not_fit(space, kwargs, name):
     with pytest.raises(ValueError, match=f"this replay buffer has {name}="):
         buffer.adopt(ReplayBuffer(50, space, ACT, device="cpu", **kwargs))
     assert buffer.size() == 40
-
-
-def test_imagined_rows_of_another_precision():
-    buffer = ModelBuffer(3, 2)
-    buffer.begin_refill()
-    buffer.add(ReplayBufferSamples(*(part.double() for part in imagined([0, 1])[:5])))
-    assert contents(buffer) == [0, 1] and buffer.rows.dtype == th.float32
 
 
 def test_reset_forgets_both_kinds():

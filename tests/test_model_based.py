@@ -1,5 +1,4 @@
 import inspect
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -11,20 +10,11 @@ from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from tiny import FAST
 
 from sb3_mbpo import MBPO, ModelBased
 from sb3_mbpo.denormals import flushed
 from sb3_mbpo.terminations import NeverTerminates
-
-FAST: dict[str, Any] = {
-    "policy_kwargs": {"net_arch": [8]},
-    "batch_size": 16,
-    "learning_starts": 20,
-    "rollout_batch_size": 30,
-    "gradient_steps": 2,
-    "dynamics_kwargs": {"net_arch": [8], "max_updates": 3},
-    "seed": 0,
-}
 
 
 class Box(gym.Env):
@@ -58,14 +48,6 @@ def falls(obs, actions, next_obs):
 
 def pays(obs, actions, next_obs):
     return 2 * actions[:, 0] + next_obs[:, 0]
-
-
-def equal_agents(first, second) -> bool:
-    a, b = first.get_parameters(), second.get_parameters()
-    networks = all(th.equal(a["policy"][key], b["policy"][key]) for key in b["policy"])
-    moments = [[s["exp_avg"] for s in p["critic.optimizer"]["state"].values()] for p in (a, b)]
-    same_moments = all(th.equal(x, y) for x, y in zip(*moments, strict=True))
-    return networks and same_moments and th.equal(first.log_ent_coef, second.log_ent_coef)
 
 
 # ---------------------------------------------------------------------- the constructor
@@ -356,74 +338,6 @@ def test_reward_function():
     _, actions, next_obs, _, rewards = rows.rows[: len(rows)].split(rows.widths, dim=1)
     # InvertedPendulum's actions reach from -3 to 3.
     th.testing.assert_close(rewards[:, 0], 2 * 3 * actions[:, 0] + next_obs[:, 0], rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------------- persistence
-
-
-def test_save_and_load(tmp_path):
-    model = MBPO("MlpPolicy", "InvertedPendulum-v5", termination_fn="learned", **FAST).learn(100)
-    model.save(tmp_path / "agent")
-    assert (tmp_path / "agent.zip").stat().st_size < 400_000
-    for env in (None, gym.make("InvertedPendulum-v5"), make_vec_env("InvertedPendulum-v5", 3)):
-        loaded = MBPO.load(tmp_path / "agent", env=env)
-        assert equal_agents(model, loaded)
-        for name in ("dynamics", "learned_termination"):
-            pairs = zip(getattr(model, name).state_dict().values(), getattr(loaded, name).state_dict().values(), strict=True)
-            assert all(th.equal(a, b) for a, b in pairs)
-        moments = [agent.dynamics.optimizer.state_dict()["state"][0]["exp_avg"] for agent in (model, loaded)]
-        assert th.equal(*moments)
-    with pytest.warns(UserWarning, match="empty replay buffer"):
-        loaded.learn(60, reset_num_timesteps=False)
-
-
-def test_load_with_other_arguments(tmp_path):
-    MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30).save(tmp_path / "agent")
-    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"), real_ratio="5e-1", retained_rollouts=1)
-    with pytest.warns(UserWarning, match="empty replay buffer"):
-        loaded.learn(60)
-    assert loaded.replay_buffer.real_rows(10) == 5 and len(loaded.replay_buffer.model_buffer) == 30
-
-
-def test_sacs_replay_buffer(tmp_path):
-    SAC("MlpPolicy", "Pendulum-v1", learning_starts=1000).learn(200).save_replay_buffer(tmp_path / "buffer")
-    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
-    model.load_replay_buffer(tmp_path / "buffer")
-    model.learn(30)
-    assert model.replay_buffer.size() == 230 and model.replay_buffer.real_rows(100) == 5
-
-
-def test_going_on_without_the_replay_buffer(tmp_path):
-    """A loud warning, and no refit to a handful of new transitions."""
-    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
-    model.save(tmp_path / "agent")
-    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
-    with pytest.warns(UserWarning, match="After 60 steps, the agent goes on with an empty replay buffer"):
-        loaded.learn(15, reset_num_timesteps=False)
-    assert loaded.dynamics_fitted_at == model.dynamics_fitted_at
-    loaded.learn(10, reset_num_timesteps=False)
-    assert loaded.dynamics_fitted_at == 80
-
-
-def test_load_with_a_reward_or_termination_function(tmp_path):
-    model = MBPO("MlpPolicy", "InvertedPendulum-v5", **FAST).learn(40)
-    model.save(tmp_path / "agent")
-    loaded = MBPO.load(tmp_path / "agent", reward_fn=pays, termination_fn=falls)
-    assert loaded.termination is falls and type(loaded.imagined_dynamics).__name__ == "KnownReward"
-    loaded.save(tmp_path / "again")
-    assert MBPO.load(tmp_path / "again", reward_fn=None).imagined_dynamics is not None
-
-
-def test_a_wrong_termination_is_noticed_again_after_loading(tmp_path):
-    model = MBPO("MlpPolicy", "InvertedPendulum-v5", termination_fn="never", **FAST)
-    with pytest.warns(UserWarning, match="real transitions"):
-        model.learn(60)
-    model.save(tmp_path / "agent")
-    model.save_replay_buffer(tmp_path / "buffer")
-    loaded = MBPO.load(tmp_path / "agent", env=gym.make("InvertedPendulum-v5"))
-    loaded.load_replay_buffer(tmp_path / "buffer")
-    with pytest.warns(UserWarning, match="real transitions"):
-        loaded.learn(30, reset_num_timesteps=False)
 
 
 def test_real_ratio_may_change_between_runs():

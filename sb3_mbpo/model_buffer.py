@@ -1,0 +1,110 @@
+"""Where imagined transitions wait."""
+
+from collections import deque
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+
+class ModelBuffer:
+    """
+    The imagined transitions of the last ``retained_rollouts`` refills, on the training device.
+
+    Rows are packed side by side in one tensor that grows with its content and is used as a ring: the oldest refill leaves as a
+    whole when a new one begins; within ``max_rows`` the oldest rows leave as new ones come.
+
+    :param obs_dim: size of a flat observation
+    :param action_dim: size of a flat action
+    :param retained_rollouts: refills kept
+    :param max_rows: most rows kept; ``None``: as many as the retained refills bring
+    :param device: where the rows live
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        retained_rollouts: int = 4,
+        max_rows: int | None = None,
+        device: th.device | str = "cpu",
+    ) -> None:
+        # The order of the fields of ReplayBufferSamples.
+        self.widths = [obs_dim, action_dim, obs_dim, 1, 1]
+        self.max_rows = max_rows
+        self.rows = th.empty((0, sum(self.widths)), device=device)
+        self.start = 0
+        #: Number of rows of each retained refill, oldest first.
+        self.refills: deque[int] = deque(maxlen=retained_rollouts)
+
+    def __len__(self) -> int:
+        return sum(self.refills)
+
+    def begin_refill(self) -> None:
+        """Open a new refill; the oldest leaves if ``retained_rollouts`` are there already."""
+        if len(self.refills) == self.refills.maxlen:
+            self._forget(self.refills[0])
+            self.refills.popleft()
+        self.refills.append(0)
+
+    def add(self, transitions: ReplayBufferSamples) -> None:
+        """
+        Put transitions into the refill that was begun last.
+
+        :param transitions: raw, flat, on this buffer's device; rewards and dones ``(N, 1)``
+        """
+        self._append(th.cat(list(transitions[:5]), dim=1).to(self.rows.dtype))
+
+    def _append(self, new: th.Tensor) -> None:
+        if self.max_rows is not None:
+            new = new[-self.max_rows :]
+            self._forget(len(self) + len(new) - self.max_rows)
+        if len(self) + len(new) > len(self.rows):
+            self._grow(len(self) + len(new))
+        end = self.start + len(self)
+        self.rows[th.arange(end, end + len(new), device=new.device) % max(len(self.rows), 1)] = new
+        self.refills[-1] += len(new)
+
+    def _forget(self, n_rows: int) -> None:
+        """Drop the oldest ``n_rows``."""
+        for i, size in enumerate(self.refills):
+            dropped = min(max(n_rows, 0), size)
+            self.refills[i] -= dropped
+            self.start += dropped
+            n_rows -= dropped
+        self.start %= max(len(self.rows), 1)
+
+    def _grow(self, n_rows: int) -> None:
+        """Make room for ``n_rows``, half as much again as now at least, so that growing stays cheap on the whole."""
+        capacity = max(n_rows, len(self.rows) * 3 // 2)
+        rows = self.rows.new_empty((capacity if self.max_rows is None else min(capacity, self.max_rows), sum(self.widths)))
+        rows[: len(self)] = self.contents()[0]
+        self.rows, self.start = rows, 0
+
+    def _places(self, ages: th.Tensor) -> th.Tensor:
+        """Where the rows with these ages (0 is the oldest) stand in the ring."""
+        return (self.start + ages) % max(len(self.rows), 1)
+
+    def contents(self) -> tuple[th.Tensor, list[int]]:
+        """:return: packed rows, oldest first, and how many of them each refill has"""
+        return self.rows[self._places(th.arange(len(self), device=self.rows.device))], list(self.refills)
+
+    def restore(self, rows: th.Tensor, refills: list[int]) -> None:
+        """
+        Hold what another buffer held, as far as this one's limits go.
+
+        :param rows: packed, oldest first
+        :param refills: how many of them each refill has
+        """
+        self.refills.clear()
+        for refill in rows.to(self.rows.device).split(refills) if refills else ():
+            self.begin_refill()
+            self._append(refill)
+
+    def sample(self, n_rows: int, generator: th.Generator) -> th.Tensor:
+        """
+        :param n_rows: drawn uniformly with replacement
+        :param generator: source of the draw, on this buffer's device
+        :return: packed rows ``(n_rows, sum(widths))``, raw, float32
+        """
+        ages = th.randint(len(self), (n_rows,), generator=generator, device=self.rows.device)
+        return self.rows.index_select(0, self._places(ages))

@@ -1,0 +1,143 @@
+"""What a model-based agent saves, loads and takes over, and how it changes places with its model-free relative."""
+
+import inspect
+import io
+import warnings
+import zipfile
+from difflib import get_close_matches
+from itertools import chain
+from typing import Any, TypeVar
+
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import open_path, save_to_zip_file
+from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_mbpo.buffers import MixedReplayBuffer
+from sb3_mbpo.model_buffer import ModelBuffer
+from sb3_mbpo.prefill import read_transitions, rows_of_steps
+
+SelfSaving = TypeVar("SelfSaving", bound="Saving")
+
+# What ModelBased keeps beside its arguments and networks.
+_COUNTERS = ("termination", "dynamics_fitted_at", "_earlier_timesteps", "_warned_of_termination")
+
+
+def _holds_dynamics(path: Any) -> bool:
+    """Whether an agent's zip has a dynamics in it; also true of what is no zip: SB3 says what is wrong with it."""
+    file = open_path(path, "r", suffix="zip")
+    start = file.tell()
+    try:
+        return "dynamics.pth" in zipfile.ZipFile(file).namelist()
+    except zipfile.BadZipFile:
+        return True
+    finally:
+        if file is path:
+            file.seek(start)
+        else:
+            file.close()
+
+
+class Saving(OffPolicyAlgorithm):
+    """The part of :class:`ModelBased` that deals with what comes from outside and outlives the process."""
+
+    observation_space: spaces.Box
+    action_space: spaces.Box
+    replay_buffer: MixedReplayBuffer
+    dynamics: Any
+
+    @classmethod
+    def load(cls: type[SelfSaving], path: Any, env: GymEnv | None = None, *args: Any, **kwargs: Any) -> SelfSaving:
+        """
+        See SB3. The real transitions are not in the zip: see ``save_replay_buffer``.
+
+        :raises ValueError: the zip is a model-free agent's, or ``kwargs`` has what is no argument of the constructor
+        """
+        signature = inspect.signature(super().load)
+        known = {*inspect.signature(cls).parameters, *signature.parameters} - {"policy", "kwargs"}
+        for name in set(kwargs) - known:
+            guess = get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"load: {cls.__name__} has no argument {name!r}" + (f"; did you mean {guess[0]!r}?" if guess else "")
+            )
+        if not _holds_dynamics(path):
+            raise ValueError(
+                f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
+                f"new agent of the same net_arch and load them into it: agent = {cls.__name__}(...); "
+                "agent.set_parameters(path, exact_match=False)"
+            )
+        if "stats_window_size" in kwargs:
+            # SB3 keeps it under another name, and would not find it.
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
+        return super().load(path, env, *args, **kwargs)
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []
+        return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables
+
+    def save_replay_buffer(self, path: Any, imagined: bool = False) -> None:
+        """
+        See SB3; the file is as large as what is filled.
+
+        :param path: see SB3
+        :param imagined: with the imagined transitions, too; without, a loaded agent imagines new ones before it trains
+        """
+        buffer, full = self.replay_buffer, self.replay_buffer.model_buffer
+        if not imagined:
+            buffer.model_buffer = ModelBuffer(full.widths[0], full.widths[1], full.refills.maxlen or 1, full.max_rows)
+        try:
+            super().save_replay_buffer(path)
+        finally:
+            buffer.model_buffer = full
+
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
+        """See SB3; also takes the pickled replay buffer of a model-free agent."""
+        mine = self.replay_buffer
+        super().load_replay_buffer(path, truncate_last_traj)
+        loaded, self.replay_buffer = self.replay_buffer, mine
+        self.replay_buffer.adopt(loaded)
+
+    def prefill(self, data: Any) -> None:
+        """
+        Start from transitions that exist already: they go where real ones go, and so to the dynamics.
+
+        No env transition is counted: the rollout length and all that is due stay where they are.
+
+        :param data: a Minari dataset, a replay buffer of SB3, or a mapping of arrays; see :func:`.prefill.read_transitions`
+        :raises ValueError: what does not fit this agent's spaces
+        """
+        transitions = read_transitions(data, self.observation_space, self.action_space)
+        rows = rows_of_steps(transitions, self.n_envs, self.policy.scale_action)
+        if len(rows["rewards"]) > self.replay_buffer.buffer_size:
+            room = self.replay_buffer.buffer_size * self.n_envs
+            given = rows["rewards"].size
+            warnings.warn(f"prefill: of {given} transitions the last {room} are kept; raise buffer_size", stacklevel=2)
+        self.replay_buffer.insert(rows)
+
+    def _model_free(self) -> Any:
+        """
+        :return: an agent of SB3's own class with the same arguments, networks, optimizers and counters, on the same env, and
+            an empty replay buffer
+        """
+        base: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, Saving))
+        assert issubclass(base, OffPolicyAlgorithm)
+        ours = {*inspect.signature(type(self)).parameters, *_COUNTERS} - {*inspect.signature(base).parameters}
+        excluded = {
+            *ours,
+            *self._excluded_save_params(),
+            *(name.split(".")[0] for name in chain(*self._get_torch_save_params())),
+        }
+        data = {name: value for name, value in vars(self).items() if name not in excluded}
+        state_dicts, variables = base._get_torch_save_params(self)
+        parameters = {name: value for name, value in self.get_parameters().items() if name in state_dicts}
+        file = io.BytesIO()
+        save_to_zip_file(
+            file,
+            data | {"replay_buffer_class": ReplayBuffer},
+            parameters,
+            {name: getattr(self, name) for name in variables},
+        )
+        file.seek(0)
+        return base.load(file, env=self.env, device=self.device)

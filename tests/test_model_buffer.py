@@ -1,0 +1,102 @@
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mbpo.model_buffer import ModelBuffer
+
+
+def imagined(values: list[int]) -> ReplayBufferSamples:
+    """Transitions whose every number tells their origin: -1 - value."""
+    column = -1.0 - th.tensor(values, dtype=th.float32).unsqueeze(1)
+    return ReplayBufferSamples(column.repeat(1, 3), column.repeat(1, 2), column.repeat(1, 3), th.zeros_like(column), column)
+
+
+def contents(buffer: ModelBuffer) -> list[int]:
+    """The numbers in a model buffer, oldest first."""
+    rows, refills = buffer.contents()
+    assert refills == list(buffer.refills) and sum(refills) == len(rows)
+    assert (rows[:, [0, 3, 4, 5, 7, 9]] == rows[:, :1]).all() and (rows[:, 8] == 0).all()
+    return (-1 - rows[:, 0]).int().tolist()
+
+
+def flat(parts: list[list[int]]) -> list[int]:
+    return [number for part in parts for number in part]
+
+
+def test_retention_by_refills():
+    """Against a plain list of lists, over many refills of changing size, in several pieces each."""
+    rng = np.random.default_rng(0)
+    buffer, expected, number = ModelBuffer(3, 2, retained_rollouts=3), [], 0
+    for _ in range(60):
+        buffer.begin_refill()
+        expected = [*expected, []][-3:]
+        for _ in range(rng.integers(0, 4)):
+            values = list(range(number, number + int(rng.integers(0, 30))))
+            number += len(values)
+            buffer.add(imagined(values))
+            expected[-1] += values
+            assert contents(buffer) == flat(expected)
+    assert [len(part) for part in expected] == list(buffer.refills)
+
+
+def test_bound_on_rows():
+    rng = np.random.default_rng(1)
+    buffer, expected, number = ModelBuffer(3, 2, retained_rollouts=2, max_rows=25), [], 0
+    for _ in range(80):
+        if rng.random() < 0.4 or not buffer.refills:
+            buffer.begin_refill()
+            expected = [*expected, []][-2:]
+        values = list(range(number, number + int(rng.integers(0, 40))))
+        number += len(values)
+        buffer.add(imagined(values))
+        expected[-1] += values
+        surplus = len(flat(expected)) - 25
+        for part in expected:
+            dropped = min(max(surplus, 0), len(part))
+            del part[:dropped]
+            surplus -= dropped
+        assert contents(buffer) == flat(expected) and len(buffer.rows) <= 25
+
+
+def test_memory_follows_the_content():
+    buffer = ModelBuffer(3, 2, retained_rollouts=4)
+    assert buffer.rows.numel() == 0
+    for _ in range(12):
+        buffer.begin_refill()
+        for _ in range(10):
+            buffer.add(imagined(list(range(100))))
+    assert len(buffer) == 4000 and len(buffer.rows) <= 6000
+
+
+def test_model_buffer_samples_uniformly():
+    buffer = ModelBuffer(3, 2, retained_rollouts=2)
+    for first in (0, 10, 20):
+        buffer.begin_refill()
+        buffer.add(imagined(list(range(first, first + 10))))
+    drawn = (-1 - buffer.sample(40_000, th.Generator().manual_seed(0))[:, -1]).int().flatten().bincount(minlength=30)
+    assert (drawn[:10] == 0).all() and ((drawn[10:] > 1800) & (drawn[10:] < 2200)).all()
+
+
+def test_imagined_rows_of_another_precision():
+    buffer = ModelBuffer(3, 2)
+    buffer.begin_refill()
+    buffer.add(ReplayBufferSamples(*(part.double() for part in imagined([0, 1])[:5])))
+    assert contents(buffer) == [0, 1] and buffer.rows.dtype == th.float32
+
+
+def test_restored_by_a_buffer_with_other_limits():
+    full = ModelBuffer(3, 2, retained_rollouts=4)
+    for first, last in ((0, 10), (10, 12), (12, 12), (12, 40)):
+        full.begin_refill()
+        full.add(imagined(list(range(first, last))))
+    for kwargs, expected in [
+        ({}, [10, 2, 0, 28]),
+        ({"retained_rollouts": 6}, [10, 2, 0, 28]),
+        ({"retained_rollouts": 2}, [0, 28]),
+        ({"max_rows": 29}, [0, 1, 0, 28]),
+    ]:
+        other = ModelBuffer(3, 2, **kwargs)
+        other.begin_refill()
+        other.add(imagined([99]))
+        other.restore(*full.contents())
+        assert list(other.refills) == expected and contents(other) == list(range(40 - sum(expected), 40))

@@ -1,0 +1,231 @@
+import copy
+import io
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+from tiny import FAST, equal_agents
+
+from sb3_mbpo import MBPO, MBTD3
+
+
+def falls(obs, actions, next_obs):
+    return next_obs[:, 1].abs() > 0.2
+
+
+def pays(obs, actions, next_obs):
+    return 2 * actions[:, 0] + next_obs[:, 0]
+
+
+def batch_of(agent):
+    np.random.seed(0)
+    return agent.replay_buffer.sample(64)[:5]
+
+
+def test_save_and_load(tmp_path):
+    model = MBPO("MlpPolicy", "InvertedPendulum-v5", termination_fn="learned", **FAST).learn(100)
+    model.save(tmp_path / "agent")
+    assert (tmp_path / "agent.zip").stat().st_size < 400_000
+    for env in (None, gym.make("InvertedPendulum-v5"), make_vec_env("InvertedPendulum-v5", 3)):
+        loaded = MBPO.load(tmp_path / "agent", env=env)
+        assert equal_agents(model, loaded)
+        for name in ("dynamics", "learned_termination"):
+            pairs = zip(getattr(model, name).state_dict().values(), getattr(loaded, name).state_dict().values(), strict=True)
+            assert all(th.equal(a, b) for a, b in pairs)
+        moments = [agent.dynamics.optimizer.state_dict()["state"][0]["exp_avg"] for agent in (model, loaded)]
+        assert th.equal(*moments)
+    with pytest.warns(UserWarning, match="empty replay buffer"):
+        loaded.learn(60, reset_num_timesteps=False)
+
+
+def test_load_with_other_arguments(tmp_path):
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30).save(tmp_path / "agent")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"), real_ratio="5e-1", retained_rollouts=1)
+    with pytest.warns(UserWarning, match="empty replay buffer"):
+        loaded.learn(60)
+    assert loaded.replay_buffer.real_rows(10) == 5 and len(loaded.replay_buffer.model_buffer) == 30
+
+
+def test_sacs_replay_buffer(tmp_path):
+    SAC("MlpPolicy", "Pendulum-v1", learning_starts=1000).learn(200).save_replay_buffer(tmp_path / "buffer")
+    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    model.load_replay_buffer(tmp_path / "buffer")
+    model.learn(30)
+    assert model.replay_buffer.size() == 230 and model.replay_buffer.real_rows(100) == 5
+
+
+def test_going_on_without_the_replay_buffer(tmp_path):
+    """A loud warning, and no refit to a handful of new transitions."""
+    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
+    model.save(tmp_path / "agent")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    with pytest.warns(UserWarning, match="After 60 steps, the agent goes on with an empty replay buffer"):
+        loaded.learn(15, reset_num_timesteps=False)
+    assert loaded.dynamics_fitted_at == model.dynamics_fitted_at
+    loaded.learn(10, reset_num_timesteps=False)
+    assert loaded.dynamics_fitted_at == 80
+
+
+def test_load_with_a_reward_or_termination_function(tmp_path):
+    model = MBPO("MlpPolicy", "InvertedPendulum-v5", **FAST).learn(40)
+    model.save(tmp_path / "agent")
+    loaded = MBPO.load(tmp_path / "agent", reward_fn=pays, termination_fn=falls)
+    assert loaded.termination is falls and type(loaded.imagined_dynamics).__name__ == "KnownReward"
+    loaded.save(tmp_path / "again")
+    assert MBPO.load(tmp_path / "again", reward_fn=None).imagined_dynamics is not None
+
+
+def test_a_wrong_termination_is_noticed_again_after_loading(tmp_path):
+    model = MBPO("MlpPolicy", "InvertedPendulum-v5", termination_fn="never", **FAST)
+    with pytest.warns(UserWarning, match="real transitions"):
+        model.learn(60)
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("InvertedPendulum-v5"))
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    with pytest.warns(UserWarning, match="real transitions"):
+        loaded.learn(30, reset_num_timesteps=False)
+
+
+# ---------------------------------------------------------------------- files that do not fit
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"real_ration": 0.1}, "MBPO has no argument 'real_ration'; did you mean 'real_ratio'?"),
+        ({"gradient_step": 3}, "did you mean 'gradient_steps'?"),
+        ({"xyz": 3}, "has no argument 'xyz'$"),
+        ({"policy": "MlpPolicy"}, "has no argument 'policy'"),
+    ],
+)
+def test_misspelt_arguments_of_load(tmp_path, kwargs, message):
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="load: .*" + message.replace("?", r"\?")):
+        MBPO.load(tmp_path / "agent", **kwargs)
+
+
+def test_arguments_of_load_take_effect(tmp_path):
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).save(tmp_path / "agent")
+    changed = {"stats_window_size": 7, "gradient_steps": 3, "verbose": 0, "buffer_size": 77, "tensorboard_log": None}
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"), seed=9, **changed).learn(5)
+    assert loaded.ep_info_buffer.maxlen == 7 and loaded.gradient_steps == 3 and loaded.replay_buffer.buffer_size == 77
+
+
+def in_memory(agent):
+    file = io.BytesIO()
+    agent.save(file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("where", ["file", "name", "memory"])
+def test_an_agent_without_dynamics(tmp_path, where):
+    """The way that the error names works."""
+    sac = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=FAST["policy_kwargs"], learning_starts=5, seed=1).learn(20)
+    sac.save(tmp_path / "sac.zip")
+    source = {"file": tmp_path / "sac.zip", "name": str(tmp_path / "sac"), "memory": in_memory(sac)}[where]
+    with pytest.raises(ValueError, match=r"holds no dynamics.*set_parameters\(path, exact_match=False\)"):
+        MBPO.load(source)
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    agent.set_parameters(source, exact_match=False)
+    agent.log_ent_coef.data = sac.log_ent_coef.data  # SB3 counts it among neither
+    assert equal_agents(agent, sac)
+    assert agent.learn(40).num_timesteps == 40
+
+
+def test_no_zip_at_all(tmp_path):
+    (tmp_path / "agent.zip").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="wasn't a zip-file"):
+        MBPO.load(tmp_path / "agent.zip")
+    with pytest.raises(FileNotFoundError):
+        MBPO.load(tmp_path / "other.zip")
+
+
+# ---------------------------------------------------------------------- replay buffers
+
+
+@pytest.mark.parametrize("imagined", [False, True])
+def test_replay_buffer_with_and_without_what_was_imagined(tmp_path, imagined):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
+    agent.save(tmp_path / "agent")
+    agent.save_replay_buffer(tmp_path / "buffer", imagined=imagined)
+    assert len(agent.replay_buffer.model_buffer) == 30
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert len(loaded.replay_buffer.model_buffer) == 30 * imagined
+    rows = zip(agent.replay_buffer.real_transitions()[:5], loaded.replay_buffer.real_transitions()[:5], strict=True)
+    assert all(th.equal(a, b) for a, b in rows)
+
+
+def test_plain_sac_reads_the_replay_buffer(tmp_path):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
+    agent.save_replay_buffer(tmp_path / "buffer", imagined=True)
+    sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=0)
+    sac.load_replay_buffer(tmp_path / "buffer")
+    assert sac.learn(10).replay_buffer.size() == 70
+
+
+def test_files_grow_with_what_is_filled(tmp_path):
+    for size in (1_000, 1_000_000):
+        agent = MBPO("MlpPolicy", "Pendulum-v1", buffer_size=size, **FAST).learn(60)
+        agent.save_replay_buffer(tmp_path / f"{size}")
+        agent.save(tmp_path / f"agent{size}")
+    small, large = ((tmp_path / f"{size}.pkl").stat().st_size for size in (1_000, 1_000_000))
+    assert large < small + 100 < 10_000
+    small, large = ((tmp_path / f"agent{size}.zip").stat().st_size for size in (1_000, 1_000_000))
+    assert abs(large - small) < 1_000
+
+
+# ---------------------------------------------------------------------- to and fro
+
+
+@pytest.mark.parametrize(("cls", "base", "method"), [(MBPO, SAC, "to_sac"), (MBTD3, TD3, "to_td3")], ids=["MBPO", "MBTD3"])
+def test_the_model_free_agent(tmp_path, cls, base, method):
+    """Of SB3's own class, equal in all that both have, independent, and saved as one that never heard of us."""
+    agent = cls("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
+    plain = getattr(agent, method)()
+    assert type(plain) is base and type(plain.replay_buffer).__module__.startswith("stable_baselines3")
+    assert plain.num_timesteps == 60 and plain.gradient_steps == 2 and plain.seed == 0
+    for name, state in plain.get_parameters().items():
+        ours, theirs = pickle.dumps(agent.get_parameters()[name]), pickle.dumps(state)
+        assert len(ours) == len(theirs)
+    obs = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    assert np.array_equal(plain.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+    plain.save(tmp_path / "plain")
+    loaded = base.load(tmp_path / "plain", env=gym.make("Pendulum-v1"))
+    before = copy.deepcopy(agent.policy.state_dict())
+    loaded.learn(40)
+    plain.learn(40, reset_num_timesteps=False)
+    assert all(th.equal(before[key], value) for key, value in agent.policy.state_dict().items())
+    assert set(vars(loaded)) == set(vars(base("MlpPolicy", "Pendulum-v1").learn(2)))
+
+
+def test_the_model_free_agent_without_an_env(tmp_path):
+    MBPO("MlpPolicy", "Pendulum-v1", ent_coef=0.2, **FAST).learn(40).save(tmp_path / "agent")
+    plain = MBPO.load(tmp_path / "agent").to_sac()
+    assert plain.env is None and plain.ent_coef == 0.2
+
+
+def test_the_model_free_agent_under_vec_normalize():
+    agent = MBPO("MlpPolicy", VecNormalize(make_vec_env("Pendulum-v1", 2)), **FAST).learn(60)
+    plain = agent.to_sac().learn(60)
+    assert plain.get_vec_normalize_env() is agent.get_vec_normalize_env()
+
+
+def test_a_copy_goes_on_as_the_original():
+    """``deepcopy`` takes everything along, the imagined rows and the random streams of the model included."""
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
+    other = copy.deepcopy(agent)
+    assert equal_agents(agent, other)
+    assert all(th.equal(a, b) for a, b in zip(batch_of(agent), batch_of(other), strict=True))
+    for one in (agent, other):
+        th.manual_seed(0)
+        np.random.seed(0)
+        one.train(5, 16)
+    assert equal_agents(agent, other)
