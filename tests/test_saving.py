@@ -127,7 +127,7 @@ def in_memory(agent):
 @pytest.mark.parametrize("where", ["file", "name", "memory"])
 def test_an_agent_without_dynamics(tmp_path, where):
     """The way that the error names works."""
-    sac = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=FAST["policy_kwargs"], learning_starts=5, seed=1).learn(20)
+    sac = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(FAST["policy_kwargs"]), learning_starts=5, seed=1).learn(20)
     sac.save(tmp_path / "sac.zip")
     source = {"file": tmp_path / "sac.zip", "name": str(tmp_path / "sac"), "memory": in_memory(sac)}[where]
     with pytest.raises(ValueError, match=r"holds no dynamics.*set_parameters\(path, exact_match=False\)"):
