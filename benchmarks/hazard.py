@@ -6,13 +6,13 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 
-CENTRE, RADIUS, GOAL = (0.0, 0.15), 0.25, (0.8, 0.0)
+CENTRE, RADIUS, GOAL = (0.0, 0.0), 0.35, (0.8, 0.0)
 
 
 class HiddenHazard(gym.Env):
     """
-    A point with momentum in the square [-1, 1]^2. It starts on the left and is paid for nearness to a goal on the right;
-    a disc across the straight way, which leaves more room below than above, ends the episode.
+    A point with momentum in the square [-1, 1]^2. It starts somewhere on the left and is paid for nearness to a goal on the
+    right; a disc in between ends the episode. From most starts the straight way leads through it.
 
     Observation: position and velocity. Action: acceleration, in [-1, 1]^2. Reward: 1 - distance to the goal / 2.
     """
@@ -22,7 +22,7 @@ class HiddenHazard(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
-        self.position = np.array([-0.8, 0.0]) + self.np_random.uniform(-0.1, 0.1, 2)
+        self.position = self.np_random.uniform([-1, -0.9], [-0.6, 0.9])
         self.velocity = np.zeros(2)
         return self._observation(), {}
 
