@@ -5,7 +5,7 @@ from typing import Any
 from stable_baselines3 import SAC
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_mbpo import sac_update
+from sb3_mbpo import cuda_update, sac_update
 from sb3_mbpo.model_based import ModelBased
 
 
@@ -18,7 +18,8 @@ class MBPO(ModelBased, SAC):
     Arguments: those of ``stable_baselines3.SAC`` (``gradient_steps`` is 20), then those of :class:`ModelBased`, then
 
     :param fast_update: which code does SAC's update: ``False``: SB3's own; ``True``: ours, the same equations faster, and a
-        ``ValueError`` where it does not cover the agent; ``None``: ours where it does and ``real_ratio`` is below 1
+        ``ValueError`` where it does not cover the agent; ``None``: ours where it does and ``real_ratio`` is below 1. On a GPU,
+        ours is captured as a CUDA graph, and SB3's is used, with a warning, where that fails
     """
 
     def __init__(
@@ -44,9 +45,13 @@ class MBPO(ModelBased, SAC):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """See SB3."""
-        if gradient_steps > 0 and self._is_fast():
-            sac_update.train(self, self.replay_buffer.batches(gradient_steps, batch_size, self._vec_normalize_env))
-        else:
+        if gradient_steps <= 0 or not self._is_fast():
+            super().train(gradient_steps, batch_size)
+            return
+        batches = self.replay_buffer.batches(gradient_steps, batch_size, self._vec_normalize_env)
+        if self.device.type != "cuda":
+            sac_update.train(self, batches)
+        elif not cuda_update.train(self, batches):
             super().train(gradient_steps, batch_size)
 
     def to_sac(self) -> SAC:

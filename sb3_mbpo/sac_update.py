@@ -58,7 +58,7 @@ def _unknown_network(agent: SAC) -> str | None:
 
 
 def _unknown_optimizer(agent: SAC) -> str | None:
-    """What is not plain Adam over all parameters of one network, all of them float32 on the CPU."""
+    """What is not plain Adam over all parameters of one network, all of them float32 on the CPU or on one GPU."""
     actor, critic = agent.actor, agent.critic
     layers: list[list[Any]] = [[*actor.latent_pi, actor.mu, actor.log_std], [*chain(*critic.q_networks)]]  # type: ignore
     parameters = [[p for linear in _linears(part) for p in (linear.weight, linear.bias)] for part in layers]
@@ -74,8 +74,9 @@ def _unknown_optimizer(agent: SAC) -> str | None:
         extras = [group[option] for option in ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")]
         if any([*extras, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]):
             return "options of Adam other than lr, betas and eps, or hooks on it"
-        if any(p.dtype != th.float32 or p.device.type != "cpu" or not p.requires_grad for p in expected):
-            return "parameters frozen, or not float32 on the CPU"
+        device, kinds = parameters[0][0].device, {(p.dtype, p.device, p.requires_grad) for p in expected}
+        if device.type not in ("cpu", "cuda") or kinds != {(th.float32, device, True)}:
+            return "parameters frozen, or not float32 on the CPU or on one GPU"
     return None
 
 

@@ -110,6 +110,19 @@ def test_fast_update_that_does_not_cover_the_agent():
         MBPO("MlpPolicy", "Pendulum-v1", use_sde=True, fast_update=True)
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_on_a_gpu_the_update_is_captured_or_sb3s(captured, monkeypatch):
+    """Only the dispatch: the capture itself is tested in test_cuda_update.py."""
+    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+    ran = []
+    monkeypatch.setattr("sb3_mbpo.cuda_update.train", lambda agent, batches: ran.append("captured") or captured)
+    monkeypatch.setattr("sb3_mbpo.sac_update.train", lambda agent, batches: ran.append("on the CPU"))
+    monkeypatch.setattr(SAC, "train", lambda agent, *args: ran.append("SB3"))
+    model.device = th.device("cuda")
+    model.train(2, 16)
+    assert ran == (["captured"] if captured else ["captured", "SB3"])
+
+
 def test_a_subclass_may_change_the_update():
     class Slow(MBPO):
         def train(self, gradient_steps, batch_size=64):

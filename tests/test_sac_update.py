@@ -1,5 +1,6 @@
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -54,6 +55,10 @@ def prepare(agent: SAC) -> SAC:
     return agent
 
 
+def to_double(array: np.ndarray, copy: bool = True) -> th.Tensor:
+    return th.tensor(array, dtype=th.float64)
+
+
 def make(
     obs: spaces.Space | None = None,
     actions: tuple[int, ...] = (2,),
@@ -62,11 +67,12 @@ def make(
     cls: type[SAC] = SAC,
     **kwargs,
 ) -> SAC:
-    kwargs = {"policy": "MlpPolicy", "buffer_size": 200, "learning_rate": 1e-3, "seed": seed, **kwargs}
+    kwargs = {"policy": "MlpPolicy", "buffer_size": 200, "learning_rate": 1e-3, "seed": seed, "device": "cpu", **kwargs}
     kwargs["policy_kwargs"] = {"net_arch": [32, 32], **kwargs.get("policy_kwargs", {})}
-    agent = prepare(cls(env=Still(obs or box(4), actions), device="cpu", **kwargs))
+    agent = prepare(cls(env=Still(obs or box(4), actions), **kwargs))
     if double:
         agent.policy.double()
+        setattr(agent.replay_buffer, "to_torch", to_double)  # noqa: B010
         if agent.log_ent_coef is not None:
             agent.log_ent_coef.data = agent.log_ent_coef.data.double()
     return agent
@@ -107,27 +113,32 @@ def batches(agent: SAC, n: int, size: int = BATCH) -> list[ReplayBufferSamples]:
     return [agent.replay_buffer.sample(size, env=agent._vec_normalize_env) for _ in range(n)]
 
 
-def run(agent: SAC, fast: bool, steps: int = 5) -> tuple[SAC, dict[str, Any], list[Any]]:
-    """Train from a fixed seed; also the log entries and where the random streams got to."""
+def run(agent: SAC, fast: bool, steps: int = 5, update: Callable = train) -> tuple[SAC, dict[str, Any], list[Any]]:
+    """Train from a fixed seed, by ``update`` or by SB3; also the log entries and where the random streams got to."""
     set_random_seed(3)
     agent.policy.set_training_mode(False)
     if fast:
-        train(agent, batches(agent, steps))
+        update(agent, batches(agent, steps))
     else:
         SAC.train(agent, steps, BATCH)
     numpy_state = np.random.get_state(legacy=False)["state"]
     return (
         agent,
         dict(agent.logger.name_to_value),
-        [th.get_rng_state().tolist(), numpy_state["pos"], numpy_state["key"].tolist()],
+        [
+            th.get_rng_state().tolist(),
+            numpy_state["pos"],
+            numpy_state["key"].tolist(),
+            *(s.tolist() for s in th.cuda.get_rng_state_all()),
+        ],
     )
 
 
-def compare(agent: SAC, tolerance: float, steps: int) -> float:
+def compare(agent: SAC, tolerance: float, steps: int, update: Callable = train) -> float:
     """Train a copy by SB3, the agent fast: weights, moments, log, counters and random streams must agree."""
     twin = copy.deepcopy(agent)
     reference, expected, streams = run(twin, False, steps)
-    _, logged, our_streams = run(agent, True, steps)
+    _, logged, our_streams = run(agent, True, steps, update)
     error = difference(agent, reference)
     assert error < tolerance
     assert our_streams == streams
