@@ -28,7 +28,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.arguments import numbers_in
+from sb3_mbpo.arguments import numbers_in, resolve
 
 matplotlib.use("Agg")
 
@@ -47,6 +47,18 @@ def settings_for(env_id: str, overrides: list[str]) -> dict[str, Any]:
             target = target.setdefault(parent, {})
         target[key] = yaml.safe_load(value)
     return settings
+
+
+def make_env(env_id: str, env_kwargs: dict[str, Any], env_wrapper: str | None) -> gym.Env:
+    """
+    :param env_kwargs: as in the settings
+    :param env_wrapper: dotted name of one wrapper, as in the settings
+    """
+    if env_id.startswith("dm_control/"):
+        # Registers them.
+        import shimmy  # noqa: F401
+    env = gym.make(env_id, **env_kwargs)
+    return env if env_wrapper is None else resolve(env_wrapper, "env_wrapper")(env)
 
 
 class EvaluationCsv(BaseCallback):
@@ -106,6 +118,7 @@ def main() -> None:
     settings = settings_for(args.env, args.overrides)
     steps = args.steps or int(settings["n_timesteps"])
     settings.pop("n_timesteps")
+    env_settings = {"env_kwargs": settings.pop("env_kwargs", {}), "env_wrapper": settings.pop("env_wrapper", None)}
     algorithm = {"mbpo": MBPO, "sac": SAC}[args.algo]
     if algorithm is SAC:
         known = inspect.signature(SAC).parameters
@@ -113,7 +126,7 @@ def main() -> None:
     folder = args.folder or Path("logs") / args.algo / f"{args.env}_{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
 
-    eval_env = Monitor(gym.make(args.env))
+    eval_env = Monitor(make_env(args.env, **env_settings))
     # Evaluation episodes of another seed start elsewhere than the training ones.
     eval_env.reset(seed=args.seed + 10_000)
     evaluation = EvalCallback(
@@ -125,7 +138,9 @@ def main() -> None:
         best_model_save_path=str(folder),
         verbose=0,
     )
-    agent = algorithm(env=args.env, seed=args.seed, tensorboard_log=str(folder / "tensorboard"), **settings)
+    agent = algorithm(
+        env=make_env(args.env, **env_settings), seed=args.seed, tensorboard_log=str(folder / "tensorboard"), **settings
+    )
     started = time.perf_counter()
     agent.learn(steps, callback=evaluation, progress_bar=not args.quiet)
     minutes = (time.perf_counter() - started) / 60

@@ -10,14 +10,13 @@ from torch import nn
 
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
+from sb3_mbpo.likelihood_gradient import Gradient, LikelihoodGradient, autograd_of
 
 
 class ProbabilisticEnsemble(DynamicsModel):
     """
-    The paper's model: an ensemble of Gaussian networks over the reward and the change of the observation.
-
-    Each member predicts a diagonal Gaussian and is trained by maximum likelihood on its own bootstrap of the data, with early
-    stopping on a shared hold-out set; the ``n_elites`` members best on it make the predictions
+    The paper's model. Each member predicts a diagonal Gaussian and is trained by maximum likelihood on its bootstrap of the
+    data, with early stopping on a shared hold-out set; the ``n_elites`` members best on it make the predictions
     (Janner et al., 2019, appendix; Chua et al., 2018). Weights and Adam moments carry over from fit to fit.
 
     :param n_members: number of networks
@@ -207,8 +206,9 @@ class ProbabilisticEnsemble(DynamicsModel):
         :param y: standardised targets ``(B, 1 + obs_dim)``
         :return: ``(members,)``
         """
-        mean, _ = self._distribution(x.expand(len(self.holdout_errors), -1, -1))
-        errors = ((mean - y) ** 2).mean(dim=1)
+        # In pieces that stay in a CPU's caches.
+        means = [self._distribution(part.expand(len(self.holdout_errors), -1, -1))[0] for part in x.split(1000)]
+        errors = ((th.cat(means, dim=1) - y) ** 2).mean(dim=1)
         if not self.normalize_targets:
             return errors.mean(dim=1)
         # A thousandth of a standard deviation is good enough: a constant dimension must not keep a fit going.
@@ -228,7 +228,13 @@ class ProbabilisticEnsemble(DynamicsModel):
         x, y = self.input_standardizer(inputs), self.target_standardizer(targets)
         return x[train], y[train], x[held_out], y[held_out]
 
-    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor) -> float:
+    def _gradient(self) -> Gradient:
+        own = [getattr(type(self), name) for name in ("negative_log_likelihood", "_distribution")]
+        if own == [ProbabilisticEnsemble.negative_log_likelihood, ProbabilisticEnsemble._distribution]:
+            return LikelihoodGradient(self.mlp, (self.min_log_variance, self.max_log_variance))
+        return autograd_of(self.negative_log_likelihood, self.parameters())
+
+    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient) -> float:
         """
         One pass of every member over its bootstrap, in a new order.
 
@@ -238,11 +244,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         shuffle = th.rand(bootstrap.shape, generator=self.generator, device=x.device).argsort(dim=1)
         losses = []
         for rows in bootstrap.gather(1, shuffle).split(self.batch_size, dim=1):
-            loss = self.negative_log_likelihood(x[rows], y[rows])
-            self.optimizer.zero_grad()
-            loss.backward()
+            losses.append(gradient(x[rows], y[rows]))
             self.optimizer.step()
-            losses.append(loss.detach())
         return th.stack(losses).mean().item()
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
@@ -256,11 +259,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         :return: ``train_loss``, ``holdout_error`` (mean over elites, standardised units), ``epochs``, ``elites``
         :raises ValueError: too few transitions
         """
-        if len(transitions.observations) < self.min_transitions:
-            raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {len(transitions.observations)}")
+        if (n := len(transitions.observations)) < self.min_transitions:
+            raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {n}")
         x, y, x_holdout, y_holdout = self._split(transitions)
-        members = len(self.holdout_errors)
-        bootstrap = th.randint(len(x), (members, len(x)), generator=self.generator, device=x.device)
+        bootstrap = th.randint(len(x), (len(self.holdout_errors), len(x)), generator=self.generator, device=x.device)
         # A loaded optimizer brings the settings of its time along.
         for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
             group["lr"], group["weight_decay"] = self.learning_rate, decay
@@ -268,17 +270,17 @@ class ProbabilisticEnsemble(DynamicsModel):
         weights = list(self.mlp.parameters())
         best = [weight.detach().clone() for weight in weights]
         best_error = th.full_like(self.holdout_errors, float("inf"))
-        epochs = updates = idle = 0
-        loss = float("nan")
+        epochs, updates, idle, loss, gradient = 0, 0, 0, float("nan"), self._gradient()
         while idle <= self.patience and (self.max_updates is None or updates < self.max_updates):
-            loss = self._train_epoch(x, y, bootstrap)
+            loss = self._train_epoch(x, y, bootstrap, gradient)
             epochs, updates = epochs + 1, updates + -(-len(x) // self.batch_size)
             error = self._holdout_error(x_holdout, y_holdout)
             improved = error < best_error * (1 - self.min_improvement)
             idle = 0 if improved.any() else idle + 1
             best_error = th.where(improved, error, best_error)
-            for kept, weight in zip(best, weights, strict=True):
-                kept[improved] = weight.detach()[improved]
+            best = [
+                th.where(improved.view(-1, 1, 1), weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)
+            ]
             if progress is not None:
                 progress(f"fitting the dynamics, epoch {epochs}")
         if not all(parameter.isfinite().all() for parameter in self.parameters()):
@@ -290,10 +292,9 @@ class ProbabilisticEnsemble(DynamicsModel):
             for kept, weight in zip(best, weights, strict=True):
                 weight.copy_(kept)
             self.holdout_errors.copy_(self._holdout_error(x_holdout, y_holdout).nan_to_num(nan=float("inf")))
-        elites = self.elites
         return {
             "train_loss": loss,
-            "holdout_error": self.holdout_errors[elites].mean().item(),
+            "holdout_error": self.holdout_errors[self.elites].mean().item(),
             "epochs": epochs,
-            "elites": " ".join(str(i) for i in sorted(elites.tolist())),
+            "elites": " ".join(str(i) for i in sorted(self.elites.tolist())),
         }

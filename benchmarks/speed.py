@@ -1,0 +1,337 @@
+"""
+How fast: each row alternates ours with a peer on the same work, and reports the ratio in each round and absolute figures.
+
+    python benchmarks/speed.py                                 # all rows; with `loop` and `growth`, about an hour
+    python benchmarks/speed.py updates sbx                     # some rows
+    python benchmarks/speed.py updates --threads 2 --rounds 20
+    python benchmarks/speed.py growth --steps 250              # shorter runs (growth, loop, overhead)
+
+Everything has Hopper's sizes: 11 observations, 3 actions, batches of 256, nets 256-256, ensembles of 7 times 200-200-200-200.
+Each row is a process of its own on as many cores as it has threads, and so are SBX and mbrl-lib, whose environments are made
+in .peers/ when first needed; without a network their rows are skipped. Results go to docs/benchmarks/speed.csv, in place of
+the row's old ones. Figures mean nothing while other work runs on the same cores.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import stable_baselines3
+import torch as th
+from peers import Peer, Stopwatch, period, seconds
+from rounds import Comparison, Figures, measure, report
+from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_mbpo import MBPO, ProbabilisticEnsemble, RolloutCallback, __version__
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "speed.csv"
+COLUMNS = ["row", "measure", "round", "ours", "theirs", "ratio", "target", "threads", "date", "machine", "versions"]
+
+OBS, ACT, BATCH, NET = 11, 3, 256, [256, 256]
+REFILL = 100_000
+CALL = 40  # updates in one call of train()
+
+
+@cache
+def real_transitions(n: int) -> ReplayBuffer:
+    """A plain replay buffer with random Hopper transitions."""
+    return plain_agent(learning_starts=n).learn(n).replay_buffer  # type: ignore[return-value]
+
+
+def plain_agent(**settings: Any) -> SAC:
+    agent = SAC("MlpPolicy", "Hopper-v5", seed=0, policy_kwargs={"net_arch": NET}, **settings)
+    agent.set_logger(Logger(None, []))
+    return agent
+
+
+def mixed_agent(n_real: int, **settings: Any) -> MBPO:
+    """An agent in the midst of a run: real transitions, four refills of imagined ones, a dynamics model not yet fitted."""
+    agent = MBPO("MlpPolicy", "Hopper-v5", seed=0, policy_kwargs={"net_arch": NET}, **settings)
+    agent.set_logger(Logger(None, []))
+    agent.replay_buffer.adopt(real_transitions(n_real))
+    transitions = agent.replay_buffer.real_transitions()[:5]
+    for _ in range(agent.retained_rollouts):
+        rows = th.randint(n_real, (REFILL,))
+        agent.replay_buffer.model_buffer.begin_refill()
+        agent.replay_buffer.model_buffer.add(ReplayBufferSamples(*(part[rows] for part in transitions)))
+    agent.dynamics_fitted_at = 0
+    assert agent._is_fast()
+    return agent
+
+
+def per_second(name: str, amount: float, function: Callable[..., object], *args: object) -> Figures:
+    return {name: amount / seconds(function, *args)}
+
+
+def updates(steps: int) -> Iterator[Comparison]:
+    """SAC updates: MBPO.train on mixed batches; SAC.train of Stable-Baselines3 on real ones."""
+    plain = plain_agent()
+    plain.replay_buffer = real_transitions(10_000)
+    ours = partial(per_second, "updates/s", CALL, mixed_agent(10_000).train, CALL, BATCH)
+    yield Comparison(ours, partial(per_second, "updates/s", CALL, plain.train, CALL, BATCH), ">= 1.7")
+
+
+def updates_2_threads(steps: int) -> Iterator[Comparison]:
+    """The same with two threads."""
+    for comparison in updates(steps):
+        comparison.target = ">= 2.0"
+        yield comparison
+
+
+def sbx(steps: int) -> Iterator[Comparison]:
+    """SAC updates: MBPO.train; the train of SBX's SAC, compiled by JAX."""
+    peer = Peer("sbx")
+    ours = partial(per_second, "updates/s", CALL, mixed_agent(10_000).train, CALL, BATCH)
+    yield Comparison(
+        ours, lambda: {"updates/s": CALL / peer.ask("updates", CALL)["seconds"]}, ">= 0.85", versions=peer.versions
+    )
+
+
+def update_flop() -> float:
+    """Floating-point operations of the matrix products that one SAC update needs; each multiply-add counts two."""
+
+    def products(sizes: list[int]) -> int:
+        return sum(n_in * n_out for n_in, n_out in pairwise(sizes))
+
+    actor, critic = [OBS, *NET, 2 * ACT], [OBS + ACT, *NET, 1]
+    # Forward on s and s'; backward by the weights, and by the inputs of all layers but the first.
+    for_actor = 2 * products(actor) + products(actor) + products(actor[1:])
+    # Forward on (s', a'), (s, a) and (s, pi(s)); backward likewise on (s, a); by pi(s) on (s, pi(s)).
+    for_critic = 3 * products(critic) + products(critic) + products(critic[1:]) + products([ACT, *critic[1:]])
+    return 2 * BATCH * (for_actor + 2 * for_critic)
+
+
+def flops(steps: int) -> Iterator[Comparison]:
+    """Useful floating-point operations of our updates; those of torch.mm on square matrices of 256."""
+    a, b, out = (th.rand(256, 256) for _ in range(3))
+
+    def multiply(n: int) -> None:
+        for _ in range(n):
+            th.mm(a, b, out=out)
+
+    ours = partial(per_second, "GFLOP/s", CALL * update_flop() / 1e9, mixed_agent(10_000).train, CALL, BATCH)
+    yield Comparison(ours, partial(per_second, "GFLOP/s", 1000 * 2 * 256**3 / 1e9, multiply, 1000), ">= 0.6")
+
+
+def ensemble(steps: int) -> Iterator[Comparison]:
+    """An epoch of a fit, with its validation on a fifth of the data; one of mbrl-lib's GaussianMLP and ModelTrainer."""
+    peer = Peer("mbrl")
+
+    def ours(n: int, epochs: int) -> Figures:
+        rows = n * 5 // 4
+        sizes = (OBS, ACT, OBS, 1, 1)
+        transitions = ReplayBufferSamples(*(th.randn(rows, size) for size in sizes))
+        limits: dict[str, Any] = {"patience": 10**6, "max_holdout": rows, "max_updates": epochs * -(-n // BATCH)}
+        dynamics = ProbabilisticEnsemble(OBS, ACT, seed=0, **limits)
+        return {f"s/epoch, {n:,} transitions": period(partial(dynamics.fit, transitions))}
+
+    def theirs(n: int, epochs: int) -> Figures:
+        return {f"s/epoch, {n:,} transitions": peer.ask("fit", n, epochs)["seconds"]}
+
+    for n, epochs in ((10_000, 4), (50_000, 2)):
+        yield Comparison(partial(ours, n, epochs), partial(theirs, n, epochs), ">= 1.2", times=True, versions=peer.versions)
+
+
+def all_members_sample(dynamics: ProbabilisticEnsemble, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """``sample`` as the paper's code does it: every member predicts and draws every row, then one elite's draw is taken."""
+    mean, var = dynamics.predict(obs, actions)
+    draws = mean + var.sqrt() * th.randn(mean.shape, generator=dynamics.generator)
+    choice = dynamics.elites[th.randint(dynamics.n_elites, (len(obs),), generator=dynamics.generator)]
+    prediction = draws[choice, th.arange(len(obs))]
+    return prediction[:, 1:], prediction[:, 0]
+
+
+def rollouts(steps: int) -> Iterator[Comparison]:
+    """A refill of the model buffer, 100,000 branches of one step; mbrl-lib's; ours with every member on every row."""
+    peer = Peer("mbrl")
+    callback = RolloutCallback()
+    callback.model = mixed_agent(10_000)
+    dynamics = callback.model.dynamics
+
+    def all_members(name: str) -> Figures:
+        with mock.patch.object(dynamics, "sample", partial(all_members_sample, dynamics)):
+            return per_second(name, REFILL, callback._refill)
+
+    name = "states/s, against mbrl-lib"
+    theirs = partial(lambda name: {name: REFILL / peer.ask("rollout", REFILL)["seconds"]}, name)
+    yield Comparison(partial(per_second, name, REFILL, callback._refill), theirs, ">= 2.0", versions=peer.versions)
+    name = "states/s, against all members"
+    yield Comparison(partial(per_second, name, REFILL, callback._refill), partial(all_members, name), ">= 4.5")
+
+
+def batches(steps: int) -> Iterator[Comparison]:
+    """Drawing the mixed batches of one train() of 20 updates; as many calls of ReplayBuffer.sample."""
+    mixed, plain = mixed_agent(10_000).replay_buffer, real_transitions(10_000)
+
+    def ours() -> None:
+        for _ in range(50):
+            for _ in mixed.batches(20, BATCH):
+                pass
+
+    def theirs() -> None:
+        for _ in range(1000):
+            plain.sample(BATCH)
+
+    yield Comparison(partial(per_second, "batches/s", 1000, ours), partial(per_second, "batches/s", 1000, theirs), ">= 10")
+
+
+def run(agent: MBPO, steps: int) -> Figures:
+    """``learn``: its seconds in all and by phase, then the number of epochs and updates."""
+    watch = Stopwatch()
+    phases: dict[str, list[tuple[object, str]]] = {
+        "SAC updates": [(MBPO, "train")],
+        "fits": [(RolloutCallback, "_fit")],
+        "rollouts": [(RolloutCallback, "_refill")],
+        "env and policy": [(DummyVecEnv, "step"), (MBPO, "_sample_action")],
+        "epochs": [(ProbabilisticEnsemble, "_train_epoch")],
+    }
+    with watch.timing(phases):
+        total = seconds(agent.learn, steps)
+    figures = {**watch.seconds, "epochs": watch.calls["epochs"], "updates": agent._n_updates}
+    return {"whole loop": total, **figures, "rest": total - sum(watch.seconds[phase] for phase in [*phases][:4])}
+
+
+def loop(steps: int) -> Iterator[Comparison]:
+    """1,000 random and 1,000 real steps; mbrl-lib's MBPO, whose first fit and updates come 250 steps after the random ones."""
+    peer = Peer("mbrl")
+
+    def ours() -> Figures:
+        return run(MBPO("MlpPolicy", "Hopper-v5", seed=0, learning_starts=1249), 1000 + steps)
+
+    def theirs() -> Figures:
+        figures = peer.ask("loop", steps)
+        rest = figures["whole loop"] - sum(figures[phase] for phase in ("SAC updates", "fits", "rollouts", "env and policy"))
+        return {**figures, "rest": rest}
+
+    yield Comparison(ours, theirs, ">= 1.5", times=True, versions=peer.versions)
+
+
+def overhead(steps: int) -> Iterator[Comparison]:
+    """What is neither update, fit, rollout, env nor policy; the whole loop."""
+    whole = {"rest": 1.0, "SAC updates": 1.0, "fits": 1.0, "rollouts": 1.0, "env and policy": 1.0}
+
+    def ours() -> Figures:
+        figures = run(MBPO("MlpPolicy", "Hopper-v5", seed=0, learning_starts=steps // 5), 2 * (steps // 5))
+        return {phase: figures[phase] / figures["whole loop"] for phase in whole}
+
+    yield Comparison(ours, whole.copy, "<= 0.03")
+
+
+def growth(steps: int) -> Iterator[Comparison]:
+    """The next steps with 100,000 real transitions; with 10,000."""
+
+    def after(n_real: int) -> Figures:
+        return run(mixed_agent(n_real, learning_starts=0), steps)
+
+    yield Comparison(partial(after, 100_000), partial(after, 10_000), "<= 1.3")
+
+
+@dataclass
+class Row:
+    """How a row is measured unless the command says otherwise."""
+
+    compare: Callable[[int], Iterator[Comparison]]
+    rounds: int = 10
+    threads: int = 1
+    warm_ups: int = 1
+
+
+ROWS = {
+    "updates": Row(updates),
+    "updates_2_threads": Row(updates_2_threads, threads=2),
+    "sbx": Row(sbx),
+    "flops": Row(flops),
+    "ensemble": Row(ensemble, rounds=5),
+    "rollouts": Row(rollouts, rounds=5),
+    "batches": Row(batches),
+    "loop": Row(loop, rounds=2, warm_ups=0),
+    "overhead": Row(overhead, rounds=2, warm_ups=0),
+    "growth": Row(growth, rounds=2, warm_ups=0),
+}
+
+
+def save(row: str, lines: list[dict[str, object]]) -> None:
+    """Put a row's lines in place of its old ones."""
+    kept: list[dict[str, object]] = []
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            kept = [{**line} for line in csv.DictReader(file) if line["row"] in ROWS and line["row"] != row]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(sorted([*kept, *lines], key=lambda line: [*ROWS].index(str(line["row"]))))
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    models = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    )
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
+
+
+def run_row(name: str, rounds: int | None, threads: int, steps: int) -> None:
+    """Measure one row in this process."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    th.set_num_threads(threads)
+    row = ROWS[name]
+    ours = f"sb3_mbpo {__version__}, Python {platform.python_version()}, torch {th.__version__}"
+    ours += f", stable_baselines3 {stable_baselines3.__version__}"
+    print(f"{name}: {row.compare.__doc__} {date.today()}, {machine()}, {threads} thread(s)", flush=True)
+    lines = []
+    try:
+        for comparison in row.compare(steps):
+            found = measure(comparison, rounds or row.rounds, row.warm_ups)
+            versions = "; ".join(filter(None, [ours, comparison.versions]))
+            origin = {"row": name, "threads": threads, "date": date.today(), "machine": machine(), "versions": versions}
+            lines += [{**origin, **line} for line in found]
+            report(found)
+    except subprocess.CalledProcessError as error:
+        print(f"  skipped: the peer's environment could not be made ({error})", flush=True)
+        return
+    print(f"  {lines[0]['versions']}", flush=True)
+    save(name, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; default: all")
+    parser.add_argument("--rounds", type=int, help="default: the row's own")
+    parser.add_argument("--threads", type=int, help="default: the row's own, one for most")
+    parser.add_argument("--steps", type=int, default=1000, help="real steps of growth and loop; of overhead, a fifth of them")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not set(args.rows) <= set(ROWS):
+        parser.error(f"rows are {', '.join(ROWS)}")
+    if args.here:
+        return run_row(args.rows[0], args.rounds, args.threads, args.steps)
+    failed = []
+    for name in args.rows or ROWS:
+        threads = args.threads or ROWS[name].threads
+        command = [sys.executable, __file__, name, "--here", "--threads", str(threads), "--steps", str(args.steps)]
+        command += ["--rounds", str(args.rounds)] if args.rounds else []
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if subprocess.run(command, env=environment).returncode != 0:
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+import pytest
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import nn
+
+from sb3_mbpo import ProbabilisticEnsemble
+from sb3_mbpo.ensemble import EnsembleMLP
+from sb3_mbpo.likelihood_gradient import LikelihoodGradient
+
+
+def loss_by_definition(mlp, least, most, x, y):
+    """Member by member, for autograd."""
+    total = 0.01 * (most.sum() - least.sum())
+    for member in range(len(x)):
+        h = x[member]
+        for i, layer in enumerate(mlp.layers):
+            h = h @ layer.weight[member] + layer.bias[member]
+            if i < len(mlp.layers) - 1:
+                h = h * h.sigmoid()
+        mean, raw = h.chunk(2, dim=1)
+        bounded = most - (1 + (most - raw).exp()).log()
+        log_variance = least + (1 + (bounded - least).exp()).log()
+        total = total + ((mean - y[member]) ** 2 / log_variance.exp() + log_variance).mean()
+    return total
+
+
+@pytest.mark.parametrize("net_arch", [[7], [8, 5, 6]])
+@pytest.mark.parametrize("members", [1, 3])
+def test_gradient_in_float64(net_arch, members):
+    """Against autograd; also with other numbers of rows in between."""
+    generator = th.Generator().manual_seed(0)
+    mlp = EnsembleMLP(members, 4, 6, net_arch, generator).double()
+    least, most = nn.Parameter(th.tensor([-3.0, -1, 0.1]).double()), nn.Parameter(th.tensor([0.5, 0.2, 0.3]).double())
+    parameters = [*mlp.parameters(), least, most]
+    gradient = LikelihoodGradient(mlp, (least, most))
+    for rows in (10, 3, 10):
+        x = th.randn(members, rows, 4, generator=generator).double()
+        y = th.randn(members, rows, 3, generator=generator).double() * 2
+        loss = loss_by_definition(mlp, least, most, x, y)
+        expected = th.autograd.grad(loss, parameters)
+        assert gradient(x, y).item() == pytest.approx(loss.item(), rel=1e-12)
+        for parameter, theirs in zip(parameters, expected, strict=True):
+            th.testing.assert_close(parameter.grad, theirs, rtol=1e-11, atol=1e-14)
+
+
+def test_gradient_of_the_ensembles_own_loss():
+    """In float32, at the sizes of the default."""
+    ensemble = ProbabilisticEnsemble(11, 3, seed=0)
+    x, y = th.randn(7, 256, 14), th.randn(7, 256, 12)
+    gradient = LikelihoodGradient(ensemble.mlp, (ensemble.min_log_variance, ensemble.max_log_variance))
+    loss = ensemble.negative_log_likelihood(x, y)
+    expected = th.autograd.grad(loss, list(ensemble.parameters()))
+    th.testing.assert_close(gradient(x, y), loss.detach())
+    for parameter, theirs in zip(ensemble.parameters(), expected, strict=True):
+        assert (parameter.grad - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+class Weighted(ProbabilisticEnsemble):
+    """A loss of one's own; as it is 0 everywhere, nothing may change."""
+
+    def negative_log_likelihood(self, x, y):
+        return 0 * super().negative_log_likelihood(x, y)
+
+
+def test_a_loss_of_ones_own_is_the_one_that_is_minimised():
+    data = ReplayBufferSamples(th.randn(60, 2), th.randn(60, 1), th.randn(60, 2), th.zeros(60, 1), th.randn(60, 1))
+    kwargs = {"net_arch": [8], "weight_decays": [0, 0], "max_updates": 3, "seed": 0}
+    for cls, moved in ((Weighted, False), (ProbabilisticEnsemble, True)):
+        ensemble = cls(2, 1, **kwargs)
+        before = ensemble.max_log_variance.detach().clone()
+        ensemble.fit(data)
+        assert th.equal(ensemble.max_log_variance, before) != moved
