@@ -1,5 +1,5 @@
 """
-Draw docs/benchmarks/*.png and print the tables of docs/benchmarks/index.md from the CSV files there.
+Draw docs/benchmarks/*.png and print the tables of docs/benchmarks/index.md and speed.md from the CSV files there.
 
     python benchmarks/figures.py
 """
@@ -53,7 +53,22 @@ def draw(study: str, arms: dict[str, dict[int, dict[int, list[float]]]]) -> None
     plt.close(figure)
 
 
+def speed_table() -> None:
+    """Least, median and greatest ratio of each row of speed.csv."""
+    measured: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    with (DOCS / "speed.csv").open() as file:
+        for row in csv.DictReader(file):
+            measured[row["row"], row["measure"], row["target"], row["threads"], row["date"]].append(row)
+    print("\n| row | measure | threads | rounds | ours | theirs | ratio | wanted |\n|---|---|---|---|---|---|---|---|")
+    for (name, measure, target, threads, _), rows in measured.items():
+        ours, theirs, ratios = ([float(row[key]) for row in rows] for key in ("ours", "theirs", "ratio"))
+        spread = " - ".join(f"{value:.3g}" for value in (min(ratios), float(np.median(ratios)), max(ratios)))
+        sides = f"{np.median(ours):.4g} | {np.median(theirs):.4g}"
+        print(f"| `{name}` | {measure} | {threads} | {len(rows)} | {sides} | {spread} | {target} |")
+
+
 def main() -> None:
+    speed_table()
     for study, arms in read().items():
         draw(study, arms)
         print(f"\n{TITLES[study]}")

@@ -16,6 +16,7 @@ import argparse
 import csv
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -285,8 +286,8 @@ def machine() -> str:
     return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
 
 
-def run_row(name: str, rounds: int | None, threads: int, steps: int) -> None:
-    """Measure one row in this process."""
+def run_row(name: str, rounds: int | None, threads: int, steps: int, at_least: float | None) -> None:
+    """Measure one row in this process; with a bound, only hold its first ratio against that."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     th.set_num_threads(threads)
@@ -306,7 +307,11 @@ def run_row(name: str, rounds: int | None, threads: int, steps: int) -> None:
         print(f"  skipped: the peer's environment could not be made ({error})", flush=True)
         return
     print(f"  {lines[0]['versions']}", flush=True)
-    save(name, lines)
+    if at_least is None:
+        return save(name, lines)
+    ratio = statistics.median(float(str(line["ratio"])) for line in lines if line["measure"] == lines[0]["measure"])
+    if ratio < at_least:
+        sys.exit(f"{name}: the median ratio {ratio:.3g} is below {at_least}")
 
 
 def main() -> None:
@@ -315,17 +320,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: the row's own")
     parser.add_argument("--threads", type=int, help="default: the row's own, one for most")
     parser.add_argument("--steps", type=int, default=1000, help="real steps of growth and loop; of overhead, a fifth of them")
+    parser.add_argument("--at-least", type=float, help="fail below this median ratio, and leave the CSV alone")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not set(args.rows) <= set(ROWS):
         parser.error(f"rows are {', '.join(ROWS)}")
     if args.here:
-        return run_row(args.rows[0], args.rounds, args.threads, args.steps)
+        return run_row(args.rows[0], args.rounds, args.threads, args.steps, args.at_least)
     failed = []
     for name in args.rows or ROWS:
         threads = args.threads or ROWS[name].threads
         command = [sys.executable, __file__, name, "--here", "--threads", str(threads), "--steps", str(args.steps)]
-        command += ["--rounds", str(args.rounds)] if args.rounds else []
+        for option in ("rounds", "at_least"):
+            value = getattr(args, option)
+            command += [] if value is None else ["--" + option.replace("_", "-"), str(value)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if subprocess.run(command, env=environment).returncode != 0:
             failed.append(name)
