@@ -8,14 +8,25 @@ ROOT = Path(__file__).parent
 
 # What one command each needs. Only what `import sb3_mbpo` itself needs is a hard dependency.
 EXTRAS = {
-    # No upper cap: the Gymnasium tasks also run on MuJoCo 4. dm_control does not yet: install "mujoco<4" with it.
+    # No upper cap: the Gymnasium tasks also run on MuJoCo 4. dm_control does not yet.
     "mujoco": ["gymnasium[mujoco]>=1.0"],
     "contrib": ["sb3-contrib>=2.9,<3"],
-    "zoo": ["rl_zoo3>=2.9,<3", "sb3-contrib>=2.9,<3"],
+    "box2d": ["gymnasium[box2d]>=1.0"],
+    "dm-control": ["shimmy[dm-control]>=2", "mujoco<4"],
+    # The Zoo's own plots, and what its options for video, TensorBoard and the classic tasks need besides.
+    "zoo": [
+        "rl_zoo3[plots]>=2.9.2,<3",
+        "sb3-contrib>=2.9,<3",
+        "gymnasium[classic-control]>=1.0",
+        "moviepy>=1.0",
+        "tensorboard>=2.15",
+    ],
     # The Zoo's own plots need pandas 2: the same cap here lets both live in one environment.
     "plots": ["matplotlib>=3.8", "pandas>=2,<3"],
     # `make train`
     "train": ["matplotlib>=3.8", "gymnasium[mujoco]>=1.0", "pyyaml>=6", "rich", "tensorboard>=2.15", "tqdm"],
+    # Datasets for prefill
+    "minari": ["minari[hdf5]>=0.5"],
     "docs": ["furo", "myst-parser>=4", "sphinx>=7.4", "sphinx-copybutton"],
     "tests": [
         "black>=26,<27",
@@ -55,6 +66,7 @@ setup(
     # The settings per task stay a top-level folder, easy to find and edit; a wheel carries them under the import package.
     packages=["sb3_mbpo", "sb3_mbpo.hyperparams"],
     package_dir={"sb3_mbpo": "sb3_mbpo", "sb3_mbpo.hyperparams": "hyperparams"},
+    entry_points={"console_scripts": ["sb3_mbpo=sb3_mbpo.zoo:main"]},
     package_data={"sb3_mbpo": ["py.typed", "version.txt"], "sb3_mbpo.hyperparams": ["*.yml"]},
     zip_safe=False,
 )

@@ -137,6 +137,8 @@ _PLAIN_VEC_WRAPPERS = {"VecNormalize", "VecMonitor", "VecCheckNan", "VecVideoRec
 _PLAIN_WRAPPERS = {"TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo"}
 _PLAIN_WRAPPERS |= {"HumanRendering", "RenderCollection", "ClipAction", "RescaleAction", "TransformAction"}
 _PLAIN_WRAPPERS |= {"ClipReward", "NormalizeReward", "TransformReward"}
+# The RL Zoo puts its own time limit, which only reports the cut differently, in the place of Gymnasium's.
+_PLAIN_ELSEWHERE = {("stable_baselines3.common.monitor", "Monitor"), ("rl_zoo3.gym_patches", "PatchedTimeLimit")}
 
 
 class _Asks:
@@ -160,7 +162,7 @@ class _Asks:
 def _is_strange(wrapper: gym.Wrapper) -> bool:
     module, name = type(wrapper).__module__, type(wrapper).__name__
     plain = module.startswith("gymnasium.wrappers.") and name in _PLAIN_WRAPPERS
-    return not (plain or (module, name) == ("stable_baselines3.common.monitor", "Monitor")) or "step" in vars(wrapper)
+    return not (plain or (module, name) in _PLAIN_ELSEWHERE) or "step" in vars(wrapper)
 
 
 def _prints_oddly(wrapper: gym.Wrapper) -> bool:

@@ -1,7 +1,8 @@
 """Shared by all tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +23,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def random_steps() -> Callable[..., Any]:
     return collect
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Iterator[ModuleType]:
+    """``sb3_mbpo.zoo``. Importing rl_zoo3 puts a time limit of its own in Gymnasium's place; other tests shall not see it."""
+    places: list[Any] = [gym.wrappers, gym.wrappers.common]
+    with pytest.MonkeyPatch.context() as patch:
+        for place in places:
+            patch.setattr(place, "TimeLimit", place.TimeLimit)
+        from rl_zoo3.gym_patches import PatchedTimeLimit
+
+        import sb3_mbpo.zoo
+
+        for place in places:
+            patch.setattr(place, "TimeLimit", PatchedTimeLimit)
+        yield sb3_mbpo.zoo
 
 
 def collect(name: str, n: int, seed: int, **options: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:

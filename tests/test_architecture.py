@@ -24,12 +24,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prefill": set(),
     "saving": {"buffers", "model_buffer", "prefill"},
     "sac_update": set(),
+    "stacks": set(),
+    "cuda_update": {"stacks"},
     "arguments": set(),
     "terminations": set(),
     "learned_termination": {"ensemble"},
     "dynamics": set(),
     "denormals": set(),
-    "probabilistic_ensemble": {"dynamics", "ensemble"},
+    "likelihood_gradient": {"ensemble"},
+    "probabilistic_ensemble": {"dynamics", "ensemble", "likelihood_gradient"},
     "rollouts": {"dynamics"},
     "callbacks": {"rollouts"},
     "model_based": {
@@ -45,8 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "saving",
         "terminations",
     },
-    "mbpo": {"model_based", "sac_update"},
+    "mbpo": {"cuda_update", "model_based", "sac_update"},
     "variants": {"model_based"},
+    "zoo_experiment": {"arguments", "mbpo", "variants"},
+    "zoo": {"zoo_experiment"},
 }
 # The front door shows everything.
 MAY_IMPORT["__init__"] = set(MAY_IMPORT)

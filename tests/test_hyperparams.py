@@ -1,0 +1,101 @@
+"""The settings that come with the package: every entry names what exists, and every entry trains."""
+
+import importlib
+import inspect
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import yaml
+
+import sb3_mbpo
+from sb3_mbpo.rollouts import rollout_length
+
+ROOT = Path(__file__).parent.parent
+FILES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "hyperparams").glob("*.yml"))}
+ENTRIES = [(file, env_id) for file, entries in FILES.items() for env_id in entries]
+CLASSES = {"mbpo": "MBPO", "mbpo_truncated_obs": "MBPO", "mbtd3": "MBTD3", "mbtqc": "MBTQC", "mbcrossq": "MBCrossQ"}
+# Read by the Zoo, not by the algorithm.
+OF_THE_ZOO = {"n_timesteps", "env_kwargs", "env_wrapper", "noise_type", "noise_std"}
+# Length of the observation, where it is the point.
+DIMENSIONS = {"Ant-v4": 27, "Ant-v5": 105, "Humanoid-v4": 376, "Humanoid-v5": 348}
+TRUNCATED = {"Ant-v5": 27, "Humanoid-v5": 45}
+# One of each kind; all of them are a minute of work.
+QUICK = [("mbpo", "dm_control/cartpole-swingup-v0"), ("mbpo_truncated_obs", "Humanoid-v5"), ("mbtd3", "InvertedPendulum-v5")]
+
+
+@pytest.mark.parametrize(("file", "env_id"), ENTRIES)
+def test_entry_is_understood(file: str, env_id: str) -> None:
+    entry = dict(FILES[file][env_id])
+    algorithm = getattr(sb3_mbpo, CLASSES[file])
+    assert set(entry) - OF_THE_ZOO <= set(inspect.signature(algorithm).parameters)
+    assert 0 < entry.get("learning_starts", 0) < int(entry["n_timesteps"])
+    lengths = [rollout_length(entry.get("rollout_schedule", 1), step) for step in range(0, 400_000, 5000)]
+    assert 1 == lengths[0] <= lengths[-1] <= 25
+    # What the schedule fills, in rows of two observations, an action, a reward and an end, stays below 6 GB.
+    width = (TRUNCATED if file == "mbpo_truncated_obs" else DIMENSIONS).get(env_id, 24)
+    rows = entry.get("model_buffer_size", 100_000 * max(lengths) * entry.get("retained_rollouts", 4))
+    assert 4 * rows * (2 * width + 19) < 6e9
+
+
+def test_every_task_of_the_paper_is_there() -> None:
+    tasks = ["InvertedPendulum", "InvertedDoublePendulum", "Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid"]
+    assert {f"{task}-{version}" for task in tasks for version in ("v4", "v5")} <= set(FILES["mbpo"])
+    assert set(FILES["mbpo_truncated_obs"]) == {"Ant-v5", "Humanoid-v5"}
+    for name in ("mbpo", "mbtd3", "mbtqc", "mbcrossq"):
+        assert {"default", "Pendulum-v1", *(f"{task}-v5" for task in tasks)} <= set(FILES[name])
+
+
+# jannerm/mbpo: epochs of 1,000 steps after 5,000 random ones; k is first 2 at epoch 30 (Hopper), 24 (Ant), 32 (Humanoid).
+@pytest.mark.parametrize(
+    ("file", "env_id", "epoch"),
+    [("mbpo", "Hopper-v5", 30), ("mbpo_truncated_obs", "Ant-v5", 24), ("mbpo_truncated_obs", "Humanoid-v5", 32)],
+)
+def test_schedule_counts_the_random_steps(file: str, env_id: str, epoch: int) -> None:
+    schedule = FILES[file][env_id]["rollout_schedule"]
+    lengths = [rollout_length(schedule, 5000 + 1000 * epoch + step) for step in (-1000, 0)]
+    assert lengths == [1, 2]
+
+
+def made(env_id: str, entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> gym.Env:
+    """The env of an entry, or the reason why there is none here."""
+    if env_id == "HiddenHazard-v0":
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        importlib.import_module("hazard")
+    if env_id.startswith("dm_control/"):
+        if find_spec("dm_control") is None:
+            pytest.skip("needs dm_control")
+        # No window is needed, and none is to be had in a test.
+        monkeypatch.setenv("MUJOCO_GL", "disable")
+        importlib.import_module("shimmy")
+    try:
+        env = gym.make("Pendulum-v1" if env_id == "default" else env_id, **entry.get("env_kwargs", {}))
+    except gym.error.DependencyNotInstalled as error:
+        pytest.skip(str(error))
+    if "env_wrapper" in entry:
+        module, _, name = entry["env_wrapper"].rpartition(".")
+        env = getattr(importlib.import_module(module), name)(env)
+    return env
+
+
+@pytest.mark.parametrize(
+    ("file", "env_id"),
+    [pytest.param(*entry, marks=() if entry in QUICK else pytest.mark.expensive) for entry in ENTRIES],
+)
+@pytest.mark.filterwarnings("ignore:.*is out of date", "ignore:builtin type [Ss]wig")
+def test_entry_trains(file: str, env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = FILES[file][env_id]
+    env = made(env_id, entry, monkeypatch)
+    assert env.observation_space.shape is not None
+    (dimension,) = env.observation_space.shape
+    assert dimension == (TRUNCATED if file == "mbpo_truncated_obs" else DIMENSIONS).get(env_id, dimension)
+    settings = {key: value for key, value in entry.items() if key not in OF_THE_ZOO}
+    settings["dynamics_kwargs"] = {"net_arch": [8], "max_updates": 2}
+    settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "net_arch": [8]}
+    tiny = {"learning_starts": 20, "gradient_steps": 2, "batch_size": 32, "rollout_batch_size": 20, "model_train_freq": 10}
+    agent = getattr(sb3_mbpo, CLASSES[file])(env=env, seed=0, **{**settings, **tiny, "buffer_size": 100}).learn(35)
+    # Fits after steps 21 and 30.
+    assert agent._n_updates == 30 and agent.dynamics_fitted_at == 30
+    assert len(agent.replay_buffer.model_buffer) == min(2, agent.retained_rollouts) * 20
