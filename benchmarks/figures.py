@@ -45,7 +45,7 @@ def draw(study: str, arms: dict[str, dict[int, dict[int, list[float]]]]) -> None
             axes.plot(list(curve), list(curve.values()), color=colour, alpha=0.35, linewidth=1)
         common = sorted(set.intersection(*(set(curve) for curve in curves)))
         mean = [np.mean([curve[step] for curve in curves]) for step in common]
-        axes.plot(common, mean, color=colour, linewidth=2.2, label=f"{arm} ({len(curves)} seeds)")
+        axes.plot(common, mean, color=colour, linewidth=2.2, label=f"{arm} ({len(curves)} seed{'s' * (len(curves) > 1)})")
     axes.set(title=TITLES[study], xlabel="real environment steps", ylabel="return of deterministic episodes")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -69,7 +69,10 @@ def speed_table() -> None:
 
 def main() -> None:
     speed_table()
-    for study, arms in read().items():
+    runs = read()
+    for study, arms in runs.items():
+        if study.startswith("targets_"):
+            arms = {"delta, normalised (default)": runs[study.removeprefix("targets_")]["MBPO"], **arms}
         draw(study, arms)
         print(f"\n{TITLES[study]}")
         for arm, seeds in arms.items():
