@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -8,30 +9,17 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
+from tiny import FAST, equal_agents
 
 from sb3_mbpo import MBPO, DynamicsModel, MixedReplayBuffer
 
-FAST: dict[str, Any] = {
-    "policy_kwargs": {"net_arch": [8]},
-    "batch_size": 16,
-    "learning_starts": 20,
-    "rollout_batch_size": 30,
-    "gradient_steps": 2,
-    "dynamics_kwargs": {"net_arch": [8], "max_updates": 3},
-    "seed": 0,
-}
-SHARED = {key: FAST[key] for key in ("policy_kwargs", "batch_size", "learning_starts", "gradient_steps", "seed")}
+# SB3 writes into the policy_kwargs it is given.
+SHARED = copy.deepcopy(
+    {key: FAST[key] for key in ("policy_kwargs", "batch_size", "learning_starts", "gradient_steps", "seed")}
+)
 
 
 # ---------------------------------------------------------------------- SAC with the model off
-
-
-def equal_agents(first, second) -> bool:
-    a, b = first.get_parameters(), second.get_parameters()
-    networks = all(th.equal(a["policy"][key], b["policy"][key]) for key in b["policy"])
-    moments = [[s["exp_avg"] for s in p["critic.optimizer"]["state"].values()] for p in (a, b)]
-    same_moments = all(th.equal(x, y) for x, y in zip(*moments, strict=True))
-    return networks and same_moments and th.equal(first.log_ent_coef, second.log_ent_coef)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
