@@ -5,8 +5,9 @@ The learning studies behind docs/benchmarks: several runs of benchmarks/train.py
     python benchmarks/learning.py --only pendulum       # one study
     python benchmarks/learning.py --collect             # only write the CSV from what is there
 
-Each run is one process with one thread. A finished run is not repeated; one that was cut starts again. A run that is not
-finished is collected as far as it went, with finished = 0.
+Each run is one process with one thread. A finished run, in logs/ or in the CSV, is not repeated; one that was cut starts again.
+A run that is not finished is collected as far as it went, with finished = 0; what the CSV has of runs that are not in logs/
+stays as it is.
 """
 
 import argparse
@@ -70,11 +71,29 @@ def folder_of(study: str, arm: str, seed: int) -> Path:
     return LOGS / study / f"{arm.replace(', ', '_')}_{seed}"
 
 
+Row = dict[str, str]
+
+
+def collected() -> dict[tuple[str, str, int], list[Row]]:
+    """What the CSV has, by run."""
+    runs: dict[tuple[str, str, int], list[Row]] = {}
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            for row in csv.DictReader(file):
+                runs.setdefault((row["study"], row["arm"], int(row["seed"])), []).append(row)
+    return runs
+
+
+def is_finished(study: str, arm: str, seed: int) -> bool:
+    rows = collected().get((study, arm, seed), [])
+    return (folder_of(study, arm, seed) / "agent.zip").exists() or any(row["finished"] == "1" for row in rows)
+
+
 def run(study: str, arm: str, seed: int) -> None:
+    if is_finished(study, arm, seed):
+        return
     arguments, _ = STUDIES[study][arm]
     folder = folder_of(study, arm, seed)
-    if (folder / "agent.zip").exists():
-        return
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), *arguments.split()]
     command += ["--seed", str(seed), "--threads", "1", "--quiet", "--folder", str(folder)]
@@ -84,22 +103,24 @@ def run(study: str, arm: str, seed: int) -> None:
 
 
 def collect() -> None:
-    rows = []
+    runs = collected()
     for study, arms in STUDIES.items():
         for arm, (_, seeds) in arms.items():
             for seed in range(seeds):
                 path = folder_of(study, arm, seed) / "evaluations.csv"
                 if not path.exists():
                     continue
-                finished = int((path.parent / "agent.zip").exists())
+                origin = {"study": study, "arm": arm, "finished": str(int((path.parent / "agent.zip").exists()))}
                 with path.open() as file:
-                    rows += [[study, arm, *row.values(), finished] for row in csv.DictReader(file)]
+                    runs[study, arm, seed] = [{**origin, **row} for row in csv.DictReader(file)]
+    known = {(study, arm): i for i, (study, arm) in enumerate((study, arm) for study in STUDIES for arm in STUDIES[study])}
+    order = sorted(runs, key=lambda run: (known.get(run[:2], len(known)), run[2]))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["study", "arm", "seed", "step", "episode", "return", "seconds", "finished"])
-        writer.writerows(rows)
-    print(f"{len(rows)} evaluated episodes -> {RESULTS.relative_to(ROOT)}")
+        writer = csv.DictWriter(file, ["study", "arm", "seed", "step", "episode", "return", "seconds", "finished"])
+        writer.writeheader()
+        writer.writerows(row for run in order for row in runs[run])
+    print(f"{len(runs)} runs -> {RESULTS.relative_to(ROOT)}")
 
 
 def main() -> None:
