@@ -26,15 +26,13 @@ class EnsembleLinear(nn.Module):
         std = 0.5 / in_size**0.5
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
-    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
-        """
-        :param x: ``(members, B, in_size)``
-        :param members: indices of the members that ``x`` is meant for, in its order; all by default
-        :return: ``(members, B, out_size)``
-        """
-        if members is None:
-            return th.baddbmm(self.bias, x, self.weight)
-        return th.baddbmm(self.bias[members], x, self.weight[members])
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """:return: ``(members, B, out_size)`` of ``x (members, B, in_size)``"""
+        return th.baddbmm(self.bias, x, self.weight)
+
+    def member(self, i: int, x: th.Tensor) -> th.Tensor:
+        """:return: ``(B, out_size)``, what member ``i`` makes of ``x (B, in_size)``"""
+        return th.addmm(self.bias[i], x, self.weight[i])
 
 
 class EnsembleMLP(nn.Module):
@@ -53,16 +51,20 @@ class EnsembleMLP(nn.Module):
         sizes = [in_size, *net_arch, out_size]
         self.layers = nn.ModuleList(EnsembleLinear(n_members, n_in, n_out, generator) for n_in, n_out in pairwise(sizes))
 
-    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
-        """
-        :param x: ``(members, B, in_size)``
-        :param members: indices of the members that ``x`` is meant for, in its order; all by default
-        :return: ``(members, B, out_size)``
-        """
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """:return: ``(members, B, out_size)`` of ``x (members, B, in_size)``"""
         *hidden, last = self.layers
         for layer in hidden:
-            x = nn.functional.silu(layer(x, members))
-        return last(x, members)
+            x = nn.functional.silu(layer(x))
+        return last(x)
+
+    def member(self, i: int, x: th.Tensor) -> th.Tensor:
+        """:return: ``(B, out_size)``, what member ``i`` makes of ``x (B, in_size)``"""
+        *hidden, last = self.layers
+        for layer in hidden:
+            # In place: fresh memory for every layer costs as much as the function itself.
+            x = nn.functional.silu(layer.member(i, x), inplace=True)  # type: ignore[operator]
+        return last.member(i, x)  # type: ignore[operator]
 
 
 class Standardizer(nn.Module):

@@ -125,12 +125,16 @@ class ProbabilisticEnsemble(DynamicsModel):
         """Indices of the ``n_elites`` members with the least hold-out error, ``(n_elites,)``."""
         return self.holdout_errors.argsort(stable=True)[: self.n_elites]
 
-    def _distribution(self, x: th.Tensor, members: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+    def _distribution(self, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param x: standardised inputs ``(members, B, obs_dim + action_dim)``
         :return: mean and log-variance of the standardised targets, each ``(members, B, 1 + obs_dim)``
         """
-        mean, log_variance = self.mlp(x, members).chunk(2, dim=-1)
+        return self._bounded(self.mlp(x))
+
+    def _bounded(self, output: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """:return: mean and log-variance, each ``(..., 1 + obs_dim)``, from the networks' ``output (..., 2 (1 + obs_dim))``"""
+        mean, log_variance = output.chunk(2, dim=-1)
         # Soft bounds, so that a gradient is left beyond them (Chua et al., 2018, appendix A.1).
         log_variance = self.max_log_variance - nn.functional.softplus(self.max_log_variance - log_variance)
         log_variance = self.min_log_variance + nn.functional.softplus(log_variance - self.min_log_variance)
@@ -167,16 +171,12 @@ class ProbabilisticEnsemble(DynamicsModel):
         :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
         x = self.input_standardizer(th.cat([obs, actions], dim=-1))
-        elites = self.elites
-        choice = th.randint(len(elites), (len(x),), generator=self.generator, device=x.device)
-        # Only the chosen member computes a row: rows are lined up per elite and padded to the longest line.
+        choice = th.randint(self.n_elites, (len(x),), generator=self.generator, device=x.device)
+        # Only the chosen member computes a row: rows are lined up member by member.
         order = choice.argsort()
-        counts = choice.bincount(minlength=len(elites))
-        place = th.empty_like(choice)
-        place[order] = th.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[choice[order]]
-        lines = th.zeros((len(elites), int(counts.max())), dtype=th.long, device=x.device)
-        lines[choice, place] = th.arange(len(x), device=x.device)
-        mean, log_variance = (part[choice, place] for part in self._distribution(x[lines], elites))
+        lines = x[order].split(choice.bincount(minlength=self.n_elites).tolist())
+        output = th.cat([self.mlp.member(i, line) for i, line in zip(self.elites.tolist(), lines, strict=True)])
+        mean, log_variance = self._bounded(output.index_copy(0, order, output))
         noise = th.randn(mean.shape, generator=self.generator, device=x.device)
         prediction = self._to_prediction(mean + noise * (0.5 * log_variance).exp(), obs)
         return prediction[:, 1:], prediction[:, 0]

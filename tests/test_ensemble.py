@@ -25,17 +25,19 @@ def test_members_are_separate_networks():
         th.testing.assert_close(out[member], nn.Sequential(*layers[:-1])(x[member]), rtol=1e-12, atol=1e-12)
 
 
-def test_chosen_members_in_any_order():
-    mlp = EnsembleMLP(4, 3, 2, [5], generator())
-    x = th.randn(4, 6, 3)
-    members = th.tensor([2, 0])
-    th.testing.assert_close(mlp(x[members], members), mlp(x)[members])
+def test_one_member():
+    mlp = EnsembleMLP(4, 3, 2, [5, 6], generator()).double()
+    x = th.randn(4, 6, 3, dtype=th.float64)
+    for i in range(4):
+        th.testing.assert_close(mlp.member(i, x[i]), mlp(x)[i], rtol=1e-12, atol=1e-12)
+    assert mlp.member(0, x[0, :0]).shape == (0, 2)
 
 
 def test_gradients_in_float64():
     mlp = EnsembleMLP(2, 3, 2, [4], generator()).double()
     x = th.randn(2, 3, 3, dtype=th.float64, requires_grad=True)
     assert th.autograd.gradcheck(mlp, (x,))
+    assert th.autograd.gradcheck(lambda rows: mlp.member(1, rows), (x[1].detach().requires_grad_(),))
 
 
 def test_initial_weights():
