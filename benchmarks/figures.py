@@ -23,7 +23,11 @@ TITLES = {
     "hopper_paper": "Hopper-v5, settings of the paper",
     "targets_pendulum": "Pendulum-v1, other targets",
     "targets_inverted_pendulum": "InvertedPendulum-v5, other targets",
+    "bound_pendulum": "Pendulum-v1, other bounds on a fit",
+    "bound_inverted_pendulum": "InvertedPendulum-v5, other bounds on a fit",
 }
+# Studies of one setting: prefix -> what the default is called beside the others
+DEFAULTS = {"targets_": "delta, normalised (default)", "bound_": "1,000 updates"}
 # study -> arm -> seed -> step -> returns of the episodes
 Runs = dict[str, dict[str, dict[int, dict[int, list[float]]]]]
 
@@ -71,8 +75,9 @@ def main() -> None:
     speed_table()
     runs = read()
     for study, arms in runs.items():
-        if study.startswith("targets_"):
-            arms = {"delta, normalised (default)": runs[study.removeprefix("targets_")]["MBPO"], **arms}
+        for prefix, name in DEFAULTS.items():
+            if study.startswith(prefix):
+                arms = {name: runs[study.removeprefix(prefix)]["MBPO"], **arms}
         draw(study, arms)
         print(f"\n{TITLES[study]}")
         for arm, seeds in arms.items():

@@ -5,9 +5,9 @@ The learning studies behind docs/benchmarks: several runs of benchmarks/train.py
     python benchmarks/learning.py --only pendulum       # one study
     python benchmarks/learning.py --collect             # only write the CSV from what is there
 
-Each run is one process with one thread. A finished run, in logs/ or in the CSV, is not repeated; one that was cut starts again.
-A run that is not finished is collected as far as it went, with finished = 0; what the CSV has of runs that are not in logs/
-stays as it is.
+Each run is one process with one thread. A finished run, in logs/ or in the CSV, is not repeated; one that was cut starts
+again. A run that is not finished is collected as far as it went, with finished = 0; what the CSV has of runs that are not in
+logs/ stays as it is.
 """
 
 import argparse
@@ -28,6 +28,7 @@ HOPPER = "--env Hopper-v5 --steps 5000 --set learning_starts=1000 --set gradient
 PAPER = "--env Hopper-v5 --steps 20000 --eval-freq 1000"
 RAW = "--set dynamics_kwargs.normalize_targets=false"
 NEXT = "--set dynamics_kwargs.target_mode=next"
+BOUND = "--set dynamics_kwargs.max_updates"
 
 # study -> arm -> (arguments of train.py, seeds)
 STUDIES: dict[str, dict[str, tuple[str, int]]] = {
@@ -59,6 +60,14 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
         "delta, raw": (f"{POLE} {RAW}", 2),
         "next, normalised": (f"{POLE} {NEXT}", 2),
         "next, raw": (f"{POLE} {NEXT} {RAW}", 1),
+    },
+    "bound_pendulum": {
+        "no bound": (f"{PENDULUM} {BOUND}=null", 2),
+        "250 updates": (f"{PENDULUM} {BOUND}=250", 2),
+    },
+    "bound_inverted_pendulum": {
+        "no bound": (f"{POLE} {BOUND}=null", 2),
+        "250 updates": (f"{POLE} {BOUND}=250", 2),
     },
     "hopper_paper": {
         "MBPO": (PAPER, 1),
