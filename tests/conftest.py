@@ -1,5 +1,8 @@
 """Shared by all tests."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +12,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+
+ROOT = Path(__file__).parent.parent
 
 # Small networks, and several test processes side by side: more threads only get in each other's way.
 th.set_num_threads(1)
@@ -39,6 +44,21 @@ def zoo() -> Iterator[ModuleType]:
         for place in places:
             patch.setattr(place, "TimeLimit", PatchedTimeLimit)
         yield sb3_mbpo.zoo
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build leaves folders behind, and would pick up what an earlier one left."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("sb3_mbpo", "hyperparams"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
+    return next(folder.glob("*.whl"))
 
 
 def collect(name: str, n: int, seed: int, **options: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:

@@ -1,7 +1,6 @@
 """What an installed copy offers: version, public names, and the files that are not Python."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -41,21 +40,6 @@ def test_public_names_exist() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError):
         sb3_mbpo.no_such_name  # noqa: B018
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: a build leaves folders behind, and would pick up what an earlier one left."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("sb3_mbpo", "hyperparams"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
-    return next(folder.glob("*.whl"))
 
 
 def test_wheel_holds_everything(wheel: Path) -> None:

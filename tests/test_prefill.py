@@ -5,6 +5,7 @@ from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from tiny import FAST
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.prefill import read_transitions, rows_of_steps
@@ -147,15 +148,10 @@ def test_refused_altogether():
         read_transitions(compact, OBS, ACT)
 
 
-TINY = {
-    "policy_kwargs": {"net_arch": [8]},
-    "batch_size": 16,
+TINY = FAST | {
     "learning_starts": 10,
-    "rollout_batch_size": 30,
     "gradient_steps": 1,
-    "dynamics_kwargs": {"net_arch": [8], "max_updates": 3},
     "rollout_schedule": {"min_length": 1, "max_length": 5, "start": 0, "end": 50},
-    "seed": 0,
 }
 
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -277,9 +276,9 @@ def test_push_to_hub(copy: Path) -> None:
 
 
 @pytest.mark.expensive
-def test_installed_copy_finds_its_settings(tmp_path: Path, wheel: Callable[[], Path]) -> None:
+def test_installed_copy_finds_its_settings(tmp_path: Path, wheel: Path) -> None:
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel())]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True)
     output = run(tmp_path, *TRAIN, "-params", *TINY, PYTHONPATH=str(site))
     assert f"Loading hyperparameters from: {site / 'sb3_mbpo' / 'hyperparams' / 'mbpo.yml'}" in output
@@ -287,21 +286,3 @@ def test_installed_copy_finds_its_settings(tmp_path: Path, wheel: Callable[[], P
     environment = os.environ | QUIET | {"PYTHONPATH": str(site)}
     result = subprocess.run([script, "--help"], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert "COMMAND is a script of the Zoo" in result.stdout, result.stderr
-
-
-@pytest.fixture
-def wheel(tmp_path: Path) -> Callable[[], Path]:
-    """Builds a wheel from a copy: a build leaves folders behind, and would pick up what an earlier one left."""
-
-    def build() -> Path:
-        source = tmp_path / "source"
-        source.mkdir()
-        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source)
-        for name in ("sb3_mbpo", "hyperparams"):
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-        subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
-        return next(tmp_path.glob("*.whl"))
-
-    return build
