@@ -3,21 +3,20 @@ How much work may one fit do? Hold-out and on-policy error of fits that end afte
 
     python benchmarks/fit_bound.py
 
-The transitions are those of an agent that learns Hopper-v5 without a model (one update a step). As in training, an ensemble is
-fitted on the first 1,000 of them, then on more and more, each fit going on from the one before; what it says is compared with
-the next 250 transitions, which the policy of that time will bring. In training a fit comes every 250 steps; here the steps
-between them grow with the data (SIZES), so that a fit has more that is new to learn and a bound more to lose. The error is the
-geometric mean over reward and observation dimensions of root mean square error over standard deviation of the change. One
-process, one thread; what is in the CSV already is not measured again.
+The transitions are those of an agent that learns Hopper-v5 without a model (one update a step). An ensemble is fitted on the
+first 1,000 of them, then on more and more, each fit going on from the one before; what it says is compared with the next 250
+transitions, which the policy of that time will bring. The cadence "training" is that of MBPO, a fit every 250 steps, to 10,000;
+in "sparse" the steps between two fits grow with the data, so that a fit has more that is new to learn and a bound more to lose.
+The error is the geometric mean over reward and observation dimensions of root mean square error over standard deviation of the
+change. One process, one thread; a sequence that is complete in the CSV is not measured again.
 """
 
 import argparse
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from targets import errors
@@ -26,8 +25,11 @@ from sb3_mbpo import MBPO, ProbabilisticEnsemble
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "fit_bound.csv"
 BOUNDS: list[int | None] = [250, 500, 1000, 2000, None]
-SIZES = (1_000, 1_250, 1_500, 2_000, 3_000, 4_500, 7_000, 10_000, 15_000, 20_000)
-COLUMNS = "env seed max_updates transitions epochs cpu_seconds holdout_error next_error".split()
+CADENCES: dict[str, Sequence[int]] = {
+    "sparse": (1_000, 1_250, 1_500, 2_000, 3_000, 4_500, 7_000, 10_000, 15_000, 20_000),
+    "training": range(1_000, 10_001, 250),
+}
+COLUMNS = "env cadence seed max_updates transitions epochs cpu_seconds holdout_error next_error".split()
 
 
 def learning_transitions(task: str, n: int, seed: int) -> ReplayBufferSamples:
@@ -40,14 +42,14 @@ def between(data: ReplayBufferSamples, first: int, last: int) -> ReplayBufferSam
     return ReplayBufferSamples(*(part[first:last] for part in data[:5]))
 
 
-def sequence(data: ReplayBufferSamples, seed: int, bound: int | None) -> Iterator[list[object]]:
-    """One ensemble's fits, as they would follow each other in training: transitions and all columns after it."""
+def sequence(data: ReplayBufferSamples, sizes: Sequence[int], seed: int, bound: int | None) -> Iterator[list[object]]:
+    """One ensemble's fits on the first ``sizes`` transitions: those, then the columns after them."""
     ensemble = ProbabilisticEnsemble(data.observations.shape[1], data.actions.shape[1], seed=seed, max_updates=bound)
-    for n in (size for size in SIZES if size + 250 <= len(data.observations)):
+    for n in sizes:
         started = time.process_time()
         fit = ensemble.fit(between(data, 0, n))
         seconds = time.process_time() - started
-        error = float(np.exp(errors(ensemble, between(data, n, n + 250)).log().mean()))
+        error = errors(ensemble, between(data, n, n + 250)).log().mean().exp().item()
         yield [n, fit["epochs"], f"{seconds:.1f}", f"{fit['holdout_error']:.5f}", f"{error:.4f}"]
 
 
@@ -57,30 +59,30 @@ def measured() -> list[list[str]]:
         return []
     with RESULTS.open() as file:
         rows = list(csv.reader(file))[1:]
-    complete = {tuple(row[:3]) for row in rows if row[3] == str(SIZES[-1])}
-    return [row for row in rows if tuple(row[:3]) in complete]
+    complete = {tuple(row[:4]) for row in rows if row[4] == str(CADENCES[row[1]][-1])}
+    return [row for row in rows if tuple(row[:4]) in complete]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Hopper-v5")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--cadence", choices=CADENCES, default="training")
+    parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     th.set_num_threads(1)
-    kept = measured()
-    done = {tuple(row[:3]) for row in kept}
+    kept, sizes = measured(), CADENCES[args.cadence]
+    done = {tuple(row[:4]) for row in kept}
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([COLUMNS, *kept])
         for seed in range(args.seeds):
-            data = learning_transitions(args.env, SIZES[-1] + 250, seed)
+            data = learning_transitions(args.env, sizes[-1] + 250, seed)
             for bound in BOUNDS:
-                if (args.env, str(seed), str(bound)) in done:
-                    continue
-                for row in sequence(data, seed, bound):
-                    writer.writerow([args.env, seed, bound, *row])
+                origin = [args.env, args.cadence, str(seed), str(bound)]
+                for row in () if tuple(origin) in done else sequence(data, sizes, seed, bound):
+                    writer.writerow([*origin, *row])
                     file.flush()
-                    print(args.env, seed, bound, *row, flush=True)
+                    print(*origin, *row, flush=True)
 
 
 if __name__ == "__main__":
