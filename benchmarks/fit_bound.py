@@ -5,10 +5,10 @@ How much work may one fit do? Hold-out and on-policy error of fits that end afte
 
 The transitions are those of an agent that learns Hopper-v5 without a model (one update a step). An ensemble is fitted on the
 first 1,000 of them, then on more and more, each fit going on from the one before; what it says is compared with the next 250
-transitions, which the policy of that time will bring. The cadence "training" is that of MBPO, a fit every 250 steps, to 10,000;
-in "sparse" the steps between two fits grow with the data, so that a fit has more that is new to learn and a bound more to lose.
-The error is the geometric mean over reward and observation dimensions of root mean square error over standard deviation of the
-change. One process, one thread; a sequence that is complete in the CSV is not measured again.
+transitions, which the policy of that time will bring. The cadence "training" is that of MBPO, a fit every 250 steps; in
+"sparse" the steps between two fits grow with the data, so that a fit has more that is new to learn and a bound more to lose.
+The error is the geometric mean over reward and observation dimensions of root mean square error over standard deviation of
+the change. One process, one thread; a sequence that is complete in the CSV is not measured again.
 """
 
 import argparse
