@@ -27,7 +27,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "fit_
 BOUNDS: list[int | None] = [250, 500, 1000, 2000, None]
 CADENCES: dict[str, Sequence[int]] = {
     "sparse": (1_000, 1_250, 1_500, 2_000, 3_000, 4_500, 7_000, 10_000, 15_000, 20_000),
-    "training": range(1_000, 10_001, 250),
+    "training": range(1_000, 6_001, 250),
 }
 COLUMNS = "env cadence seed max_updates transitions epochs cpu_seconds holdout_error next_error".split()
 
