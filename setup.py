@@ -21,6 +21,10 @@ EXTRAS = {
         "moviepy>=1.0",
         "tensorboard>=2.15",
     ],
+    # `sb3_mbpo compare`: the Zoo, and its plots' rliable
+    "compare": ["rl_zoo3[plots]>=2.9.2,<3", "sb3-contrib>=2.9,<3", "matplotlib>=3.8", "pandas>=2,<3", "rliable>=1.2", "rich"],
+    # ... --ray-address
+    "ray": ["ray>=2.60,<3"],
     # The Zoo's own plots need pandas 2: the same cap here lets both live in one environment.
     "plots": ["matplotlib>=3.8", "pandas>=2,<3"],
     # `make train`
@@ -66,7 +70,7 @@ setup(
     # The settings per task stay a top-level folder, easy to find and edit; a wheel carries them under the import package.
     packages=["sb3_mbpo", "sb3_mbpo.hyperparams"],
     package_dir={"sb3_mbpo": "sb3_mbpo", "sb3_mbpo.hyperparams": "hyperparams"},
-    entry_points={"console_scripts": ["sb3_mbpo=sb3_mbpo.zoo:main"]},
+    entry_points={"console_scripts": ["sb3_mbpo=sb3_mbpo.__main__:main"]},
     package_data={"sb3_mbpo": ["py.typed", "version.txt"], "sb3_mbpo.hyperparams": ["*.yml"]},
     zip_safe=False,
 )

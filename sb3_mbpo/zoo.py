@@ -83,12 +83,13 @@ def mend_hub() -> None:
         hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
 
 
-def prepare(command: str, options: list[str], stack: ExitStack) -> list[str]:
+def prepare(command: str, options: list[str], stack: ExitStack, experiment: Callable[..., Experiment]) -> list[str]:
     """
     Set the Zoo up for one command.
 
     :param options: the user's
     :param stack: undoes everything afterwards
+    :param experiment: what trains
     :return: the options for the Zoo
     """
     parser = argparse.ArgumentParser(add_help=False)
@@ -103,7 +104,7 @@ def prepare(command: str, options: list[str], stack: ExitStack) -> list[str]:
             raise SystemExit(f"{given.env} needs the DeepMind control suite: pip install sb3_mbpo[dm-control]")
         # Registers them; the Zoo's --gym-packages is not an option of every command.
         import shimmy  # noqa: F401
-    stack.enter_context(replaced(rl_zoo3.train, "ExperimentManager", Experiment))
+    stack.enter_context(replaced(rl_zoo3.train, "ExperimentManager", experiment))
     stack.enter_context(replaced(rl_zoo3.train, "StoreDict", BareWords))
     stack.enter_context(replaced(subprocess, "call", partial(call_ours, subprocess.call)))
     if command == "benchmark" and not {"-h", "--help"} & set(options):
@@ -124,11 +125,12 @@ def prepare(command: str, options: list[str], stack: ExitStack) -> list[str]:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Experiment] = Experiment) -> None:
     """
     Run one command of the Zoo.
 
     :param arguments: the command and its options; ``None``: those of the process
+    :param experiment: what ``train`` makes of them, with the Zoo's arguments
     """
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -137,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {', '.join(COMMANDS)}")
     with ExitStack() as stack:
-        options = prepare(command, options, stack)
+        options = prepare(command, options, stack, experiment)
         stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo.zoo {command}", *options]))
         if command == "train":
             rl_zoo3.train.train()

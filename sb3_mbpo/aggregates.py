@@ -1,0 +1,77 @@
+"""Numbers over the runs of one algorithm on one env: interquartile means, their intervals, when a return was reached."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rliable import library
+from scipy.stats import trim_mean
+
+# Of the bootstrap, as in rliable's own figures of curves.
+REPETITIONS = 2_000
+
+
+def score_table(rows: pd.DataFrame, column: str = "return") -> pd.DataFrame:
+    """
+    :param rows: results of one algorithm on one env, a row per episode
+    :return: means over the episodes, a row per seed, a column per step that all seeds have
+    """
+    return rows.pivot_table(index="seed", columns="step", values=column, aggfunc="mean").dropna(axis="columns")
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """
+    Interquartile mean: that of the middle half. The lowest and the highest quarter, rounded down to whole runs, are left out.
+
+    :param scores: ``(runs, points)``
+    :return: ``(points,)``
+    """
+    return trim_mean(scores, 0.25, axis=0)
+
+
+def interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    95 % percentile interval of the interquartile mean, from rliable's stratified bootstrap over runs.
+
+    :param scores: ``(runs, points)``
+    :return: lower and upper end, ``(points,)`` each; NaN for a single run, which says nothing about others
+    """
+    if len(scores) < 2:
+        nothing = np.full(scores.shape[1], np.nan)
+        return nothing, nothing
+    # rliable draws from NumPy's global generator.
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        # (runs, tasks, points), of one task
+        _, ends = library.get_interval_estimates({"": scores[:, None]}, lambda drawn: iqm(drawn[:, 0]), reps=REPETITIONS)
+    finally:
+        np.random.set_state(state)
+    return ends[""][0], ends[""][1]
+
+
+def against_minutes(rows: pd.DataFrame, points: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Returns over wall-clock. Between two evaluations the return is taken to change evenly.
+
+    :param rows: results of one algorithm on one env
+    :return: minutes from 0 to the end of the fastest run, ``(points,)``: as far as all runs go; returns ``(runs, points)``
+    """
+    returns, minutes = score_table(rows).to_numpy(), score_table(rows, "seconds").to_numpy() / 60
+    grid = np.linspace(minutes[:, 0].max(), minutes[:, -1].min(), points)
+    return grid, np.array([np.interp(grid, *run) for run in zip(minutes, returns, strict=True)])
+
+
+def first_reached(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """
+    :param rows: results of one algorithm on one env
+    :param threshold: a return
+    :return: ``step`` and ``seconds`` of the first evaluation whose mean is no lower, a row per seed; infinite: none was
+    """
+    returns, seconds = score_table(rows), score_table(rows, "seconds")
+    found: dict[Any, dict[str, float]] = {}
+    for seed, reached in (returns >= threshold).iterrows():
+        step = reached.idxmax()
+        at = {"step": float(step), "seconds": float(seconds.at[seed, step])}
+        found[seed] = at if reached[step] else dict.fromkeys(at, np.inf)
+    return pd.DataFrame.from_dict(found, orient="index")

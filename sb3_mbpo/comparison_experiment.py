@@ -1,0 +1,124 @@
+"""The Zoo's experiment with evaluations that can be compared: at given steps, every episode, with the time so far."""
+
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+
+from sb3_mbpo.zoo_experiment import Experiment
+
+# Where the time goes. What the others leave is the env's and the policy's; evaluation is no part of training.
+PHASES = ("env_and_policy", "updates", "fits", "rollouts", "evaluation")
+COLUMNS = (
+    *("env", "algorithm", "seed", "step", "episode", "return", "length", "seconds"),
+    *(f"{phase}_seconds" for phase in PHASES),
+)
+# Evaluation episodes start elsewhere than the training ones, and in the same states for every algorithm.
+EVALUATION_SEED = 1_000_000
+
+
+class EvaluationRecorder(BaseCallback):
+    """
+    Evaluates at given steps and writes one row per episode; also keeps the time of each phase.
+
+    It draws no random numbers that the agent would draw, so training is the same without it.
+
+    :param path: the CSV; an existing one is overwritten
+    :param origin: the first columns of every row: env, algorithm, seed
+    :param due: env steps of the evaluations, ascending; a run of several envs is evaluated right after it passed a step
+    :param episodes: per evaluation
+    """
+
+    eval_env: VecEnv
+
+    def __init__(self, path: Path, origin: dict[str, Any], due: Sequence[int], episodes: int) -> None:
+        super().__init__()
+        self.path, self.origin, self.due, self.episodes = path, origin, list(due), episodes
+        self.deterministic = True
+        #: Seconds of each phase so far.
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        #: What the Zoo read from its files and from the command.
+        self.settings: dict[str, Any] = {}
+        self._mark = 0.0
+        self._fitted_at: int | None = None
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(COLUMNS)
+
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def _on_training_start(self) -> None:
+        self._mark = time.perf_counter()
+        self._evaluate_if_due()
+
+    def _on_rollout_start(self) -> None:
+        # SB3 trains between one rollout and the next.
+        self.seconds["updates"] += self._lap()
+
+    def _on_step(self) -> bool:
+        if self.due and self.num_timesteps >= self.due[0]:
+            self.seconds["env_and_policy"] += self._lap()
+            self._evaluate_if_due()
+        return True
+
+    def _on_rollout_end(self) -> None:
+        # MBPO's own callback comes before those of the user, and leaves its times in the log until the next one is written.
+        fitted_at = getattr(self.model, "dynamics_fitted_at", None)
+        if fitted_at != self._fitted_at:
+            self._fitted_at = fitted_at
+            for phase, key in (("fits", "dynamics/fit_seconds"), ("rollouts", "dynamics/rollout_seconds")):
+                self.seconds[phase] += self.logger.name_to_value[key]
+                self._mark += self.logger.name_to_value[key]
+        self.seconds["env_and_policy"] += self._lap()
+
+    def _on_training_end(self) -> None:
+        self.seconds["updates"] += self._lap()
+
+    def _evaluate_if_due(self) -> None:
+        while self.due and self.num_timesteps >= self.due[0]:
+            training = sum(self.seconds[phase] for phase in PHASES if phase != "evaluation")
+            sync_envs_normalization(self.training_env, self.eval_env)
+            returns, lengths = evaluate_policy(
+                self.model, self.eval_env, self.episodes, deterministic=self.deterministic, return_episode_rewards=True
+            )
+            self.seconds["evaluation"] += self._lap()
+            assert isinstance(returns, list) and isinstance(lengths, list)
+            times = [round(value, 3) for value in (training, *self.seconds.values())]
+            step = self.due.pop(0)
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(
+                    [*self.origin.values(), step, i, round(float(result), 6), int(length), *times]
+                    for i, (result, length) in enumerate(zip(returns, lengths, strict=True))
+                )
+
+
+class ComparisonExperiment(Experiment):
+    """
+    The Zoo's experiment, evaluated by a recorder.
+
+    :param recorder: gets the evaluation env and the settings; the other arguments are the Zoo's
+    """
+
+    def __init__(self, *args: Any, recorder: EvaluationRecorder, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recorder = recorder
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        hyperparams, saved = super().read_hyperparameters()
+        # The budget is the comparison's, whatever the file says.
+        self.recorder.settings = {key: value for key, value in saved.items() if key != "n_timesteps"}
+        return hyperparams, saved
+
+    def create_callbacks(self) -> None:
+        super().create_callbacks()
+        self.recorder.eval_env = self.create_envs(1, eval_env=True)
+        self.recorder.eval_env.seed(EVALUATION_SEED + self.seed)
+        self.recorder.deterministic = self.deterministic_eval
+        self.callbacks.append(self.recorder)

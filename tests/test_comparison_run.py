@@ -1,0 +1,150 @@
+"""One run: its folder, what makes it finished, and its process."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sb3_mbpo import comparison_run
+from sb3_mbpo.comparison_run import Run, as_file_name, put, record
+
+TINY = {
+    **{"learning_starts": 20, "batch_size": 16, "gradient_steps": 1, "rollout_batch_size": 20, "model_train_freq": 20},
+    **{"dynamics_kwargs": {"net_arch": [8], "max_updates": 2}, "policy_kwargs": "dict(net_arch=[8])", "tau": 0.01},
+}
+RUN = Run("Pendulum-v1", "mbpo:tau=0.01", "mbpo", TINY, seed=1, steps=50, eval_freq=20, eval_episodes=2)
+
+
+def finish(run: Run, folder: Path) -> None:
+    run.begin(folder)
+    put(folder / "run.json", json.dumps({"run": dataclasses.asdict(run)}).encode())
+
+
+def test_names_of_folders() -> None:
+    assert RUN.folder == Path("Pendulum-v1", "mbpo_tau=0.01", "seed_1")
+    assert as_file_name("dm_control/cheetah-run-v0") == "dm_control_cheetah-run-v0"
+    long = [as_file_name("sac:" + "x" * 300 + end) for end in "ab"]
+    assert len(set(long)) == 2 and all(len(name) < 100 for name in long)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(50, [0, 20, 40, 50]), (40, [0, 20, 40]), (20, [0, 20]), (5, [0, 5]), (1, [0, 1])]
+)
+def test_evaluations_come_first_and_last(steps: int, expected: list[int]) -> None:
+    assert dataclasses.replace(RUN, steps=steps).evaluation_steps == expected
+
+
+def test_options_of_the_zoo() -> None:
+    run = Run(
+        *("E-v0", "sac:a=b", "sac", {"a": "b", "c": 1e-3, "d": [1, None]}, 2, 100, 10, 1),
+        threads=3,
+        device="cpu",
+        conf_file="mine.yml",
+        env_kwargs=["x:1"],
+        gym_packages=["p", "q"],
+    )
+    expected = "--algo sac --env E-v0 --seed 2 -n 100 --eval-freq -1 -f F --num-threads 3 --device cpu --conf-file mine.yml"
+    tail = ["-params", "a:'b'", "c:0.001", "d:[1, None]", "--env-kwargs", "x:1", "--gym-packages", "p", "q"]
+    assert run.zoo_options(Path("F")) == expected.split() + tail
+    bare = Run("E-v0", "sac", "sac", {}, 0, 100, 10, 1).zoo_options(Path("F"))
+    assert not {"-params", "--conf-file", "--env-kwargs", "--gym-packages"} & set(bare)
+
+
+def test_begin_keeps_nothing_of_an_unfinished_run(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    RUN.begin(folder)
+    assert Run.read(folder) == RUN
+    (folder / "evaluations.csv").write_text("half")
+    RUN.begin(folder)
+    assert [file.name for file in folder.iterdir()] == ["arguments.json"]
+
+
+def test_begin_spares_what_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match="choose another --folder"):
+        RUN.begin(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_finished_is_what_was_asked_and_marked(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert not RUN.is_finished(folder)
+    RUN.begin(folder)
+    (folder / "evaluations.csv").write_text("everything")
+    assert not RUN.is_finished(folder)
+    finish(RUN, folder)
+    assert RUN.is_finished(folder) and dataclasses.replace(RUN, command="another").is_finished(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 60}, {"eval_freq": 10}, {"eval_episodes": 1}, {"settings": {}}, {"threads": 2}, {"gym_packages": ["a"]}],
+)
+def test_finished_with_other_arguments_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    finish(RUN, tmp_path / "run")
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"finished run with {name}=.*choose another --folder") as caught:
+        dataclasses.replace(RUN, **change).is_finished(tmp_path / "run")
+    assert f"{name}={getattr(RUN, name)!r}, not {value!r}:" in str(caught.value)
+
+
+def test_put_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "a", b"1")
+    monkeypatch.setattr(os, "replace", lambda *paths: pytest.fail("cut here"))
+    with pytest.raises(pytest.fail.Exception):
+        put(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_process_ends_with_its_parent() -> None:
+    code = (
+        "import time\nfrom sb3_mbpo.comparison_run import end_with_parent\nend_with_parent()\nprint(1, flush=True)\ntime.sleep(99)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(20) == 1
+
+
+def test_cut_run_is_not_finished(zoo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RUN.begin(tmp_path / "run")
+    monkeypatch.setattr(comparison_run, "end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "run")])
+    # As the Zoo does on an interrupt: it returns as if all were done.
+    monkeypatch.setattr(zoo, "main", lambda *args, **kwargs: None)
+    with pytest.raises(SystemExit, match="ended before step 0"):
+        comparison_run.main()
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
+def test_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RUN.begin(folder)
+    command = [sys.executable, "-m", "sb3_mbpo.comparison_run", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        output = process.stdout.read() if process.stdout else b""
+    assert process.returncode == 0, output.decode()
+    assert RUN.is_finished(folder)
+    found = record(folder)
+    assert found["settings"]["tau"] == 0.01 and found["run"]["seed"] == 1
+    assert found["versions"]["torch"] and found["hardware"]["cores"]
+    assert 0 < found["seconds"]["updates"] < found["seconds"]["total"]
+    with (folder / "evaluations.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["step"]), int(row["episode"])) for row in rows] == [(s, i) for s in (0, 20, 40, 50) for i in (0, 1)]
+    assert {row["algorithm"] for row in rows} == {"mbpo:tau=0.01"}
+    # Where the Zoo's other commands find it.
+    assert (folder / "mbpo" / "Pendulum-v1_1" / "Pendulum-v1.zip").is_file()
