@@ -104,11 +104,11 @@ def summarise(rows: pd.DataFrame, threshold: float) -> list[Summary]:
     return summaries
 
 
-def number(value: float, digits: int = 0) -> str:
-    """:return: thousands apart, a true minus, at least three digits of small numbers"""
+def number(value: float) -> str:
+    """:return: three digits or more, thousands apart, with a true minus; a whole number has no others"""
     if not np.isfinite(value):
         return NONE
-    digits = max(digits, 1 if abs(value) < 100 else 0, 2 if abs(value) < 10 else 0) if value else digits
+    digits = 0 if float(value).is_integer() or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -169,7 +169,7 @@ def default_thresholds(rows: pd.DataFrame, baseline: str | None) -> dict[str, fl
     """
     found = {}
     for env, mine in rows.groupby("env", sort=False):
-        finals = {label: final_return(one)[0] for label, one in mine.groupby("algorithm")}
+        finals = {label: float(iqm(score_table(one).to_numpy())[-1]) for label, one in mine.groupby("algorithm")}
         found[str(env)] = finals.get(baseline, min(finals.values()))
     return found
 

@@ -21,7 +21,7 @@ TINY = {
     **{"learning_starts": 20, "batch_size": 16, "gradient_steps": 1, "rollout_batch_size": 20, "model_train_freq": 20},
     **{"dynamics_kwargs": {"net_arch": [8], "max_updates": 2}, "policy_kwargs": "dict(net_arch=[8])", "tau": 0.01},
 }
-RUN = Run("Pendulum-v1", "mbpo:tau=0.01", "mbpo", TINY, seed=1, steps=50, eval_freq=20, eval_episodes=2)
+RUN = Run("Pendulum-v1", "mbpo:tau=0.01", "mbpo", TINY, seed=1, steps=30, eval_freq=20, eval_episodes=2)
 
 
 def finish(run: Run, folder: Path) -> None:
@@ -106,9 +106,8 @@ def test_put_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_process_ends_with_its_parent() -> None:
-    code = (
-        "import time\nfrom sb3_mbpo.comparison_run import end_with_parent\nend_with_parent()\nprint(1, flush=True)\ntime.sleep(99)"
-    )
+    code = "from sb3_mbpo.comparison_run import end_with_parent; end_with_parent()"
+    code += "; import time; print(1, flush=True); time.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == b"1\n"
@@ -144,7 +143,7 @@ def test_run(tmp_path: Path) -> None:
     assert 0 < found["seconds"]["updates"] < found["seconds"]["total"]
     with (folder / "evaluations.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(int(row["step"]), int(row["episode"])) for row in rows] == [(s, i) for s in (0, 20, 40, 50) for i in (0, 1)]
+    assert [(int(row["step"]), int(row["episode"])) for row in rows] == [(s, i) for s in (0, 20, 30) for i in (0, 1)]
     assert {row["algorithm"] for row in rows} == {"mbpo:tau=0.01"}
     # Where the Zoo's other commands find it.
     assert (folder / "mbpo" / "Pendulum-v1_1" / "Pendulum-v1.zip").is_file()
