@@ -18,8 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "compare":
         # Late: it needs packages that the Zoo's commands do without.
-        from sb3_mbpo import compare
-
+        try:
+            from sb3_mbpo import compare
+        except ImportError as error:
+            raise SystemExit(str(error)) from None
         compare.main(options)
     elif command in ("-h", "--help"):
         print(f"{(zoo.__doc__ or '').strip()}\n\n{COMPARE}")

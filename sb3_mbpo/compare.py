@@ -30,9 +30,12 @@ try:
     from sb3_mbpo.report import default_thresholds, markdown, summarise, write_report
     from sb3_mbpo.specs import read_specs
 except ImportError as error:
-    if (error.name or "").startswith("sb3_mbpo"):
+    # Those of zoo.py and plots.py say themselves what to install.
+    MISSING = str(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sb3_mbpo"):
+        MISSING = f"sb3_mbpo compare needs {error.name}: pip install sb3_mbpo[compare]"
+    elif error.name is not None:
         raise
-    MISSING = f"sb3_mbpo compare: a package is missing ({error}): pip install sb3_mbpo[compare]"
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
 from sb3_mbpo.comparison_run import EVALUATIONS, Run, as_file_name, put, record
@@ -71,8 +74,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="as in the Zoo")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments, as in the Zoo")
     args = parser.parse_args(arguments)
-    for name in ("seeds", "steps", "eval_episodes", "threads"):
-        if getattr(args, name) < 1:
+    for name in ("seeds", "steps", "eval_freq", "eval_episodes", "workers", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.eval_freq = args.eval_freq or max(args.steps // EVALUATIONS_PER_RUN, 1)
     args.folder = args.folder or Path("logs") / "compare" / "_".join(map(as_file_name, args.env))

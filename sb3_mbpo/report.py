@@ -31,7 +31,7 @@ figcaption, .note { color: #555; font-size: .87rem; max-width: 62rem; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid #ddd; }
 thead th { font-weight: 600; border-bottom: 2px solid #888; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 11rem; }
 td small { color: #555; display: block; white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .87rem; }
 dt { color: #555; }
@@ -154,7 +154,7 @@ def markdown(summaries: list[Summary], baseline: str | None, threshold: float) -
 
 def html_table(summaries: list[Summary], baseline: str | None, threshold: float) -> str:
     head, rows = table(summaries, baseline, threshold)
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    titles = "".join(f"<th>{escape(title).replace(', ', ',&nbsp;')}</th>" for title in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(big)}<small>{escape(small)}</small></td>" for big, small in cells) + "</tr>\n"
         for cells in rows

@@ -65,6 +65,19 @@ def made(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
     yield runs
 
 
+@pytest.fixture
+def no_figures(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longest, and are the subject of test_plots.py."""
+
+    def save(rows: Any, folder: Path, thresholds: Any) -> dict[str, Path]:
+        pictures = {env: folder / f"{env}.png" for env in rows["env"].unique()}
+        for picture in pictures.values():
+            picture.touch()
+        return pictures
+
+    monkeypatch.setattr(compare.plots, "save_figures", save)
+
+
 def pretend(run: Run, folder: Path) -> None:
     """The files of a finished run; the return is 100 seed + step + episode."""
     from sb3_mbpo.comparison_experiment import COLUMNS, PHASES
@@ -120,6 +133,7 @@ def test_every_algorithm_gets_every_seed_once(compare: ModuleType, made: list[Ru
     assert "| sac (2 seeds, baseline) |" in output
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_finished_runs_are_skipped(compare: ModuleType, made: list[Run], capsys: Any) -> None:
     compare.main(OPTIONS.split())
     del made[:]
@@ -132,6 +146,7 @@ def test_finished_runs_are_skipped(compare: ModuleType, made: list[Run], capsys:
     assert len(rows()) == 4 * 3 * 3 * 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_unfinished_run_starts_again(compare: ModuleType, made: list[Run]) -> None:
     compare.main(OPTIONS.split())
     del made[:]
@@ -143,6 +158,7 @@ def test_unfinished_run_starts_again(compare: ModuleType, made: list[Run]) -> No
     assert labelled(made) == [("sac", 1)] and rows() == before and not (folder / "left_over").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_other_arguments_want_another_folder(compare: ModuleType, made: list[Run]) -> None:
     compare.main(OPTIONS.split())
     del made[:]
@@ -152,6 +168,7 @@ def test_other_arguments_want_another_folder(compare: ModuleType, made: list[Run
     assert made == [] and rows() == before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_failed_run_is_reported_and_tried_again(compare: ModuleType, made: list[Run], capsys: Any) -> None:
     options = OPTIONS.replace("sac:tau=1e-2", "tqc").split()
     for _ in range(2):
@@ -172,6 +189,7 @@ def test_nothing_but_failures(compare: ModuleType, made: list[Run]) -> None:
     assert caught.value.code == 1 and not Path("out/results.csv").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_several_envs(compare: ModuleType, made: list[Run]) -> None:
     options = "--env Pendulum-v1 MountainCarContinuous-v0 --algo mbpo --seeds 1 --steps 40 --threshold 10 20"
     compare.main(options.split())
@@ -183,6 +201,7 @@ def test_several_envs(compare: ModuleType, made: list[Run]) -> None:
     assert manifest["arguments"]["baseline"] is None and made[0].eval_freq == 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
     compare.main(
         [*OPTIONS.split(), "--conf-file", "sac=mine.yml", "--env-kwargs", "g:1.0", "--device", "cpu", "--threads", "2"]
@@ -204,6 +223,8 @@ def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
         (("--steps 40", "--steps 40 --conf-file tqc=a.yml"), "write ALGO=FILE"),
         (("--steps 40", "--steps 40 --conf-file a.yml"), "write ALGO=FILE"),
         (("--steps 40", "--steps 0"), "--steps must be at least 1"),
+        (("--steps 40", "--steps 40 --workers 0"), "--workers must be at least 1"),
+        (("--eval-freq 20", "--eval-freq -1"), "--eval-freq must be at least 1"),
         (("--seeds 2", "--seeds 0"), "--seeds must be at least 1"),
     ],
 )
@@ -215,6 +236,7 @@ def test_what_no_run_would_survive_is_refused(
     assert caught.value.code == 2 and re.search(message, capsys.readouterr().err) and made == []
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_interrupt_keeps_what_is_finished(compare: ModuleType, made: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = []
     collect, stop = compare.LocalWorkers.collect, compare.LocalWorkers.stop
