@@ -92,4 +92,5 @@ class RunProgress:
         else:
             self.failed += 1
             outcome = "failed: " + failure.partition("\n")[0]
+        self.progress.update(self.overall, completed=self.done + self.failed)
         self._say(f"[{self.done + self.failed}/{self.total}] {run}: {outcome}")

@@ -83,7 +83,9 @@ def mend_hub() -> None:
         hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
 
 
-def prepare(command: str, options: list[str], stack: ExitStack, experiment: Callable[..., Experiment]) -> list[str]:
+def prepare(
+    command: str, options: list[str], stack: ExitStack, experiment: Callable[..., Experiment] = Experiment
+) -> list[str]:
     """
     Set the Zoo up for one command.
 

@@ -270,15 +270,14 @@ def command(folder: Path, *options: str, **environment: str) -> subprocess.Popen
 @pytest.mark.expensive
 def test_real_runs(tmp_path: Path) -> None:
     options = ["--env", "Pendulum-v1", "--algo", f"mbpo:{TINY},{IMAGINED}", f"sac:{TINY}", "sac:no_such=1"]
-    options += "--seeds 2 --steps 50 --eval-freq 25 --eval-episodes 1 --workers 2 --folder out".split()
+    options += "--seeds 1 --steps 50 --eval-freq 25 --eval-episodes 1 --workers 2 --folder out".split()
     process = command(tmp_path, *options)
     output, _ = process.communicate()
     assert process.returncode == 1, output
-    assert "TypeError" in output and "no_such" in output and "2 failed" in output and "4 of 6 runs" in output
+    assert "TypeError" in output and "no_such" in output and "1 failed" in output and "2 of 3 runs" in output
     found = rows(str(tmp_path / "out" / "results.csv"))
     keys = [(row["algorithm"].partition(":")[0], row["seed"], row["step"]) for row in found]
-    assert keys == [(algo, seed, step) for algo in ("mbpo", "sac") for seed in "01" for step in ("0", "25", "50")]
-    # Agents of one seed are evaluated from the same states; at step 0 both are about to learn.
+    assert keys == [(algo, "0", step) for algo in ("mbpo", "sac") for step in ("0", "25", "50")]
     assert all(-2000 < float(row["return"]) < 0 for row in found)
     assert "data:image/png;base64" in (tmp_path / "out" / "report.html").read_text()
 

@@ -66,9 +66,9 @@ def test_bars_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         tasks = {task.description: task for task in shown.progress.tasks}
         assert tasks["E-v0, sac, seed 0"].completed == 20 and tasks["E-v0, sac, seed 1"].completed == 0
         shown.ended(RUNS[0], None)
+        assert shown.progress.tasks[0].completed == 1
         shown.update([dataclasses.replace(RUNS[1])])
         assert {task.description for task in shown.progress.tasks} == {"all runs", "E-v0, sac, seed 1"}
-        assert shown.progress.tasks[0].completed == 1
         shown.progress.refresh()
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "step 20, return 1,234.6" in text and "0 done, 2 under way, 1 waiting, 0 failed" in text
