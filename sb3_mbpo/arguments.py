@@ -206,6 +206,8 @@ def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     # SB3 keeps this one under another name.
     kept_as = {"stats_window_size": "_stats_window_size"}
     for name, default in {**numeric_defaults(type(agent)), "seed": 0}.items():
+        if name == "train_freq" and isinstance(agent.train_freq, str):
+            continue  # SB3 refuses any text here, and says what it wants instead.
         attribute = kept_as.get(name, name)
         if name in ("learning_rate", "rollout_schedule"):
             setattr(agent, name, resolve(numbers_in(getattr(agent, name)), name))

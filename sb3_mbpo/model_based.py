@@ -110,16 +110,7 @@ class ModelBased(Saving):
         rollout_length(self.rollout_schedule, 0)
         if self.replay_buffer is None:
             self.replay_buffer_class = MixedReplayBuffer
-            self.replay_buffer = MixedReplayBuffer(
-                self.buffer_size,
-                self.observation_space,
-                self.action_space,
-                self.device,
-                self.n_envs,
-                optimize_memory_usage=self.optimize_memory_usage,
-                **self.replay_buffer_kwargs,
-                **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
-            )
+            self.replay_buffer = self._make_replay_buffer()
         super()._setup_model()
         self.dynamics = self._make_dynamics()
         self.learned_termination = LearnedTermination(

@@ -66,6 +66,13 @@ def test_units_of_train_freq(train_freq):
     assert agent._n_updates == {4: 40, (4, "step"): 40, (1, "episode"): 40}[train_freq]
 
 
+@pytest.mark.parametrize("train_freq", ["4", "episode", ("1", "episode"), (1, "day")], ids=str)
+def test_what_is_no_train_freq(train_freq):
+    """Text is none even where it is a number, as with SAC; lists from YAML are read (see test_model_based.py)."""
+    with pytest.raises(ValueError, match="train_freq"):
+        MBPO("MlpPolicy", "Pendulum-v1", train_freq=train_freq)
+
+
 def test_several_envs_with_the_default_of_gradient_steps(tmp_path):
     kwargs = {key: value for key, value in FAST.items() if key != "gradient_steps"}
     with pytest.warns(UserWarning, match=r"gradient_steps is left at its default.* 3 envs.*Pass gradient_steps=60") as caught:
