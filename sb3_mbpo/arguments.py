@@ -182,6 +182,19 @@ def check_replay(replay_buffer_class: Any, allowed: tuple[type, ...], n_steps: i
         )
 
 
+def updates_are_few(gradient_steps: int, n_envs: int) -> str:
+    """
+    :param gradient_steps: the default, which the user has left as it is
+    :param n_envs: of the user's env, several
+    :return: a warning
+    """
+    return (
+        f"gradient_steps is left at its default of {gradient_steps}, which counts per train_freq and not per transition: "
+        f"{n_envs} envs get 1/{n_envs} of the updates per transition that one gets. Pass "
+        f"gradient_steps={gradient_steps * n_envs} for as many, or gradient_steps={gradient_steps} to keep it so"
+    )
+
+
 def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     """
     Turn the arguments that an agent keeps under their names into what they mean, in place, and check those of ModelBased.
@@ -193,6 +206,8 @@ def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     # SB3 keeps this one under another name.
     kept_as = {"stats_window_size": "_stats_window_size"}
     for name, default in {**numeric_defaults(type(agent)), "seed": 0}.items():
+        if name == "train_freq" and isinstance(agent.train_freq, str):
+            continue  # SB3 refuses any text here, and says what it wants instead.
         attribute = kept_as.get(name, name)
         if name in ("learning_rate", "rollout_schedule"):
             setattr(agent, name, resolve(numbers_in(getattr(agent, name)), name))

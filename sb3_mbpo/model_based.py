@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 
-from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve
+from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve, updates_are_few
 from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.denormals import flush_denormals
@@ -67,14 +67,19 @@ class ModelBased(Saving):
         **kwargs: Any,
     ) -> None:
         signature = inspect.signature(super().__init__)
-        if "gradient_steps" not in signature.bind_partial(policy, env, *args, **kwargs).arguments:
-            kwargs.setdefault("gradient_steps", 20)
+        as_ever = "gradient_steps" not in signature.bind_partial(policy, env, *args, **kwargs).arguments
+        if as_ever:
+            kwargs["gradient_steps"] = 20
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
         if env is not None:
             # Before SB3 looks at the spaces: its assertions do not say what to do instead.
             passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
             check_spaces(env.observation_space, env.action_space)
+            n_envs = getattr(env, "num_envs", 1)
+            # ``load`` gets its gradient_steps from the file.
+            if as_ever and n_envs > 1 and passed.get("_init_setup_model", True):
+                warnings.warn(updates_are_few(20, n_envs), stacklevel=3)
         # SB3 writes into these dictionaries; the caller's stay as they are.
         passed |= {key: dict(passed[key]) for key in ("policy_kwargs", "replay_buffer_kwargs") if passed.get(key)}
 
@@ -105,16 +110,7 @@ class ModelBased(Saving):
         rollout_length(self.rollout_schedule, 0)
         if self.replay_buffer is None:
             self.replay_buffer_class = MixedReplayBuffer
-            self.replay_buffer = MixedReplayBuffer(
-                self.buffer_size,
-                self.observation_space,
-                self.action_space,
-                self.device,
-                self.n_envs,
-                optimize_memory_usage=self.optimize_memory_usage,
-                **self.replay_buffer_kwargs,
-                **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
-            )
+            self.replay_buffer = self._make_replay_buffer()
         super()._setup_model()
         self.dynamics = self._make_dynamics()
         self.learned_termination = LearnedTermination(

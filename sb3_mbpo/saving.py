@@ -77,6 +77,18 @@ class Saving(OffPolicyAlgorithm):
         optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []
         return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables
 
+    def _make_replay_buffer(self) -> MixedReplayBuffer:
+        return MixedReplayBuffer(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            self.device,
+            self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **self.replay_buffer_kwargs,
+            **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
+        )
+
     def save_replay_buffer(self, path: Any, imagined: bool = False) -> None:
         """
         See SB3; the file is as large as what is filled.
@@ -96,8 +108,11 @@ class Saving(OffPolicyAlgorithm):
         """See SB3; also takes the pickled replay buffer of a model-free agent."""
         mine = self.replay_buffer
         super().load_replay_buffer(path, truncate_last_traj)
-        loaded, self.replay_buffer = self.replay_buffer, mine
+        # It may have been thrown away to make room, or the agent moved to another device.
+        fits = mine is not None and mine.device == self.device
+        loaded, self.replay_buffer = self.replay_buffer, mine if fits else self._make_replay_buffer()
         self.replay_buffer.adopt(loaded)
+        self.replay_buffer.device = self.device
 
     def prefill(self, data: Any) -> None:
         """

@@ -59,6 +59,25 @@ def test_sacs_replay_buffer(tmp_path):
     assert model.replay_buffer.size() == 230 and model.replay_buffer.real_rows(100) == 5
 
 
+def test_replay_buffer_that_was_thrown_away(tmp_path):
+    """To make room, say. What is loaded is mixed with imagined rows as ever."""
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
+    agent.save_replay_buffer(tmp_path / "buffer", imagined=True)
+    agent.replay_buffer = None
+    agent.load_replay_buffer(tmp_path / "buffer")
+    assert agent.replay_buffer.size() == 60 and agent.replay_buffer.real_rows(100) == 5
+    agent.learn(10, reset_num_timesteps=False)
+
+
+def test_replay_buffer_goes_where_the_agent_is(tmp_path):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", device="cpu", **FAST)
+    agent.save_replay_buffer(tmp_path / "buffer")
+    # As SB3's agents are moved; without a GPU it is only the name that moves.
+    agent.device = th.device("cuda")
+    agent.load_replay_buffer(tmp_path / "buffer")
+    assert agent.replay_buffer.device.type == "cuda"
+
+
 def test_going_on_without_the_replay_buffer(tmp_path):
     """A loud warning, and no refit to a handful of new transitions."""
     model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
