@@ -48,7 +48,7 @@ def test_updates_are_counted_per_train_freq(train_freq, gradient_steps, expected
     """Of three envs, 60 transitions, of which the first 9 (in whole rollouts) come too early: as SAC does it."""
     kwargs = {**FAST, "learning_starts": 9, "train_freq": train_freq, "gradient_steps": gradient_steps}
     agent = MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 3), **kwargs).learn(60, log_interval=None)
-    plain = {key: kwargs[key] for key in ("policy_kwargs", "batch_size", "learning_starts", "train_freq", "gradient_steps")}
+    plain = {key: kwargs[key] for key in ("batch_size", "learning_starts", "train_freq", "gradient_steps")}
     assert agent._n_updates == SAC("MlpPolicy", make_vec_env("Pendulum-v1", 3), **plain).learn(60)._n_updates == expected
 
 
