@@ -32,16 +32,23 @@ class MBPO(ModelBased, SAC):
         super()._setup_model()
         if self.fast_update is not None and not isinstance(self.fast_update, bool):
             raise ValueError(f"fast_update={self.fast_update!r} must be None, True or False")
+        fast = self._is_fast()
+        if self.verbose >= 1:
+            reason = sac_update.why_not_fast(self, MBPO)
+            print("SAC update: " + ("fast" if fast else f"Stable-Baselines3's own ({reason or 'as asked'})"))
+
+    def _is_fast(self) -> bool:
+        """
+        Asked before every ``train``: networks and optimizers may have been changed since.
+
+        :raises ValueError: ``fast_update=True`` for what ours does not cover
+        """
+        if self.fast_update is False or (self.fast_update is None and self.real_ratio == 1):
+            return False
         reason = sac_update.why_not_fast(self, MBPO)
         if self.fast_update and reason is not None:
             raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")
-        if self.verbose >= 1:
-            print("SAC update: " + ("fast" if self._is_fast() else f"Stable-Baselines3's own ({reason or 'as asked'})"))
-
-    def _is_fast(self) -> bool:
-        if self.fast_update is None:
-            return self.real_ratio < 1 and sac_update.why_not_fast(self, MBPO) is None
-        return self.fast_update
+        return reason is None
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """See SB3."""

@@ -34,7 +34,9 @@ def imagined(agent):
 # ---------------------------------------------------------------------- environments, steps and updates
 
 
-@pytest.mark.parametrize("env", ["Pendulum-v1", short(), Monitor(short()), make_vec_env("Pendulum-v1", 2)], ids=str)
+@pytest.mark.parametrize(
+    "env", ["Pendulum-v1", short(), Monitor(short()), make_vec_env("Pendulum-v1", 2)], ids=lambda env: type(env).__name__
+)
 def test_forms_of_env(env):
     agent = MBPO("MlpPolicy", env, **FAST).learn(40)
     assert agent.n_envs == getattr(env, "num_envs", 1) and len(imagined(agent)[0]) > 0

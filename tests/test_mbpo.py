@@ -98,6 +98,20 @@ def test_fast_update_that_does_not_cover_the_agent():
         MBPO("MlpPolicy", "Pendulum-v1", use_sde=True, fast_update=True)
 
 
+@pytest.mark.parametrize("fast_update", [True, None])
+def test_networks_changed_after_construction(fast_update):
+    """The fast update would train frozen weights."""
+    model = MBPO("MlpPolicy", "Pendulum-v1", fast_update=fast_update, **FAST).learn(25)
+    bias = next(model.critic.parameters()).requires_grad_(False)
+    before = bias.detach().clone()
+    if fast_update:
+        with pytest.raises(ValueError, match="fast_update=True does not cover this agent: parameters frozen"):
+            model.train(2, 16)
+    else:
+        model.train(2, 16)
+    assert th.equal(bias, before)
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_on_a_gpu_the_update_is_captured_or_sb3s(captured, monkeypatch):
     """Only the dispatch: the capture itself is tested in test_cuda_update.py."""
