@@ -107,6 +107,23 @@ def test_sample_follows_the_chosen_members_distribution():
     th.testing.assert_close(drawn.var(0), var, rtol=0.06, atol=0)
 
 
+@pytest.mark.parametrize("rows", [200, 2, 0])
+def test_each_row_is_its_own(rows):
+    """Without noise, every row is what one of several elites predicts for that row; fewer rows than elites are no trouble."""
+    ensemble = ProbabilisticEnsemble(3, 2, n_members=4, n_elites=3, **SMALL)
+    ensemble.fit(linear_system(500, 0.2))
+    ensemble.max_log_variance.data.fill_(-60.0)
+    ensemble.min_log_variance.data.fill_(-80.0)
+    obs, actions = th.randn(rows, 3), th.randn(rows, 2)
+    with th.no_grad():
+        next_obs, rewards = ensemble.sample(obs, actions)
+        mean = ensemble.predict(obs, actions)[0][ensemble.elites]
+    distance = (mean - th.cat([rewards.unsqueeze(1), next_obs], dim=1)).abs().amax(dim=2)
+    assert next_obs.shape == (rows, 3) and (distance.amin(dim=0) < 1e-4).all()
+    # Which of them differs from row to row.
+    assert rows < 10 or len(set(distance.argmin(dim=0).tolist())) == 3
+
+
 def test_sample_is_differentiable():
     ensemble = ProbabilisticEnsemble(3, 2, **SMALL).double()
     obs, actions = (th.randn(6, n, dtype=th.float64, requires_grad=True) for n in (3, 2))
