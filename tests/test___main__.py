@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 # Not importorskip: an import at collection would change Gymnasium for all tests.
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("rl_zoo3", "rliable", "matplotlib", "pandas")), reason="needs sb3_mbpo[compare]"

@@ -21,6 +21,7 @@ from sb3_mbpo import workers
 from sb3_mbpo.comparison_run import Run, put
 
 NEEDED = ("rl_zoo3", "rliable", "pandas", "matplotlib", "rich")
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 # Not importorskip: an import at collection would change Gymnasium for all tests.
 pytestmark = pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason="needs sb3_mbpo[compare]")
 
@@ -348,6 +349,7 @@ def test_runs_end_with_the_command(tmp_path: Path, how: signal.Signals) -> None:
 
 @pytest.mark.expensive
 @pytest.mark.timeout(900)
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
 @pytest.mark.parametrize("which", ["the run", "the worker of Ray"])
 def test_killed_run_on_ray_is_tried_again(tmp_path: Path, which: str) -> None:

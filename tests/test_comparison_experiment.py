@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 # Not importorskip: an import at collection would change Gymnasium for all tests.
 pytestmark = pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
 

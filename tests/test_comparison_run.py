@@ -128,6 +128,7 @@ def test_cut_run_is_not_finished(zoo: ModuleType, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
 def test_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -3,6 +3,7 @@ import torch as th
 
 from sb3_mbpo.denormals import flush_denormals, flushed
 
+# Where the processor has no such mode, there is nothing to set and nothing to see.
 needs_support = pytest.mark.skipif(not th.set_flush_denormal(False), reason="this CPU cannot flush denormals")
 
 

@@ -62,3 +62,13 @@ def test_installed_copy_learns_away_from_the_checkout(wheel: Path, tmp_path: Pat
     result = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.splitlines()[0]).is_relative_to(site)
+
+
+# What other tests are skipped without.
+OPTIONAL = "dm_control matplotlib minari pandas pygame ray rich rl_zoo3 rliable sb3_contrib seaborn".split()
+
+
+def test_the_locked_environment_skips_nothing() -> None:
+    """A test that is skipped for want of a package shall not hide in the environment that has them all."""
+    missing = [name for name in OPTIONAL if util.find_spec(name) is None]
+    assert not missing or Path(sys.prefix).resolve() != ROOT.resolve() / ".venv"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 if any(find_spec(name) is None for name in ("rliable", "pandas", "matplotlib")):
     pytest.skip("needs sb3_mbpo[compare]", allow_module_level=True)
 

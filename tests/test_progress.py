@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 if find_spec("rich") is None:
     pytest.skip("needs rich", allow_module_level=True)
 

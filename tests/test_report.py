@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 if find_spec("rliable") is None or find_spec("pandas") is None:
     pytest.skip("needs sb3_mbpo[compare]", allow_module_level=True)
 
