@@ -31,6 +31,7 @@ class ProbabilisticEnsemble(DynamicsModel):
     :param patience: epochs without a member improving that are tolerated
     :param min_improvement: relative fall of a member's hold-out error that counts as improving
     :param max_updates: most gradient steps in one fit, checked after each epoch; ``None``: only early stopping ends it
+    :param epoch_updates: most gradient steps of an epoch; of more data, an epoch sees a random part; ``None``: all of it
     :param target_mode: ``"delta"``: predict next_obs - obs (the paper); ``"next"``: predict next_obs
     :param normalize_targets: standardise each target dimension, so that reward and every observation weigh the same in loss,
         hold-out error and early stopping; ``False``: raw targets and their mean squared error (the paper)
@@ -58,14 +59,15 @@ class ProbabilisticEnsemble(DynamicsModel):
         patience: int = 5,
         min_improvement: float = 0.01,
         max_updates: int | None = 1000,
+        epoch_updates: int | None = None,
         target_mode: str = "delta",
         normalize_targets: bool = True,
     ) -> None:
         super().__init__(obs_dim, action_dim, seed=seed, device=device)
-        self.n_elites = n_elites
-        self.batch_size = batch_size
+        self.n_elites, self.batch_size = n_elites, batch_size
         self.holdout_ratio, self.max_holdout = holdout_ratio, max_holdout
-        self.patience, self.min_improvement, self.max_updates = patience, min_improvement, max_updates
+        self.patience, self.min_improvement = patience, min_improvement
+        self.max_updates, self.epoch_updates = max_updates, epoch_updates
         self.target_mode, self.normalize_targets = target_mode, normalize_targets
         self._check(n_members, list(net_arch), learning_rate, weight_decays)
 
@@ -105,7 +107,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         require(self.max_holdout >= 1, "max_holdout", self.max_holdout, "at least 1")
         require(self.patience >= 0, "patience", self.patience, "0 or more")
         require(0 <= self.min_improvement < 1, "min_improvement", self.min_improvement, "at least 0 and below 1")
-        require(self.max_updates is None or self.max_updates >= 1, "max_updates", self.max_updates, "at least 1, or None")
+        for name, bound in (("max_updates", self.max_updates), ("epoch_updates", self.epoch_updates)):
+            require(bound is None or bound >= 1, name, bound, "at least 1, or None")
         require(self.target_mode in ("delta", "next"), "target_mode", self.target_mode, "'delta' or 'next'")
 
     def _decay_per_layer(self, weight_decays: Sequence[float] | None) -> list[float]:
@@ -146,9 +149,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         :return: reward and next observation in the environment's units, same shape
         """
         raw = self.target_standardizer.inverse(targets)
-        if self.target_mode == "next":
-            return raw
-        return th.cat([raw[..., :1], raw[..., 1:] + obs], dim=-1)
+        return raw if self.target_mode == "next" else th.cat([raw[..., :1], raw[..., 1:] + obs], dim=-1)
 
     def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -220,8 +221,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         inputs = th.cat([obs, transitions.actions], dim=-1)
         targets = th.cat([transitions.rewards, next_obs - obs if self.target_mode == "delta" else next_obs], dim=-1)
         rows = th.randperm(len(inputs), generator=self.generator, device=inputs.device)
-        n_holdout = max(1, min(int(len(inputs) * self.holdout_ratio), self.max_holdout))
-        held_out, train = rows[:n_holdout], rows[n_holdout:]
+        held_out, train = rows.tensor_split([max(1, min(int(len(inputs) * self.holdout_ratio), self.max_holdout))])
         self.input_standardizer.fit(inputs[train])
         if self.normalize_targets:
             self.target_standardizer.fit(targets[train])
@@ -234,19 +234,19 @@ class ProbabilisticEnsemble(DynamicsModel):
             return LikelihoodGradient(self.mlp, (self.min_log_variance, self.max_log_variance))
         return autograd_of(self.negative_log_likelihood, self.parameters())
 
-    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient) -> float:
+    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient) -> list[th.Tensor]:
         """
-        One pass of every member over its bootstrap, in a new order.
+        One pass of every member over its bootstrap, in a new order, or the first ``epoch_updates`` batches of it.
 
         :param bootstrap: rows of ``x`` and ``y`` per member, ``(members, N)``
-        :return: the mean loss
+        :return: the loss of each batch
         """
         shuffle = th.rand(bootstrap.shape, generator=self.generator, device=x.device).argsort(dim=1)
         losses = []
-        for rows in bootstrap.gather(1, shuffle).split(self.batch_size, dim=1):
+        for rows in bootstrap.gather(1, shuffle).split(self.batch_size, dim=1)[: self.epoch_updates]:
             losses.append(gradient(x[rows], y[rows]))
             self.optimizer.step()
-        return th.stack(losses).mean().item()
+        return losses
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
         """
@@ -268,19 +268,17 @@ class ProbabilisticEnsemble(DynamicsModel):
             group["lr"], group["weight_decay"] = self.learning_rate, decay
         before = copy.deepcopy((self.state_dict(), self.optimizer.state_dict()))
         weights = list(self.mlp.parameters())
-        best = [weight.detach().clone() for weight in weights]
-        best_error = th.full_like(self.holdout_errors, float("inf"))
-        epochs, updates, idle, loss, gradient = 0, 0, 0, float("nan"), self._gradient()
+        best, best_error = [weight.detach().clone() for weight in weights], th.full_like(self.holdout_errors, float("inf"))
+        epochs, updates, idle, gradient = 0, 0, 0, self._gradient()
         while idle <= self.patience and (self.max_updates is None or updates < self.max_updates):
-            loss = self._train_epoch(x, y, bootstrap, gradient)
-            epochs, updates = epochs + 1, updates + -(-len(x) // self.batch_size)
+            losses = self._train_epoch(x, y, bootstrap, gradient)
+            epochs, updates = epochs + 1, updates + len(losses)
             error = self._holdout_error(x_holdout, y_holdout)
             improved = error < best_error * (1 - self.min_improvement)
             idle = 0 if improved.any() else idle + 1
             best_error = th.where(improved, error, best_error)
-            best = [
-                th.where(improved.view(-1, 1, 1), weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)
-            ]
+            chosen = improved.view(-1, 1, 1)
+            best = [th.where(chosen, weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)]
             if progress is not None:
                 progress(f"fitting the dynamics, epoch {epochs}")
         if not all(parameter.isfinite().all() for parameter in self.parameters()):
@@ -293,8 +291,9 @@ class ProbabilisticEnsemble(DynamicsModel):
                 weight.copy_(kept)
             self.holdout_errors.copy_(self._holdout_error(x_holdout, y_holdout).nan_to_num(nan=float("inf")))
         return {
-            "train_loss": loss,
+            "train_loss": th.stack(losses).mean().item(),
             "holdout_error": self.holdout_errors[self.elites].mean().item(),
             "epochs": epochs,
+            "updates": updates,
             "elites": " ".join(str(i) for i in sorted(self.elites.tolist())),
         }
