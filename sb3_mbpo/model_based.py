@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,15 +12,17 @@ import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn
 
 from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve, updates_are_few
 from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
+from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
+from sb3_mbpo.resume import will_resume
 from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.saving import Saving
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
@@ -48,6 +51,9 @@ class ModelBased(Saving):
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
+
+    #: The ``ResumeCallback`` of the present ``learn``, if there is one.
+    resumable: Any = None
 
     def __init__(
         self,
@@ -225,6 +231,8 @@ class ModelBased(Saving):
         if progress_bar:
             assert isinstance(everything, CallbackList) and isinstance(everything.callbacks[-1], ProgressBarCallback)
             rollouts.progress_bar = everything.callbacks[-1]
+        if self.resumable is not None:
+            self.resumable.begin(everything)
         return everything
 
     def learn(
@@ -240,7 +248,21 @@ class ModelBased(Saving):
         tb_log_name = tb_log_name or type(self).__name__
         # With the model off, the agent is the plain algorithm to the last bit, and so are the numbers.
         with flush_denormals() if self.real_ratio < 1 else nullcontext():
-            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            # A run that goes on also goes on with its log.
+            reset = reset_num_timesteps and not (self.num_timesteps == 0 and will_resume(callback))
+            try:
+                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset, progress_bar)
+            except Interrupted:
+                self.resumable.undo_train()
+                return self
+            finally:
+                if self.resumable is not None:
+                    self.resumable.end()
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """See SB3; with a ``ResumeCallback``, the point at which a run is saved, resumed and left."""
+        collect = partial(super().collect_rollouts, *args, **kwargs)
+        return collect() if self.resumable is None else self.resumable.rollout(collect)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         before = self.num_timesteps

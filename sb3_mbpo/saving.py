@@ -72,6 +72,9 @@ class Saving(OffPolicyAlgorithm):
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         return super().load(path, env, *args, **kwargs)
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "resumable"]
+
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
         optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []
