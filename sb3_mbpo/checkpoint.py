@@ -10,16 +10,14 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import numpy as np
-import stable_baselines3
 import torch as th
+
+from sb3_mbpo.provenance import versions
 
 FORMAT = 1
 _NAME = re.compile(r"(\d{5,})-step-(\d+)")
@@ -52,15 +50,6 @@ class Checkpoint:
         """What the run's evaluation said last, if there is one."""
         score = self.manifest.get("score")
         return None if score is None else float(score)
-
-
-def versions() -> dict[str, str]:
-    """What a checkpoint was written with."""
-    from sb3_mbpo import __version__
-
-    python = ".".join(map(str, sys.version_info[:3]))
-    others = {"torch": th, "stable_baselines3": stable_baselines3, "gymnasium": gymnasium, "numpy": np}
-    return {"sb3_mbpo": __version__, "python": python, **{name: module.__version__ for name, module in others.items()}}
 
 
 def write(
