@@ -86,8 +86,11 @@ def write(
         _flush_folder(unfinished)
         unfinished.rename(target)
         _flush_folder(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        # torch has errors of its own for a full disk.
+        if isinstance(error, OSError | RuntimeError):
+            raise OSError(f"{target} could not be written, older checkpoints are as they were: {error}") from error
         raise
     return Checkpoint(target, manifest)
 
@@ -159,6 +162,10 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
             # Its manifest goes first: half a checkpoint must not look like one.
             (checkpoint.path / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(checkpoint.path, ignore_errors=True)
+    for path in folder.glob("*-step-*"):
+        # Someone was killed right here.
+        if _NAME.fullmatch(path.name) and not (path / "manifest.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*-step-*.*"):
         if not _is_running(int(path.name.rpartition(".")[2])):
             shutil.rmtree(path, ignore_errors=True)

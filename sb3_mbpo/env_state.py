@@ -17,7 +17,19 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from sb3_mbpo.packing import CannotPackError, Tensors, pack, unpack
 
 # Attributes that say how an env looks, where its log goes, or what time it was: nothing that it computes with.
-_IGNORED = {"results_writer", "t_start", "episode_times", "metadata", "mujoco_renderer", "render_mode", "screen", "clock", "surf", "window", "viewer"}
+_IGNORED = {
+    "results_writer",
+    "t_start",
+    "episode_times",
+    "metadata",
+    "mujoco_renderer",
+    "render_mode",
+    "screen",
+    "clock",
+    "surf",
+    "window",
+    "viewer",
+}
 # SB3's way to look attributes up in a wrapped VecEnv.
 _IGNORED |= {"class_attributes"}
 _NEXT_RESET = ("_seeds", "_options")

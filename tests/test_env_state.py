@@ -46,7 +46,9 @@ def test_they_go_on_to_the_last_bit(env_id):
         assert go_on_alike(lambda seed: make_vec_env(env_id, 2, seed=seed), after=1000 if env_id == "Ant-v5" else 400) >= 2
 
 
-@pytest.mark.parametrize("wrap", [VecNormalize, lambda env: VecFrameStack(env, 3), lambda env: VecFrameStack(VecNormalize(env), 2)])
+@pytest.mark.parametrize(
+    "wrap", [VecNormalize, lambda env: VecFrameStack(env, 3), lambda env: VecFrameStack(VecNormalize(env), 2)]
+)
 def test_wrappers_of_vectorised_envs(wrap):
     assert go_on_alike(lambda seed: wrap(make_vec_env("Pendulum-v1", 2, seed=seed))) >= 2
 
