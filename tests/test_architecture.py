@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "likelihood_gradient": {"ensemble"},
     "probabilistic_ensemble": {"dynamics", "ensemble", "likelihood_gradient"},
     "rollouts": {"dynamics"},
-    "callbacks": {"rollouts"},
+    "callbacks": {"interrupts", "rollouts"},
     "packing": set(),
     "interrupts": set(),
     "checkpoint": {"provenance"},
