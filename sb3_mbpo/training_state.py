@@ -20,8 +20,9 @@ from sb3_mbpo.packing import CannotPackError, Tensors, pack, unpack
 
 # Attributes of an agent that belong to the process and not to the run.
 _OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log"}
-# Attributes of a callback that SB3 sets anew.
+# Attributes of a callback that SB3 sets anew, or that say where its files go.
 _SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
+_SET_ANEW |= {"log_path", "best_model_save_path", "save_path"}
 
 
 def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, envs: bool = True) -> dict[str, Any]:

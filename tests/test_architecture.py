@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "mbpo": {"cuda_update", "model_based", "sac_update"},
     "variants": {"model_based"},
-    "zoo_experiment": {"arguments", "mbpo", "variants"},
+    "zoo_experiment": {"arguments", "mbpo", "resume", "variants"},
     "zoo": {"zoo_experiment"},
     "provenance": set(),
     "specs": {"arguments"},

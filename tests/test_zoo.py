@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -133,6 +135,32 @@ print(json.dumps([trials, study.trials[0].params["rollout_schedule"]]))
     *_, folder = sorted((tmp_path / "logs" / "mbpo").glob("Pendulum-v1_?"))
     config = yaml.unsafe_load((folder / "Pendulum-v1" / "config.yml").read_text())
     assert config["rollout_schedule"] == schedule and config["n_timesteps"] == 2500
+
+
+@pytest.mark.expensive
+def test_checkpoints(tmp_path: Path) -> None:
+    """SIGTERM ends a run with a code of its own; the same command goes on and ends where an undisturbed one ends."""
+    command = [*TRAIN, "-n", "1500", "--eval-freq", "500", "--checkpoints"]
+    process = start(tmp_path, *command, "saved", "-params", *TINY)
+    while process.poll() is None and not list(tmp_path.glob("logs/mbpo/*/Pendulum-v1/config.yml")):
+        time.sleep(0.1)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 75 and "SIGTERM: saved in saved; the same command goes on" in output, output
+    output = run(tmp_path, *command, "saved", "-params", *TINY)
+    assert "Resumed at step" in output
+    run(tmp_path, *command, "undisturbed", "-params", *TINY)
+    steps = [np.load(tmp_path / f"logs/mbpo/Pendulum-v1_{i}/evaluations.npz") for i in (2, 3)]
+    assert np.array_equal(steps[0]["timesteps"], steps[1]["timesteps"]) and len(steps[0]["timesteps"]) == 3
+    assert np.array_equal(steps[0]["results"], steps[1]["results"])
+
+
+@pytest.mark.expensive
+def test_checkpoints_of_other_algorithms(tmp_path: Path) -> None:
+    process = start(tmp_path, "train", "--algo", "sac", "--env", "Pendulum-v1", "--checkpoints", "saved")
+    output, _ = process.communicate()
+    assert process.returncode == 1 and "--checkpoints works with mbpo, " in output
 
 
 @pytest.mark.expensive
