@@ -24,7 +24,7 @@ class Bounded(TorchDispatchMode):
         super().__init__()
         self.left = n_bytes + 2**20
         # A tensor takes more than a hundred bytes in a file, however small it is; a network makes few that are not in it.
-        self.made_left = 1000 + n_bytes // 16
+        self.made_left = 1000 + n_bytes // 128
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], list | tuple) and all(isinstance(size, int) for size in args[0]):

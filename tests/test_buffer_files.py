@@ -172,7 +172,7 @@ def in_rows(name, tensor):
         (lambda v: {key: v[key] for key in v if key != "pos"}, "no replay buffer"),
         (lambda v: v.update(format=2), "format=2"),
         (lambda v: v.update(rows=[]), "rows must be"),
-        (lambda v: v["rows"].pop("dones") and None, "rows must be"),
+        (lambda v: v.update(rows={key: v["rows"][key] for key in ROWS[1:]}), "rows must be"),
         (in_rows("rewards", th.zeros(41, 1)), "rewards has 41 steps, but others have 40"),
         (in_rows("rewards", th.zeros(40, 2)), r"rewards has shape \(40, 2\)"),
         (in_rows("rewards", th.zeros(40, 1).double()), "rewards must be a tensor of torch.float32"),

@@ -1,5 +1,6 @@
 import inspect
 import json
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -43,7 +44,7 @@ def test_described_and_built(cls):
 
 
 # Of each argument, one value or more that is not its default.
-VALUES = {
+VALUES: dict[str, list[Any]] = {
     "learning_rate": [1e-2, LearningRateSchedule(1e-3, 1e-4, 0.5)],
     "buffer_size": [123],
     "learning_starts": [7],

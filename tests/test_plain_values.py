@@ -199,8 +199,8 @@ GOOD = encode_box(spaces.Box(-1, 1, (2,)))
     "hostile",
     [
         *(None, [], {}, {**GOOD, "more": 1}, {**GOOD, "low": 3}, {**GOOD, "dtype": "float64"}, {**GOOD, "dtype": "object"}),
-        *({**GOOD, "low": encode(np.float32([np.nan, 0]))}, {**GOOD, "low": encode(np.float32([2, 0]))}),
-        *({**GOOD, "low": encode(np.float32([0]))}, {**GOOD, "high": {":class:": "torch.nn.ReLU"}}),
+        *({**GOOD, "low": encode(np.array([np.nan, 0], np.float32))}, {**GOOD, "low": encode(np.array([2, 0], np.float32))}),
+        *({**GOOD, "low": encode(np.array([0], np.float32))}, {**GOOD, "high": {":class:": "torch.nn.ReLU"}}),
     ],
     ids=lambda value: str(value)[:40],
 )

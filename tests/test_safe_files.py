@@ -109,7 +109,9 @@ class Payload:
         self.marker, self.function = str(marker), function
 
     def __reduce__(self):
-        return self.function, ((f"touch {self.marker}" if self.function is os.system else f"open({self.marker!r}, 'w')"),)
+        return self.function, (
+            (f"touch {self.marker}" if self.function is os.system else f"open({self.marker!r}, 'w').close()"),
+        )
 
 
 @pytest.mark.parametrize("function", [os.system, exec, eval])

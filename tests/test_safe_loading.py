@@ -165,7 +165,9 @@ class Payload:
         self.marker, self.function = str(marker), function
 
     def __reduce__(self):
-        return self.function, ((f"touch {self.marker}" if self.function is os.system else f"open({self.marker!r}, 'w')"),)
+        return self.function, (
+            (f"touch {self.marker}" if self.function is os.system else f"open({self.marker!r}, 'w').close()"),
+        )
 
 
 def hostile_data(members, key, payload):
@@ -307,7 +309,7 @@ def test_another_algorithms_zip(tmp_path, agent):
 
 def test_a_zip_of_an_earlier_version(members):
     file = zipped({name: content for name, content in members.items() if name != MEMBER})
-    with pytest.raises(ValueError, match="no sb3_mbpo.json.*Save it again with this version, or load it with safe=False if"):
+    with pytest.raises(ValueError, match=r"no sb3_mbpo.json.*Save it again with this version, or load it with safe=False if"):
         MBPO.load(file, safe=True)
 
 
@@ -320,7 +322,7 @@ def test_a_missing_member(members, name):
 
 @pytest.mark.parametrize("name", ["extra", "../policy.pth", "/tmp/x.pth", "policy.pth/x", "a.pkl", "tensors.pth", "env.pth"])
 def test_an_extra_member(members, name):
-    with pytest.raises(ValueError, match="no member of|unknown keys"):
+    with pytest.raises(ValueError, match=r"no member of|unknown keys"):
         MBPO.load(zipped({**members, name: members["policy.pth"]}), safe=True)
 
 
