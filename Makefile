@@ -74,10 +74,9 @@ doc: $(STAMP)
 speed: $(STAMP)
 	$(RUN) benchmarks/speed.py updates --rounds 7 --at-least 1.4
 
-# Known vulnerabilities of what is pinned, as far as pip-audit can be installed and asks the network. It only reports: a new
-# finding in somebody else's package is no fault of the commit that is being checked.
+# Known vulnerabilities of what is pinned. It only reports: a new finding in another package is no fault of this commit.
 audit: $(STAMP)
-	@bash .ci/audit "$(PYTHON)" requirements-dev.lock
+	$(RUN) .ci/audit requirements-dev.lock
 
 clean:
 	rm -rf docs/_build build dist *.egg-info

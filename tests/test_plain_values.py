@@ -62,8 +62,8 @@ def test_nan_and_numbers_of_numpy():
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "uint32", "int64", "float16", "float32", "float64"])
 def test_arrays_bit_for_bit(dtype):
-    for array in (np.arange(6).reshape(2, 3), np.zeros((0, 2)), np.array(1)):
-        array = array.astype(dtype)
+    for numbers in (np.arange(6).reshape(2, 3), np.zeros((0, 2)), np.array(1)):
+        array = numbers.astype(dtype)
         again = there_and_back(array)
         assert again.dtype == array.dtype and again.shape == array.shape and again.tobytes() == array.tobytes()
     assert there_and_back(np.arange(3, dtype=">f8")).tolist() == [0, 1, 2]
@@ -134,10 +134,8 @@ def test_a_value_in_itself():
 @pytest.mark.parametrize(
     "hostile",
     [
-        *(
-            {":class:": name}
-            for name in ("os.system", "torch.hub.load", "torch.nn.__class__", "builtins.eval", "", None, ["x"])
-        ),
+        *({":class:": name} for name in ("os.system", "torch.hub.load", "torch.nn.__class__", "builtins.eval", "")),
+        *({":class:": None}, {":class:": ["x"]}),
         *({":object:": name, "arguments": {}} for name in ("subprocess.Popen", "sb3_mbpo.terminations.partial", 1, {})),
         {":object:": "sb3_mbpo.terminations.TipFalls", "arguments": {"height": "1", "link": 0.6}},
         {":object:": "sb3_mbpo.terminations.TipFalls", "arguments": {"height": True, "link": 0.6}},
