@@ -18,7 +18,6 @@ from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, r
 from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.denormals import flush_denormals
-from sb3_mbpo.description import register
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.learned_termination import LearnedTermination
@@ -111,7 +110,6 @@ class ModelBased(Saving):
         super().__init_subclass__(**kwargs)
         # What help() and editors show.
         cls.__signature__ = joined_signature(cls, ModelBased, gradient_steps=20)  # type: ignore[attr-defined]
-        register(cls)
 
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, MixedReplayBuffer))

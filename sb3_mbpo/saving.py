@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.buffer_files import SUFFIX, load_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.buffers import MixedReplayBuffer
+from sb3_mbpo.description import register
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.prefill import read_transitions, rows_of_steps
 from sb3_mbpo.safe_loading import MEMBER, description_text, load_safely
@@ -58,6 +59,11 @@ class Saving(OffPolicyAlgorithm):
     action_space: spaces.Box
     replay_buffer: MixedReplayBuffer
     dynamics: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.policy_aliases:  # an algorithm, no mixin
+            register(cls)
 
     @classmethod
     def load(

@@ -136,7 +136,8 @@ def test_a_value_in_itself():
     [
         *({":class:": name} for name in ("os.system", "torch.hub.load", "torch.nn.__class__", "builtins.eval", "")),
         *({":class:": None}, {":class:": ["x"]}),
-        *({":object:": name, "arguments": {}} for name in ("subprocess.Popen", "sb3_mbpo.terminations.partial", 1, {})),
+        *({":object:": name, "arguments": {}} for name in ("subprocess.Popen", "sb3_mbpo.terminations.partial")),
+        *({":object:": 1, "arguments": {}}, {":object:": {}, "arguments": {}}),
         {":object:": "sb3_mbpo.terminations.TipFalls", "arguments": {"height": "1", "link": 0.6}},
         {":object:": "sb3_mbpo.terminations.TipFalls", "arguments": {"height": True, "link": 0.6}},
         {":object:": "sb3_mbpo.terminations.TipFalls", "arguments": {"height": 1.0}},
