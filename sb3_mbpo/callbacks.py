@@ -1,10 +1,12 @@
 """What MBPO does between collecting and training: fit the dynamics when due, set k, refill the model buffer."""
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 
+from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.rollouts import branched_rollout, rollout_length
 
 # Start states imagined at once: larger blocks no longer fit a CPU's caches, and a block bounds the memory in use.
@@ -31,10 +33,11 @@ class RolloutCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         if self._due():
-            self._fit()
-            self._refill()
+            with nullcontext() if self.model.resumable is None else self.model.resumable.undoing():
+                self._fit()
+                self._refill()
             self.model.dynamics_fitted_at = self.model.lifetime_timesteps
-            self._say("")
+            self._show("")
         self._record_state()
 
     def _due(self) -> bool:
@@ -79,11 +82,15 @@ class RolloutCallback(BaseCallback):
         done = 0
         block = ROLLOUT_BLOCK.get(agent.device.type, 100_000)
         dynamics = agent.imagined_dynamics
-        with agent.imagining() as policy:
-            for start_obs in agent.replay_buffer.start_states(agent.rollout_batch_size).split(block):
-                model_buffer.add(branched_rollout(dynamics, policy, agent.terminates, start_obs, length))
-                done += len(start_obs)
-                self._say(f"imagining, {done:,} of {agent.rollout_batch_size:,} branches")
+        try:
+            with agent.imagining() as policy:
+                for start_obs in agent.replay_buffer.start_states(agent.rollout_batch_size).split(block):
+                    model_buffer.add(branched_rollout(dynamics, policy, agent.terminates, start_obs, length))
+                    done += len(start_obs)
+                    self._say(f"imagining, {done:,} of {agent.rollout_batch_size:,} branches")
+        except Interrupted:
+            model_buffer.drop_refill()
+            raise
         self.logger.record("dynamics/rollout_length", length)
         self.logger.record("dynamics/rollout_seconds", time.perf_counter() - started)
 
@@ -98,6 +105,16 @@ class RolloutCallback(BaseCallback):
             self.logger.record("dynamics/updates_per_transition", agent._n_updates / trained_for)
 
     def _say(self, what: str) -> None:
+        """
+        Say how far a long piece of work is.
+
+        :raises Interrupted: it is to be broken off
+        """
+        if self.model.resumable is not None:
+            self.model.resumable.check()
+        self._show(what)
+
+    def _show(self, what: str) -> None:
         """Show a few words beside the progress bar; none to clear."""
         if self.progress_bar is not None:
             self.progress_bar.pbar.set_description(what)

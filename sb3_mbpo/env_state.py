@@ -105,7 +105,7 @@ def put_env(env: gym.Env, state: list[Any], tensors: Tensors) -> None:
 
 
 class RestorableEnv(gym.Wrapper):
-    """Lends ``get_state`` and ``set_state`` to an env that runs in another process (``SubprocVecEnv``), as outermost wrapper."""
+    """The outermost wrapper of an env that runs in another process (``SubprocVecEnv``): makes its state accessible."""
 
     def get_state(self) -> Any:
         """:return: plain values: what :func:`take_env` takes of the env inside, and its tensors"""

@@ -14,7 +14,7 @@ class Interrupted(Exception):
 
 class Interrupts:
     """
-    Listens to signals between ``listen`` and ``close``. The first one is noted; the second one does at once what it did before.
+    Listens to signals between ``listen`` and ``close``. The first one is noted; the second one does what it always did.
 
     :param signals: by name, such as ``"SIGTERM"``; those that the system does not have are left out
     """

@@ -46,6 +46,10 @@ class ModelBuffer:
             self.refills.popleft()
         self.refills.append(0)
 
+    def drop_refill(self) -> None:
+        """Take the refill that was begun last back out; what left for it does not return, and would leave for it again."""
+        self.refills.pop()
+
     def add(self, transitions: ReplayBufferSamples) -> None:
         """
         Put transitions into the refill that was begun last.

@@ -21,8 +21,8 @@ def pack(value: Any, tensors: Tensors, name: str = "") -> Any:
 
     :param value: None, bool, int, float, str; numpy's numbers and arrays of numbers; torch's tensors and generators; numpy's
         generators; and lists, tuples, deques and dictionaries of these
-    :param tensors: arrays and tensors are put in here, detached and on the CPU, under names that the result refers to; those of
-        arrays and of tensors that live on the CPU share their memory
+    :param tensors: arrays and tensors are put in here, detached and on the CPU, under names that the result refers to; what
+        lived on the CPU before shares its memory
     :param name: where the value stands, for those names and for the error
     :raises CannotPackError: anything else
     """

@@ -1,7 +1,8 @@
 """Runs that may be cut anywhere: checkpoints at the points where nothing is under way, and the way back into them."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ class ResumeCallback(BaseCallback):
     On a CPU the run goes on to the last bit as if it had not been cut, where its envs can be restored (see
     :func:`.env_state.take_envs`), else at the start of an episode, with a warning.
 
-    A signal ends the run: it is saved as soon as nothing is under way, at most some seconds later, and ``learn`` returns. A fit,
-    a rollout or a long ``train()`` is broken off and repeated later. A second signal ends the process at once.
+    A signal ends the run: it is saved as soon as nothing is under way, at most some seconds later, and ``learn`` returns. A
+    fit, a rollout or a long ``train()`` is broken off and repeated later. A second signal ends the process at once.
 
     :param folder: of this run
     :param every: env steps from one checkpoint to the next; more where saving would take more than 2 % of the time
-    :param keep: newest checkpoints that are kept; so is the one with the best score of an ``EvalCallback`` in the same ``learn``
+    :param keep: newest checkpoints that are kept; and, with an ``EvalCallback`` in the same ``learn``, the best one
     :param signals: which signals end the run; none off the main thread
     :param verbose: 1: a line for each checkpoint
     """
@@ -127,6 +128,16 @@ class ResumeCallback(BaseCallback):
         :raises Interrupted: a signal came
         """
         self.interrupts.check()
+
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Work that changes the agent: set back when it is broken off."""
+        before = self._agent()
+        try:
+            yield
+        except Interrupted:
+            put_agent(self.model, *before)
+            raise
 
     def check_train(self) -> None:
         """The same, from inside ``train()``, where that was found to be long."""

@@ -202,8 +202,8 @@ def _fill_buffer(buffer: Any, contents: dict[str, Any]) -> None:
         rows = getattr(buffer, name)
         if rows.shape[1:] != filled.shape[1:] or len(filled) > len(rows) or (contents["full"] and len(filled) < len(rows)):
             raise ValueError(
-                f"the checkpoint's replay buffer has {name} of shape {filled.shape}, the agent's has room for {rows.shape}: make "
-                "the agent with the same buffer_size and as many envs"
+                f"the checkpoint's replay buffer has {name} of shape {filled.shape}, the agent's has room for {rows.shape}: "
+                "make the agent with the same buffer_size and as many envs"
             )
         rows[: len(filled)] = filled
     buffer.pos, buffer.full = contents["pos"], contents["full"]

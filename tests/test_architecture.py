@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollouts": {"dynamics"},
     "plain_values": {"probabilistic_ensemble", "rollouts", "terminations"},
     "description": {"arguments", "plain_values", "rollouts", "terminations"},
-    "callbacks": {"rollouts"},
+    "callbacks": {"interrupts", "rollouts"},
     "packing": set(),
     "interrupts": set(),
     "checkpoint": {"provenance"},

@@ -68,5 +68,5 @@ def test_a_signal_the_system_does_not_have():
 
 
 def test_names_only():
-    with pytest.raises(ValueError, match="signals=.*'SIGTERM'"):
+    with pytest.raises(ValueError, match=r"signals=.*'SIGTERM'"):
         Interrupts([15])

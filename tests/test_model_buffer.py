@@ -100,3 +100,21 @@ def test_restored_by_a_buffer_with_other_limits():
         other.add(imagined([99]))
         other.restore(*full.contents())
         assert list(other.refills) == expected and contents(other) == list(range(40 - sum(expected), 40))
+
+
+def test_a_refill_taken_back_and_repeated():
+    """Whatever part of it was there: after the whole one, the buffer holds what it would have held at once."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        limits = {"retained_rollouts": int(rng.integers(1, 4)), "max_rows": [None, 25][rng.integers(2)]}
+        once, twice = ModelBuffer(3, 2, **limits), ModelBuffer(3, 2, **limits)
+        for i, size in enumerate(rng.integers(0, 20, size=5)):
+            values = list(range(100 * i, 100 * i + size))
+            twice.begin_refill()
+            twice.add(imagined(values[: size // 2]))
+            twice.drop_refill()
+            for buffer in (once, twice):
+                buffer.begin_refill()
+                buffer.add(imagined(values))
+            assert contents(once) == contents(twice)
+            assert list(once.refills) == list(twice.refills)
