@@ -4,19 +4,25 @@ import inspect
 import io
 import warnings
 import zipfile
+from collections.abc import Iterable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import open_path, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_mbpo.buffer_files import SUFFIX, load_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.buffers import MixedReplayBuffer
+from sb3_mbpo.description import register
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.prefill import read_transitions, rows_of_steps
+from sb3_mbpo.safe_loading import MEMBER, description_text, load_safely
 
 SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
@@ -39,6 +45,13 @@ def _holds_dynamics(path: Any) -> bool:
             file.close()
 
 
+def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
+    known = ({*inspect.signature(cls).parameters} - {"policy"} | more) - {"kwargs"}
+    for name in set(kwargs) - known:
+        guess = get_close_matches(name, known, n=1)
+        raise ValueError(f"load: {cls.__name__} has no argument {name!r}" + (f"; did you mean {guess[0]!r}?" if guess else ""))
+
+
 class Saving(OffPolicyAlgorithm):
     """The part of :class:`ModelBased` that deals with what comes from outside and outlives the process."""
 
@@ -47,20 +60,38 @@ class Saving(OffPolicyAlgorithm):
     replay_buffer: MixedReplayBuffer
     dynamics: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.policy_aliases:  # an algorithm, no mixin
+            register(cls)
+
     @classmethod
-    def load(cls: type[SelfSaving], path: Any, env: GymEnv | None = None, *args: Any, **kwargs: Any) -> SelfSaving:
+    def load(
+        cls: type[SelfSaving],
+        path: Any,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        safe: bool = False,
+        **kwargs: Any,
+    ) -> SelfSaving:
         """
         See SB3. The real transitions are not in the zip: see ``save_replay_buffer``.
 
-        :raises ValueError: the zip is a model-free agent's, or ``kwargs`` has what is no argument of the constructor
+        :param safe: ``False``: as SB3 does it, which runs whatever code the author of the file has put into it; ``True``:
+            nothing is unpickled, and only JSON and tensors are read. Arguments that JSON cannot hold (functions, and classes
+            of yours) have to be passed again, and ``tensorboard_log``, too
+        :raises ValueError: the zip is a model-free agent's, or ``kwargs`` has what is no argument of the constructor; or, with
+            ``safe``, the file is not what ``save`` writes
         """
-        signature = inspect.signature(super().load)
-        known = {*inspect.signature(cls).parameters, *signature.parameters} - {"policy", "kwargs"}
-        for name in set(kwargs) - known:
-            guess = get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"load: {cls.__name__} has no argument {name!r}" + (f"; did you mean {guess[0]!r}?" if guess else "")
-            )
+        _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
+        if safe:
+            if custom_objects is not None:
+                raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
+            return load_safely(cls, path, env, device, kwargs)
         if not _holds_dynamics(path):
             raise ValueError(
                 f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
@@ -70,7 +101,20 @@ class Saving(OffPolicyAlgorithm):
         if "stats_window_size" in kwargs:
             # SB3 keeps it under another name, and would not find it.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
-        return super().load(path, env, *args, **kwargs)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads."""
+        whole = io.BytesIO()
+        super().save(whole, exclude, include)
+        with zipfile.ZipFile(whole, "a") as archive:
+            archive.writestr(MEMBER, description_text(self))
+        file = open_path(path, "w", suffix="zip")
+        try:
+            file.write(whole.getbuffer())
+        finally:
+            if file is not path:
+                file.close()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "resumable"]
@@ -92,14 +136,18 @@ class Saving(OffPolicyAlgorithm):
             **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
         )
 
-    def save_replay_buffer(self, path: Any, imagined: bool = False) -> None:
+    def save_replay_buffer(self, path: Any, imagined: bool = False, safe: bool = False) -> None:
         """
         See SB3; the file is as large as what is filled.
 
-        :param path: see SB3
+        :param path: see SB3; a name that ends in ``.pt`` means ``safe``
         :param imagined: with the imagined transitions, too; without, a loaded agent imagines new ones before it trains
+        :param safe: tensors instead of a pickle: nobody who loads it has to trust you
         """
         buffer, full = self.replay_buffer, self.replay_buffer.model_buffer
+        if safe or str(path).endswith(f".{SUFFIX}"):
+            save_tensors(buffer, path, imagined)
+            return
         if not imagined:
             buffer.model_buffer = ModelBuffer(full.widths[0], full.widths[1], full.refills.maxlen or 1, full.max_rows)
         try:
@@ -107,12 +155,24 @@ class Saving(OffPolicyAlgorithm):
         finally:
             buffer.model_buffer = full
 
-    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
-        """See SB3; also takes the pickled replay buffer of a model-free agent."""
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True, safe: bool = False) -> None:
+        """
+        See SB3; also takes the pickled replay buffer of a model-free agent.
+
+        :param safe: refuse a pickle, which would run whatever code its author has put into it
+        :raises ValueError: with ``safe``, or if it is no pickle: the file is not what ``save_replay_buffer`` writes
+        """
         mine = self.replay_buffer
-        super().load_replay_buffer(path, truncate_last_traj)
         # It may have been thrown away to make room, or the agent moved to another device.
         fits = mine is not None and mine.device == self.device
+        file = open_path(path, "r", suffix=SUFFIX if safe else "pkl")
+        with nullcontext() if file is path else file:
+            if safe or starts_as_zip(file):
+                mine = mine if fits else self._make_replay_buffer()
+                load_tensors(mine, file, path)
+                self.replay_buffer = mine
+                return
+            super().load_replay_buffer(file, truncate_last_traj)
         loaded, self.replay_buffer = self.replay_buffer, mine if fits else self._make_replay_buffer()
         self.replay_buffer.adopt(loaded)
         self.replay_buffer.device = self.device
