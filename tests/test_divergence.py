@@ -27,8 +27,8 @@ def state_of(ensemble):
 # ---------------------------------------------------------------------- falling back
 
 
-# 1e30 overflows; 10 and 1 stay finite, and are wrong by thousands of standard deviations and more.
-@pytest.mark.parametrize("rate", [1.0, 10.0, 1e30])
+# 1e30 overflows; 10 stays finite, and is wrong by millions of standard deviations.
+@pytest.mark.parametrize("rate", [10.0, 1e30])
 @pytest.mark.parametrize("normalize_targets", [True, False])
 def test_a_fit_that_explodes_leaves_everything_as_it_was(rate, normalize_targets):
     ensemble = ProbabilisticEnsemble(3, 2, normalize_targets=normalize_targets, **SMALL)
@@ -36,8 +36,9 @@ def test_a_fit_that_explodes_leaves_everything_as_it_was(rate, normalize_targets
     before, ensemble.learning_rate = state_of(ensemble), rate
     # Other data: the standardisers must go back, too, or the old weights would see inputs on another scale.
     other = linear_system(200, seed=2)
+    obs, change = 3 + 7 * other.observations, other.next_observations - other.observations
     with pytest.warns(UserWarning, match="diverged; it keeps what it had before. Lower"):
-        metrics = ensemble.fit(other._replace(observations=3 + 7 * other.observations))
+        metrics = ensemble.fit(other._replace(observations=obs, next_observations=obs + change))
     assert metrics["diverged"] == 1 and same(before, state_of(ensemble)) and ensemble.usable
     ensemble.learning_rate = 1e-3
     assert ensemble.fit(linear_system(200))["diverged"] == 0
