@@ -46,7 +46,7 @@ class Plausible:
         columns = [[transitions.rewards], [transitions.observations, transitions.next_observations]]
         #: Bounds of rewards ``(1,)`` and next observations ``(obs_dim,)``.
         self.reward_bounds, self.obs_bounds = (bounds(parts, margin) for parts in columns)
-        self._clipped = th.zeros((), dtype=th.long, device=transitions.rewards.device)
+        self._clipped = 0
 
     def hold(self, next_obs: th.Tensor, rewards: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -55,16 +55,18 @@ class Plausible:
         :return: both within the bounds
         """
         self.rows += len(rewards)
-        next_obs, moved = _clamped(next_obs, *self.obs_bounds)
-        rewards, paid = _clamped(rewards, *self.reward_bounds)
-        # Counted on the device: nothing waits for it.
-        self._clipped += (moved.any(dim=1) | paid).sum()
-        return next_obs, rewards
+        held_obs, held_rewards = next_obs.clamp(*self.obs_bounds), rewards.clamp(*self.reward_bounds)
+        # The usual case must cost next to nothing.
+        if th.equal(held_obs, next_obs) and th.equal(held_rewards, rewards):
+            return next_obs, rewards
+        moved, paid = (held_obs != next_obs) & next_obs.isfinite(), (held_rewards != rewards) & rewards.isfinite()
+        self._clipped += int((moved.any(dim=1) | paid).sum())
+        return th.where(moved, held_obs, next_obs), th.where(paid, held_rewards, rewards)
 
     @property
     def clipped(self) -> float:
         """Share of the rows with a finite value beyond its bounds."""
-        return self._clipped.item() / max(self.rows, 1)
+        return self._clipped / max(self.rows, 1)
 
     def within(self, dynamics: DynamicsModel) -> DynamicsModel:
         """
@@ -109,10 +111,3 @@ def bounds(parts: list[th.Tensor], margin: float | None) -> tuple[th.Tensor, th.
     spread = th.where(spread <= ROUNDING * magnitude, CONSTANT_RANGE * magnitude.clamp(min=1.0), spread)
     low, high = (least - margin * spread).float(), (most + margin * spread).float()
     return low.nan_to_num(nan=-th.inf, neginf=-th.inf), high.nan_to_num(nan=th.inf, posinf=th.inf)
-
-
-def _clamped(values: th.Tensor, low: th.Tensor, high: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """:return: finite values within the bounds, others as they are; and where that made a difference"""
-    inside = values.clamp(low, high)
-    moved = (inside != values) & values.isfinite()
-    return th.where(moved, inside, values), moved

@@ -79,7 +79,7 @@ def test_observations_before_and_after_count_each_dimension_for_itself():
 
 @pytest.mark.parametrize("margin", [-1, -0.1, INF, NAN, "wide", True])
 def test_refused_margins(margin):
-    with pytest.raises(ValueError, match="imagined_margin=.* must be a number of at least 0, .*or None"):
+    with pytest.raises(ValueError, match=r"imagined_margin=.* must be a number of at least 0, .*or None"):
         check_margin(margin)
     with pytest.raises(ValueError, match="imagined_margin="):
         MBPO("MlpPolicy", "Pendulum-v1", imagined_margin=margin)
