@@ -1,16 +1,24 @@
 """What MBPO does between collecting and training: fit the dynamics when due, set k, refill the model buffer."""
 
 import time
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from sb3_mbpo.buffers import normalize_obs, normalize_rewards
 from sb3_mbpo.interrupts import Interrupted
+from sb3_mbpo.plausible import Plausible
 from sb3_mbpo.rollouts import branched_rollout, rollout_length
+from sb3_mbpo.value_bound import breach, entropy_bonus, q_values, return_bounds
 
 # Start states imagined at once: larger blocks no longer fit a CPU's caches, and a block bounds the memory in use.
 ROLLOUT_BLOCK = {"cpu": 5_000, "cuda": 100_000}
+# Real and imagined rows, each, whose Q-values are looked at after a fit.
+VALUED_ROWS = 500
 
 
 class RolloutCallback(BaseCallback):
@@ -34,8 +42,13 @@ class RolloutCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         if self._due():
             with nullcontext() if self.model.resumable is None else self.model.resumable.undoing():
-                self._fit()
-                self._refill()
+                transitions = self._fit()
+                if self.model.dynamics.usable:
+                    self._refill(transitions)
+                else:
+                    # An empty one: the next attempt comes with the next fit, not with the next step.
+                    self.model.replay_buffer.model_buffer.begin_refill()
+            self._judge_values(transitions)
             self.model.dynamics_fitted_at = self.model.lifetime_timesteps
             self._show("")
         self._record_state()
@@ -61,8 +74,8 @@ class RolloutCallback(BaseCallback):
         frequency = agent.model_train_freq
         return agent.lifetime_timesteps // frequency > agent.dynamics_fitted_at // frequency
 
-    def _fit(self) -> None:
-        """Fit dynamics and, where it is learned, termination, on all real transitions."""
+    def _fit(self) -> ReplayBufferSamples:
+        """Fit dynamics and, where it is learned, termination, on all real transitions, and return these."""
         started = time.perf_counter()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
@@ -71,28 +84,77 @@ class RolloutCallback(BaseCallback):
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
         self.logger.record("dynamics/fit_seconds", time.perf_counter() - started)
+        return transitions
 
-    def _refill(self) -> None:
-        """Imagine ``rollout_batch_size`` branches of the scheduled length from real states, with the current policy."""
+    def _refill(self, transitions: ReplayBufferSamples | None = None) -> None:
+        """
+        Imagine ``rollout_batch_size`` branches of the scheduled length from real states, with the current policy.
+
+        :param transitions: all real transitions, if they are at hand: their range bounds what is imagined
+        """
         started = time.perf_counter()
         agent = self.model
         length = rollout_length(agent.rollout_schedule, agent.lifetime_timesteps)
         model_buffer = agent.replay_buffer.model_buffer
         model_buffer.begin_refill()
-        done = 0
+        done, stored = 0, 0
         block = ROLLOUT_BLOCK.get(agent.device.type, 100_000)
-        dynamics = agent.imagined_dynamics
+        if transitions is None:
+            transitions = agent.replay_buffer.real_transitions()
+        plausible = Plausible(transitions, agent.imagined_margin)
+        dynamics = plausible.within(agent.imagined_dynamics)
         try:
             with agent.imagining() as policy:
                 for start_obs in agent.replay_buffer.start_states(agent.rollout_batch_size).split(block):
-                    model_buffer.add(branched_rollout(dynamics, policy, agent.terminates, start_obs, length))
-                    done += len(start_obs)
+                    imagined = branched_rollout(dynamics, policy, agent.terminates, start_obs, length)
+                    model_buffer.add(imagined)
+                    done, stored = done + len(start_obs), stored + len(imagined.rewards)
                     self._say(f"imagining, {done:,} of {agent.rollout_batch_size:,} branches")
         except Interrupted:
             model_buffer.drop_refill()
             raise
         self.logger.record("dynamics/rollout_length", length)
+        # Every predicted row is stored, or not finite.
+        dropped = plausible.rows - stored
+        self.logger.record("dynamics/dropped", dropped)
+        self.logger.record("dynamics/clipped", plausible.clipped)
         self.logger.record("dynamics/rollout_seconds", time.perf_counter() - started)
+        if dropped:
+            what = f"{dropped:,} of {plausible.rows:,} imagined transitions were not finite and were left out"
+            rest = "" if stored else "; nothing new is imagined until the next fit"
+            self._warn_once("dropped", f"{what} (dynamics/dropped){rest}. Look at the dynamics, at reward_fn if there is one")
+
+    def _judge_values(self, transitions: ReplayBufferSamples) -> None:
+        """
+        Log the critics' values of some real and imagined rows, always at the same places: nothing is drawn.
+
+        :param transitions: all real transitions
+        """
+        agent = self.model
+        buffer, env = agent.replay_buffer.model_buffer, agent._vec_normalize_env
+        n_real = len(transitions.rewards)
+        places = th.arange(min(n_real, VALUED_ROWS), device=agent.device) * n_real // min(n_real, VALUED_ROWS)
+        imagined = buffer.spread(VALUED_ROWS)
+        real = th.cat([transitions.observations[places], transitions.actions[places]], dim=1)
+        obs, actions = th.cat([real, imagined[:, : real.shape[1]]]).split(buffer.widths[:2], dim=1)
+        obs = normalize_obs(obs.reshape(-1, *agent.observation_space.shape), env)
+        values = q_values(agent.critic, obs, actions)
+        # Imagined rewards are the model's own word; those of a known function count as seen.
+        rewards = transitions.rewards if agent.reward_fn is None else th.cat([transitions.rewards, buffer.rewards()])
+        least, most = normalize_rewards(th.stack(rewards.aminmax()), env).tolist()
+        bounds = return_bounds(least, most, agent.gamma, entropy_bonus(agent))
+        self.logger.record("dynamics/q_mean", values.mean().item())
+        self.logger.record("dynamics/q_max", values.max().item())
+        if bounds is not None:
+            self.logger.record("dynamics/q_bound", bounds[1])
+        warning = breach(values.max().item(), bounds)
+        if warning is not None:
+            self._warn_once("values", warning)
+
+    def _warn_once(self, of: str, warning: str) -> None:
+        if of not in self.model._warned_of:
+            self.model._warned_of.append(of)
+            warnings.warn(warning, stacklevel=2)
 
     def _record_state(self) -> None:
         agent = self.model

@@ -80,7 +80,7 @@ def write(
             th.save({name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()}, file)
             _flush(file)
         files = {name: {"bytes": size, "sha256": digest} for name, size, digest in map(_measure, _paths(unfinished))}
-        manifest = {"format": FORMAT, "step": step, "score": score, "files": files, "versions": versions()}
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files, "versions": versions()}
         manifest["sha256"] = _digest(manifest)
         _write_file(unfinished / "manifest.json", json.dumps(manifest, indent=1).encode())
         _flush_folder(unfinished)

@@ -21,6 +21,7 @@ from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.learned_termination import LearnedTermination
+from sb3_mbpo.plausible import check_margin
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resume import will_resume
 from sb3_mbpo.rollouts import rollout_length
@@ -48,6 +49,8 @@ class ModelBased(Saving):
         ``"learned"``; ``"never"``; or a function ``(obs, actions, next_obs) -> bool (B,)`` of float32 tensors on the agent's
         device, observations raw, actions in the env's scale, both in the env's shapes (or its dotted name)
     :param reward_fn: ``None``: learned; or a function of the same inputs, ``-> float (B,)`` (or its dotted name)
+    :param imagined_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges on
+        either side; ``None``: unbounded. A reward of ``reward_fn`` is not bounded
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
@@ -68,6 +71,7 @@ class ModelBased(Saving):
         model_buffer_size: int | None = None,
         termination_fn: str | Callable[..., th.Tensor] | None = None,
         reward_fn: str | Callable[..., th.Tensor] | None = None,
+        imagined_margin: float | None = 1.0,
         dynamics_class: str | type[DynamicsModel] = ProbabilisticEnsemble,
         dynamics_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -97,6 +101,7 @@ class ModelBased(Saving):
         self.model_buffer_size = model_buffer_size
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
+        self.imagined_margin = imagined_margin
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
         #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
@@ -114,6 +119,7 @@ class ModelBased(Saving):
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, MixedReplayBuffer))
         rollout_length(self.rollout_schedule, 0)
+        check_margin(self.imagined_margin)
         if self.replay_buffer is None:
             self.replay_buffer_class = MixedReplayBuffer
             self.replay_buffer = self._make_replay_buffer()
@@ -126,6 +132,8 @@ class ModelBased(Saving):
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
         self._warned_of_termination = False
+        #: What the callback has warned of, and does not again.
+        self._warned_of: list[str] = []
         if self.reward_fn is not None:
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")

@@ -1,13 +1,12 @@
 """The paper's dynamics: an ensemble of Gaussian networks over the reward and the change of the observation."""
 
-import copy
-import warnings
 from collections.abc import Sequence
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
+from sb3_mbpo.divergence import LastGood
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
 from sb3_mbpo.likelihood_gradient import Gradient, LikelihoodGradient, autograd_of
@@ -122,6 +121,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         groups = [{"params": [layer.weight], "weight_decay": decay} for layer, decay in decays]
         groups.append({"params": [layer.bias for layer in self.mlp.layers] + [self.min_log_variance, self.max_log_variance]})
         return th.optim.Adam(groups, lr=self.learning_rate, fused=True)
+
+    @property
+    def usable(self) -> bool:  # type: ignore[override]
+        """Whether enough members had a good fit; without one, nothing is imagined."""
+        return int(self.holdout_errors.isfinite().sum()) >= self.n_elites
 
     @property
     def elites(self) -> th.Tensor:
@@ -252,21 +256,20 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         Train until no member improves on the hold-out set, then give each member its best weights back and rank them.
 
-        A fit that diverges (which warns) leaves everything as it was.
+        A fit that diverges (which warns, see ``divergence.py``) leaves everything as it was.
 
         :param transitions: see ``DynamicsModel.fit``; at least ``min_transitions``
         :param progress: called with a few words after each epoch
-        :return: ``train_loss``, ``holdout_error`` (mean over elites, standardised units), ``epochs``, ``elites``
+        :return: ``train_loss``, ``holdout_error`` (mean over elites), ``epochs``, ``updates``, ``elites``, ``diverged``
         :raises ValueError: too few transitions
         """
         if (n := len(transitions.observations)) < self.min_transitions:
             raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {n}")
-        x, y, x_holdout, y_holdout = self._split(transitions)
+        before, (x, y, x_holdout, y_holdout) = LastGood(self), self._split(transitions)
         bootstrap = th.randint(len(x), (len(self.holdout_errors), len(x)), generator=self.generator, device=x.device)
         # A loaded optimizer brings the settings of its time along.
         for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
             group["lr"], group["weight_decay"] = self.learning_rate, decay
-        before = copy.deepcopy((self.state_dict(), self.optimizer.state_dict()))
         weights = list(self.mlp.parameters())
         best, best_error = [weight.detach().clone() for weight in weights], th.full_like(self.holdout_errors, float("inf"))
         epochs, updates, idle, gradient = 0, 0, 0, self._gradient()
@@ -281,19 +284,17 @@ class ProbabilisticEnsemble(DynamicsModel):
             best = [th.where(chosen, weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)]
             if progress is not None:
                 progress(f"fitting the dynamics, epoch {epochs}")
-        if not all(parameter.isfinite().all() for parameter in self.parameters()):
-            warnings.warn("The fit of the dynamics diverged; it keeps what it had before", stacklevel=2)
-            self.load_state_dict(before[0])
-            self.optimizer.load_state_dict(before[1])
-            best = [weight.detach().clone() for weight in weights]
+        finite = all(parameter.isfinite().all() for parameter in self.parameters())
         with th.no_grad():
             for kept, weight in zip(best, weights, strict=True):
                 weight.copy_(kept)
             self.holdout_errors.copy_(self._holdout_error(x_holdout, y_holdout).nan_to_num(nan=float("inf")))
+        diverged = float(before.settle(finite, y, x_holdout, y_holdout))
         return {
             "train_loss": th.stack(losses).mean().item(),
             "holdout_error": self.holdout_errors[self.elites].mean().item(),
             "epochs": epochs,
             "updates": updates,
+            "diverged": diverged,
             "elites": " ".join(str(i) for i in sorted(self.elites.tolist())),
         }

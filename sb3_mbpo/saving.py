@@ -27,7 +27,7 @@ from sb3_mbpo.safe_loading import MEMBER, description_text, load_safely
 SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
 # What ModelBased keeps beside its arguments and networks.
-_COUNTERS = ("termination", "dynamics_fitted_at", "_earlier_timesteps", "_warned_of_termination")
+_COUNTERS = ("termination", "dynamics_fitted_at", "_earlier_timesteps", "_warned_of_termination", "_warned_of")
 
 
 def _holds_dynamics(path: Any) -> bool:

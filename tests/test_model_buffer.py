@@ -118,3 +118,17 @@ def test_a_refill_taken_back_and_repeated():
                 buffer.add(imagined(values))
             assert contents(once) == contents(twice)
             assert list(once.refills) == list(twice.refills)
+
+
+def test_spread_and_rewards():
+    """At even distances in age, whatever the ring has been through; nothing is drawn, nothing changed."""
+    buffer = ModelBuffer(1, 1, retained_rollouts=2)
+    for first in (0, 100, 200):
+        buffer.begin_refill()
+        rows = th.arange(first, first + 100).float().unsqueeze(1)
+        buffer.add(ReplayBufferSamples(rows, rows, rows, rows, -rows))
+    assert buffer.spread(4)[:, 0].tolist() == [149, 199, 249, 299]
+    assert buffer.spread(1000)[:, 0].tolist() == list(range(100, 300)) and buffer.spread(1000).shape == (200, 5)
+    assert buffer.rewards().tolist() == [[-float(i)] for i in range(100, 300)]
+    empty = ModelBuffer(1, 1)
+    assert empty.spread(4).shape == (0, 5) and empty.rewards().shape == (0, 1)
