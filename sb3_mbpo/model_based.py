@@ -16,18 +16,18 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve, updates_are_few
 from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
 from sb3_mbpo.callbacks import RolloutCallback
+from sb3_mbpo.collecting import Collecting
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.rollouts import rollout_length
-from sb3_mbpo.saving import Saving
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 
-class ModelBased(Saving):
+class ModelBased(Collecting):
     """
     Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
 
@@ -244,8 +244,11 @@ class ModelBased(Saving):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         before = self.num_timesteps
-        result = super()._setup_learn(total_timesteps, *args, **kwargs)
-        self._earlier_timesteps += before - self.num_timesteps
+        try:
+            result = super()._setup_learn(total_timesteps, *args, **kwargs)
+        finally:
+            # Also where the env's reset raises.
+            self._earlier_timesteps += before - self.num_timesteps
         self.replay_buffer.real_ratio = self.real_ratio
         if self.real_ratio < 1 and self.dynamics_fitted_at is not None and self.replay_buffer.size() == 0:
             warnings.warn(
