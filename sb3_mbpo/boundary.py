@@ -93,7 +93,7 @@ class _Remote:
         return answer
 
     def _fault(self, answer: Any) -> str:
-        """:param answer: to ``step``: observation, reward, done, info and reset's info; to ``reset``: first and last of them"""
+        """:param answer: to ``step``: observation, reward, done, info, reset's info; to ``reset``: first and last of them"""
         parts = [("observation of reset()", answer[0])]
         if len(answer) == 5:
             obs, reward, done, info, _ = answer

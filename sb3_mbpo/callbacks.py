@@ -1,14 +1,15 @@
 """What MBPO does between collecting and training: fit the dynamics when due, set k, refill the model buffer."""
 
 import time
+import warnings
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
 from sb3_mbpo.rollouts import branched_rollout, rollout_length
-
-# Start states imagined at once: larger blocks no longer fit a CPU's caches, and a block bounds the memory in use.
-ROLLOUT_BLOCK = {"cpu": 5_000, "cuda": 100_000}
 
 
 class RolloutCallback(BaseCallback):
@@ -16,13 +17,14 @@ class RolloutCallback(BaseCallback):
     Fits, and refills the model buffer, when that is due; MBPO installs it by itself.
 
     It works on the agent and holds no state of its own, so a run may be cut and continued anywhere.
-
     """
 
     def __init__(self) -> None:
         super().__init__()
         #: Shows how far a fit or a rollout is, if there is one.
         self.progress_bar: ProgressBarCallback | None = None
+        #: Start states imagined at once, if memory had no room for as many as usual.
+        self.lowered_block: int | None = None
         # The agent: any class that mixes in ModelBased. SB3's own annotation knows only BaseAlgorithm.
         self.model: Any
 
@@ -75,15 +77,24 @@ class RolloutCallback(BaseCallback):
         agent = self.model
         length = rollout_length(agent.rollout_schedule, agent.lifetime_timesteps)
         model_buffer = agent.replay_buffer.model_buffer
-        model_buffer.begin_refill()
-        done = 0
-        block = ROLLOUT_BLOCK.get(agent.device.type, 100_000)
+        model_buffer.begin_refill(agent.rollout_batch_size * length)
         dynamics = agent.imagined_dynamics
+        start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size)
+        block = self.lowered_block or ROLLOUT_BLOCK.get(agent.device.type, 100_000)
         with agent.imagining() as policy:
-            for start_obs in agent.replay_buffer.start_states(agent.rollout_batch_size).split(block):
-                model_buffer.add(branched_rollout(dynamics, policy, agent.terminates, start_obs, length))
-                done += len(start_obs)
-                self._say(f"imagining, {done:,} of {agent.rollout_batch_size:,} branches")
+
+            def imagine(start_obs: th.Tensor) -> ReplayBufferSamples:
+                return branched_rollout(dynamics, policy, agent.terminates, start_obs, length)
+
+            fitted = refill(model_buffer, imagine, start_obs, block, self._say)
+        if fitted < block:
+            if self.lowered_block is None:
+                warnings.warn(
+                    f"Memory ran out in a rollout of {min(block, len(start_obs))} start states; from now on {fitted} are "
+                    "imagined at once. Lower rollout_batch_size or model_buffer_size to leave more room",
+                    stacklevel=2,
+                )
+            self.lowered_block = fitted
         self.logger.record("dynamics/rollout_length", length)
         self.logger.record("dynamics/rollout_seconds", time.perf_counter() - started)
 

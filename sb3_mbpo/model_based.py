@@ -20,6 +20,7 @@ from sb3_mbpo.collecting import Collecting
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.learned_termination import LearnedTermination
+from sb3_mbpo.memory import estimate
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
@@ -123,6 +124,8 @@ class ModelBased(Collecting):
         if self.reward_fn is not None:
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
+        if self.verbose >= 1:
+            print(estimate(self))
 
     def _make_dynamics(self) -> DynamicsModel:
         make = resolve(self.dynamics_class, "dynamics_class")

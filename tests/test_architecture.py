@@ -40,7 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "likelihood_gradient": {"ensemble"},
     "probabilistic_ensemble": {"dynamics", "ensemble", "likelihood_gradient"},
     "rollouts": {"dynamics"},
-    "callbacks": {"rollouts"},
+    "refill": {"model_buffer"},
+    "memory": {"buffers", "model_buffer", "refill", "rollouts"},
+    "callbacks": {"refill", "rollouts"},
     "model_based": {
         "arguments",
         "buffers",
@@ -50,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "dynamics",
         "ensemble",
         "learned_termination",
+        "memory",
         "probabilistic_ensemble",
         "rollouts",
         "terminations",
