@@ -89,6 +89,8 @@ def reward_fault(reward: Any) -> str:
         value = None if isinstance(reward, str) or np.ndim(reward) else float(reward)
     except (TypeError, ValueError):
         value = None
+    except OverflowError:
+        value = float("inf")
     if value is None:
         return f"must be a scalar, but is {reward!r:.80}. Return float(reward)"
     if not -LIMIT <= value <= LIMIT:

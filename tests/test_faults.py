@@ -1,4 +1,5 @@
 import pickle
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,11 @@ def test_rewards_that_are_scalars(reward):
     assert reward_fault(reward) == ""
 
 
-@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf, 1e39, -1e300, np.float32(np.nan), np.array(np.inf), 10**400])
+@pytest.mark.parametrize(
+    "reward", [np.nan, np.inf, -np.inf, 1e39, -1e300, np.float32(np.nan), np.array(np.inf), Fraction(10**400)]
+)
 def test_rewards_that_are_not_finite(reward):
-    fault = reward_fault(reward)
-    assert "is not finite in float32: " in fault or "must be a scalar" in fault
+    assert "is not finite in float32: " in reward_fault(reward)
 
 
 @pytest.mark.parametrize("reward", [None, np.array([1.0]), np.zeros(2), [1.0], "1.0", 1j, {}, [[1], [2, 3]]])

@@ -89,7 +89,7 @@ def test_other_errors_pass():
     assert caught.value is error
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5])
+@pytest.mark.parametrize("at", range(1, 6))
 @pytest.mark.parametrize("kwargs", [{}, {"max_rows": 90}])
 def test_memory_that_runs_out_in_the_model_buffer(monkeypatch, at, kwargs):
     """Its own allocations fail one after the other; nothing comes in twice, by halves or out of order."""
@@ -97,8 +97,8 @@ def test_memory_that_runs_out_in_the_model_buffer(monkeypatch, at, kwargs):
     buffer.add(imagined(START[:40] - 1000))
     buffer.begin_refill()
     calls = 0
-    for name in ("cat", "arange"):
-        original = getattr(th, name)
+    for owner, name in ((th, "cat"), (th, "arange"), (ModelBuffer, "_grow")):
+        original = getattr(owner, name)
 
         def failing(*args, original=original, **kwargs):
             nonlocal calls
@@ -107,7 +107,7 @@ def test_memory_that_runs_out_in_the_model_buffer(monkeypatch, at, kwargs):
                 raise MemoryError
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(th, name, failing)
+        monkeypatch.setattr(owner, name, failing)
     refill(buffer, imagined, START[:60], 32, str)
     monkeypatch.undo()
     rows = buffer.contents()[0][:, 0].tolist()
