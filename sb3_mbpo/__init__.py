@@ -7,6 +7,7 @@ from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.env_state import RestorableEnv
+from sb3_mbpo.faults import InvalidTransition
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based import ModelBased
@@ -21,6 +22,7 @@ __all__ = [
     "MBPO",
     "MBTD3",
     "DynamicsModel",
+    "InvalidTransition",
     "LearnedTermination",
     "LinearSchedule",
     "MixedReplayBuffer",

@@ -12,11 +12,10 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo.buffers import normalize_obs, normalize_rewards
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.plausible import Plausible
+from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
 from sb3_mbpo.rollouts import branched_rollout, rollout_length
 from sb3_mbpo.value_bound import breach, entropy_bonus, q_values, return_bounds
 
-# Start states imagined at once: larger blocks no longer fit a CPU's caches, and a block bounds the memory in use.
-ROLLOUT_BLOCK = {"cpu": 5_000, "cuda": 100_000}
 # Real and imagined rows, each, whose Q-values are looked at after a fit.
 VALUED_ROWS = 500
 
@@ -26,13 +25,14 @@ class RolloutCallback(BaseCallback):
     Fits, and refills the model buffer, when that is due; MBPO installs it by itself.
 
     It works on the agent and holds no state of its own, so a run may be cut and continued anywhere.
-
     """
 
     def __init__(self) -> None:
         super().__init__()
         #: Shows how far a fit or a rollout is, if there is one.
         self.progress_bar: ProgressBarCallback | None = None
+        #: Start states imagined at once, if memory had no room for as many as usual.
+        self.lowered_block: int | None = None
         # The agent: any class that mixes in ModelBased. SB3's own annotation knows only BaseAlgorithm.
         self.model: Any
 
@@ -96,33 +96,49 @@ class RolloutCallback(BaseCallback):
         agent = self.model
         length = rollout_length(agent.rollout_schedule, agent.lifetime_timesteps)
         model_buffer = agent.replay_buffer.model_buffer
-        model_buffer.begin_refill()
-        done, stored = 0, 0
-        block = ROLLOUT_BLOCK.get(agent.device.type, 100_000)
+        model_buffer.begin_refill(agent.rollout_batch_size * length)
         if transitions is None:
             transitions = agent.replay_buffer.real_transitions()
         plausible = Plausible(transitions, agent.imagined_margin)
         dynamics = plausible.within(agent.imagined_dynamics)
-        try:
-            with agent.imagining() as policy:
-                for start_obs in agent.replay_buffer.start_states(agent.rollout_batch_size).split(block):
-                    imagined = branched_rollout(dynamics, policy, agent.terminates, start_obs, length)
-                    model_buffer.add(imagined)
-                    done, stored = done + len(start_obs), stored + len(imagined.rewards)
-                    self._say(f"imagining, {done:,} of {agent.rollout_batch_size:,} branches")
-        except Interrupted:
-            model_buffer.drop_refill()
-            raise
+        start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size)
+        lost: list[int] = []
+        block = self.lowered_block or ROLLOUT_BLOCK.get(agent.device.type, 100_000)
+        with agent.imagining() as policy:
+
+            def imagine(start_obs: th.Tensor) -> ReplayBufferSamples:
+                before = plausible.rows
+                imagined = branched_rollout(dynamics, policy, agent.terminates, start_obs, length)
+                # Every predicted row comes back, or is not finite.
+                lost.append(plausible.rows - before - len(imagined.rewards))
+                return imagined
+
+            try:
+                fitted = refill(model_buffer, imagine, start_obs, block, self._say)
+            except Interrupted:
+                model_buffer.drop_refill()
+                raise
+        self._lower_block(min(block, len(start_obs)), fitted)
         self.logger.record("dynamics/rollout_length", length)
-        # Every predicted row is stored, or not finite.
-        dropped = plausible.rows - stored
-        self.logger.record("dynamics/dropped", dropped)
+        self.logger.record("dynamics/dropped", dropped := sum(lost))
         self.logger.record("dynamics/clipped", plausible.clipped)
         self.logger.record("dynamics/rollout_seconds", time.perf_counter() - started)
         if dropped:
             what = f"{dropped:,} of {plausible.rows:,} imagined transitions were not finite and were left out"
-            rest = "" if stored else "; nothing new is imagined until the next fit"
+            rest = "" if model_buffer.refills[-1] else "; nothing new is imagined until the next fit"
             self._warn_once("dropped", f"{what} (dynamics/dropped){rest}. Look at the dynamics, at reward_fn if there is one")
+
+    def _lower_block(self, block: int, fitted: int) -> None:
+        """Remember that memory had room for ``fitted`` start states at once, fewer than the ``block`` that was tried."""
+        if fitted >= block:
+            return
+        if self.lowered_block is None:
+            warnings.warn(
+                f"Memory ran out in a rollout of {block} start states; from now on {fitted} are imagined at once. Lower "
+                "rollout_batch_size or model_buffer_size to leave more room",
+                stacklevel=2,
+            )
+        self.lowered_block = fitted
 
     def _judge_values(self, transitions: ReplayBufferSamples) -> None:
         """

@@ -34,7 +34,15 @@ _IGNORED = {
 _IGNORED |= {"class_attributes"}
 _NEXT_RESET = ("_seeds", "_options")
 # What does not change while an env runs.
-_STATIC: tuple[type, ...] = (gym.Space, EnvSpec, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
+_STATIC: tuple[type, ...] = (
+    gym.Space,
+    EnvSpec,
+    type,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
 _STATIC += (logging.Logger, Logger, np.dtype, th.dtype, th.device)
 
 

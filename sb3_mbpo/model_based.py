@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,26 +11,25 @@ import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 
 from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve, updates_are_few
 from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
-from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.learned_termination import LearnedTermination
+from sb3_mbpo.memory import estimate
 from sb3_mbpo.plausible import check_margin
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
-from sb3_mbpo.resume import will_resume
+from sb3_mbpo.resuming import Resuming
 from sb3_mbpo.rollouts import rollout_length
-from sb3_mbpo.saving import Saving
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 
-class ModelBased(Saving):
+class ModelBased(Resuming):
     """
     Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
 
@@ -54,9 +52,6 @@ class ModelBased(Saving):
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
-
-    #: The ``ResumeCallback`` of the present ``learn``, if there is one.
-    resumable: Any = None
 
     def __init__(
         self,
@@ -137,6 +132,8 @@ class ModelBased(Saving):
         if self.reward_fn is not None:
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
+        if self.verbose >= 1:
+            print(estimate(self))
 
     def _make_dynamics(self) -> DynamicsModel:
         make = resolve(self.dynamics_class, "dynamics_class")
@@ -239,8 +236,6 @@ class ModelBased(Saving):
         if progress_bar:
             assert isinstance(everything, CallbackList) and isinstance(everything.callbacks[-1], ProgressBarCallback)
             rollouts.progress_bar = everything.callbacks[-1]
-        if self.resumable is not None:
-            self.resumable.begin(everything)
         return everything
 
     def learn(
@@ -256,26 +251,15 @@ class ModelBased(Saving):
         tb_log_name = tb_log_name or type(self).__name__
         # With the model off, the agent is the plain algorithm to the last bit, and so are the numbers.
         with flush_denormals() if self.real_ratio < 1 else nullcontext():
-            # A run that goes on also goes on with its log.
-            reset = reset_num_timesteps and not (self.num_timesteps == 0 and will_resume(callback))
-            try:
-                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset, progress_bar)
-            except Interrupted:
-                self.resumable.undo_train()
-                return self
-            finally:
-                if self.resumable is not None:
-                    self.resumable.end()
-
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
-        """See SB3; with a ``ResumeCallback``, the point at which a run is saved, resumed and left."""
-        collect = partial(super().collect_rollouts, *args, **kwargs)
-        return collect() if self.resumable is None else self.resumable.rollout(collect)
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         before = self.num_timesteps
-        result = super()._setup_learn(total_timesteps, *args, **kwargs)
-        self._earlier_timesteps += before - self.num_timesteps
+        try:
+            result = super()._setup_learn(total_timesteps, *args, **kwargs)
+        finally:
+            # Also where the env's reset raises.
+            self._earlier_timesteps += before - self.num_timesteps
         self.replay_buffer.real_ratio = self.real_ratio
         if self.real_ratio < 1 and self.dynamics_fitted_at is not None and self.replay_buffer.size() == 0:
             warnings.warn(

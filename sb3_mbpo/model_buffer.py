@@ -6,6 +6,19 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 
+def grown(capacity: int, needed: int, expected: int | None, max_rows: int | None) -> int:
+    """
+    Rows to make room for: half as many again as now, so that growing stays cheap on the whole, but no more than will come.
+
+    :param capacity: rows there is room for now
+    :param needed: rows there must be room for, at most ``max_rows``
+    :param expected: rows at the end of the present refill, at most; ``None``: unknown
+    :param max_rows: most rows kept; ``None``: no bound
+    """
+    bounds = [bound for bound in (capacity * 3 // 2, expected, max_rows) if bound is not None]
+    return max(needed, min(bounds))
+
+
 class ModelBuffer:
     """
     The imagined transitions of the last ``retained_rollouts`` refills, on the training device.
@@ -33,17 +46,24 @@ class ModelBuffer:
         self.max_rows = max_rows
         self.rows = th.empty((0, sum(self.widths)), device=device)
         self.start = 0
+        #: Rows at the end of the present refill, at most; ``None``: unknown.
+        self.expected: int | None = None
         #: Number of rows of each retained refill, oldest first.
         self.refills: deque[int] = deque(maxlen=retained_rollouts)
 
     def __len__(self) -> int:
         return sum(self.refills)
 
-    def begin_refill(self) -> None:
-        """Open a new refill; the oldest leaves if ``retained_rollouts`` are there already."""
+    def begin_refill(self, n_rows: int | None = None) -> None:
+        """
+        Open a new refill; the oldest leaves if ``retained_rollouts`` are there already.
+
+        :param n_rows: most rows that it will bring, if that is known: no room is made for more
+        """
         if len(self.refills) == self.refills.maxlen:
             self._forget(self.refills[0])
             self.refills.popleft()
+        self.expected = None if n_rows is None else len(self) + n_rows
         self.refills.append(0)
 
     def drop_refill(self) -> None:
@@ -78,10 +98,12 @@ class ModelBuffer:
         self.start %= max(len(self.rows), 1)
 
     def _grow(self, n_rows: int) -> None:
-        """Make room for ``n_rows``, half as much again as now at least, so that growing stays cheap on the whole."""
-        capacity = max(n_rows, len(self.rows) * 3 // 2)
-        rows = self.rows.new_empty((capacity if self.max_rows is None else min(capacity, self.max_rows), sum(self.widths)))
-        rows[: len(self)] = self.contents()[0]
+        """Make room for ``n_rows``."""
+        rows = self.rows.new_empty((grown(len(self.rows), n_rows, self.expected, self.max_rows), sum(self.widths)))
+        # The ring's two ends one after the other: gathered by index they would be there a third time meanwhile.
+        first = self.rows[self.start : self.start + len(self)]
+        rows[: len(first)] = first
+        rows[len(first) : len(self)] = self.rows[: len(self) - len(first)]
         self.rows, self.start = rows, 0
 
     def _places(self, ages: th.Tensor) -> th.Tensor:

@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.type_aliases import RolloutReturn
 
 from sb3_mbpo import checkpoint
+from sb3_mbpo.faults import InvalidTransition
 from sb3_mbpo.interrupts import Interrupted, Interrupts
 from sb3_mbpo.packing import Tensors
 from sb3_mbpo.training_state import all_callbacks, put_agent, put_training, take_agent, take_training
@@ -116,6 +117,10 @@ class ResumeCallback(BaseCallback):
             steps = self.locals["num_collected_steps"] * self.model.n_envs if left is None else left["steps"]
             self.save({"steps": steps, "rollout_end": True})
             return RolloutReturn(0, 0, continue_training=False)
+        except InvalidTransition:
+            # Nothing of that step was stored or counted, but the envs have moved on.
+            self.save(envs=False)
+            raise
         self._left = {"steps": result.episode_timesteps, "rollout_end": False}
         self._before_train = self._agent() if self._is_long(result) else None
         self._is_consistent = result.continue_training

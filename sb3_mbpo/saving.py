@@ -116,9 +116,6 @@ class Saving(OffPolicyAlgorithm):
             if file is not path:
                 file.close()
 
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "resumable"]
-
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
         optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []

@@ -1,0 +1,253 @@
+"""What comes from the env is looked at before it is stored, counted or learned from."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+    unwrap_vec_normalize,
+)
+
+from sb3_mbpo.faults import RESET_API, STEP_API, InvalidTransition, fault_of_api, observation_fault, reward_fault
+
+# What hands on what its envs return, and adds nothing.
+TRANSPARENT = (DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize)
+
+
+class _Env:
+    """In the place of one env of a ``DummyVecEnv``."""
+
+    def __init__(self, boundary: "Boundary", base: DummyVecEnv, index: int) -> None:
+        self.boundary, self.index = boundary, index
+        space = base.observation_space
+        self.shape, self.dtype = space.shape, space.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.boundary.inner[self.index], name)
+
+    def step(self, action: np.ndarray) -> Any:
+        try:
+            answer = self.boundary.inner[self.index].step(action)
+        except (TypeError, ValueError) as error:
+            fault = fault_of_api(error, STEP_API)
+            if fault:
+                raise self.boundary.refusal(fault, self.index) from error
+            raise
+        if not isinstance(answer, tuple | list) or len(answer) != 5:
+            raise self.boundary.refusal(STEP_API, self.index)
+        if fault := observation_fault(answer[0], self.shape, self.dtype):
+            raise self.boundary.refusal(f"the {'last ' * bool(answer[2] or answer[3])}observation {fault}", self.index)
+        if fault := reward_fault(answer[1]):
+            raise self.boundary.refusal(f"the reward {fault}", self.index)
+        return answer
+
+    def reset(self, **kwargs: Any) -> Any:
+        try:
+            answer = self.boundary.inner[self.index].reset(**kwargs)
+        except (TypeError, ValueError) as error:
+            fault = fault_of_api(error, RESET_API)
+            if fault:
+                raise self.boundary.refusal(fault, self.index) from error
+            raise
+        if not isinstance(answer, tuple | list) or len(answer) != 2:
+            raise self.boundary.refusal(RESET_API, self.index)
+        if fault := observation_fault(answer[0], self.shape, self.dtype):
+            raise self.boundary.refusal(f"the observation of reset() {fault}", self.index)
+        return answer
+
+
+class _Remote:
+    """In the place of the connection to one env of a ``SubprocVecEnv``."""
+
+    def __init__(self, boundary: "Boundary", base: SubprocVecEnv, index: int) -> None:
+        self.boundary, self.base, self.index = boundary, base, index
+        space = base.observation_space
+        self.shape, self.dtype = space.shape, space.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.boundary.inner[self.index], name)
+
+    def recv(self) -> Any:
+        boundary = self.boundary
+        try:
+            answer = boundary.inner[self.index].recv()
+        except (EOFError, ConnectionError) as error:
+            raise type(error)(
+                f"env {self.index}, after {boundary.at} steps: its process has ended; why is in its own message above"
+            ) from error
+        fault = self._fault(answer)
+        if fault and boundary.pending is None:
+            boundary.pending = boundary.refusal(fault, self.index)
+        # Not before every env has been heard: what is left in a connection would be taken for the answer to the next call.
+        if self.index == len(boundary.inner) - 1 and boundary.pending is not None:
+            self.base.waiting = False
+            pending, boundary.pending = boundary.pending, None
+            raise pending
+        return answer
+
+    def _fault(self, answer: Any) -> str:
+        """:param answer: to ``step``: observation, reward, done, info, reset's info; to ``reset``: first and last of them"""
+        parts = [("observation of reset()", answer[0])]
+        if len(answer) == 5:
+            obs, reward, done, info, _ = answer
+            parts = [("last observation", info["terminal_observation"]), *parts] if done else [("observation", obs)]
+            if fault := reward_fault(reward):
+                return f"the reward {fault}"
+        faults = ((what, observation_fault(obs, self.shape, self.dtype)) for what, obs in parts)
+        return next((f"the {what} {fault}" for what, fault in faults if fault), "")
+
+
+class _Inner:
+    """In the place of what a ``VecNormalize`` is around."""
+
+    def __init__(self, boundary: "Boundary", venv: VecEnv) -> None:
+        self.boundary, self.venv = boundary, venv
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.venv, name)
+
+    def step_wait(self) -> Any:
+        answer = self.venv.step_wait()
+        self.boundary.look_at_arrays(self.venv.observation_space, *answer)
+        return answer
+
+    def reset(self) -> Any:
+        obs = self.venv.reset()
+        self.boundary.look_at_arrays(self.venv.observation_space, obs)
+        return obs
+
+
+STAND_INS: dict[type, tuple[str, Callable[..., Any]]] = {DummyVecEnv: ("envs", _Env), SubprocVecEnv: ("remotes", _Remote)}
+
+
+class Boundary:
+    """
+    Stands between an env and an agent for the length of one ``step`` or ``reset``, and leaves no trace on the env.
+
+    A ``VecNormalize`` takes what it gets into its statistics, and a ``DummyVecEnv`` spreads an observation that is too small
+    over its whole row: behind them it is too late to look. So the places where they ask for the next values are exchanged
+    while they ask. Behind vectorised wrappers or envs that are not SB3's own, whose insides are unknown, arrays are looked at.
+
+    :param env: the agent's, with all its wrappers
+    """
+
+    def __init__(self, env: VecEnv) -> None:
+        self.env = env
+        #: The agent's ``num_timesteps`` before the call that is watched.
+        self.at = 0
+        #: Steps are to be watched.
+        self.in_use = False
+        #: An env raised in the middle of a call: where the envs stand is unknown.
+        self.in_doubt = False
+        #: What is to be raised once every env has been heard.
+        self.pending: InvalidTransition | None = None
+        #: What the first of the exchanged stands for: the envs, or the connections to them.
+        self.inner: Any = ()
+        # The call that is watched, and what the env's own dictionary had under that name.
+        self._watched: tuple[str, Any] | None = None
+        layers: list[Any] = [env]
+        while isinstance(layers[-1], VecEnvWrapper):
+            layers.append(layers[-1].venv)
+        # What is exchanged during a call: the owner, its attribute, what stands there meanwhile.
+        self._exchanges: list[tuple[Any, str, Any]] = []
+        base = layers[-1]
+        if type(base) in STAND_INS and isinstance(base.observation_space, spaces.Box):
+            place, stand_in = STAND_INS[type(base)]
+            self._exchanges.append((base, place, [stand_in(self, base, i) for i in range(base.num_envs)]))
+        # What its statistics and the replay buffer take is what comes from under a VecNormalize.
+        normalizer = unwrap_vec_normalize(env)
+        cut = len(layers) if normalizer is None else layers.index(normalizer)
+        self._looks_on_top = any(type(layer) not in TRANSPARENT for layer in layers[:cut])
+        if normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:]):
+            self._exchanges.append((normalizer, "venv", _Inner(self, normalizer.venv)))
+
+    def watch(self, call: str, at: int) -> None:
+        """
+        Look at what comes of the env's next ``step`` or ``reset``, whoever calls it.
+
+        :param call: which of the two
+        :param at: the agent's ``num_timesteps``, for the error
+        """
+        attributes = vars(self.env)
+        self.at = at
+        self._watched = (call, attributes.get(call))
+        attributes[call] = self._step if call == "step" else self._reset
+
+    def release(self) -> None:
+        """Leave the env as it was before ``watch``."""
+        if self._watched is not None:
+            (call, before), self._watched = self._watched, None
+            del vars(self.env)[call]
+            if before is not None:
+                vars(self.env)[call] = before
+
+    def _step(self, actions: np.ndarray) -> Any:
+        self.release()
+        answer = self._ask(self.env.step, actions)
+        if self._looks_on_top:
+            self.look_at_arrays(self.env.observation_space, *answer)
+        self.in_doubt = False
+        return answer
+
+    def _reset(self) -> Any:
+        self.release()
+        obs = self._ask(self.env.reset)
+        if self._looks_on_top:
+            self.look_at_arrays(self.env.observation_space, obs)
+        self.in_doubt = False
+        return obs
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        self.in_doubt = True
+        kept = [getattr(owner, place) for owner, place, _ in self._exchanges]
+        self.inner = kept[0] if kept else ()
+        for owner, place, stand_in in self._exchanges:
+            setattr(owner, place, stand_in)
+        try:
+            return call(*arguments)
+        finally:
+            for (owner, place, _), value in zip(self._exchanges, kept, strict=True):
+                setattr(owner, place, value)
+
+    def refusal(self, fault: str, index: int) -> InvalidTransition:
+        """:return: the error to raise"""
+        return InvalidTransition(fault, index, self.at)
+
+    def look_at_arrays(
+        self, space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """
+        What a vectorised env returned: at once if it is fine, else env by env.
+
+        :param space: of one env's observations
+        :param obs: ``(n_envs, *obs_shape)``
+        :param rewards: ``(n_envs,)``; ``None`` after a reset
+        :param dones: ``(n_envs,)``; none after a reset
+        :param infos: with ``terminal_observation`` where an episode ended
+        :raises InvalidTransition: see above
+        """
+        n_envs = self.env.num_envs
+        ended = np.flatnonzero(dones)
+        for i in ended:
+            last = infos[i].get("terminal_observation")
+            if last is not None and (fault := observation_fault(last, space.shape, space.dtype)):
+                raise self.refusal(f"the last observation {fault}", int(i))
+        fault = observation_fault(obs, (n_envs, *space.shape), space.dtype)
+        if fault:
+            for i in range(n_envs) if np.ndim(obs) and len(obs) == n_envs else ():
+                if of_one := observation_fault(obs[i], space.shape, space.dtype):
+                    of_reset = " of reset()" if rewards is None or i in ended else ""
+                    raise self.refusal(f"the observation{of_reset} {of_one}", i)
+            raise self.refusal(f"the array of observations {fault}", 0)
+        if rewards is not None and observation_fault(rewards, (n_envs,), np.dtype(np.float32)):
+            for i in range(n_envs) if np.ndim(rewards) and len(rewards) == n_envs else ():
+                if of_one := reward_fault(rewards[i]):
+                    raise self.refusal(f"the reward {of_one}", i)
+            raise self.refusal(f"the rewards must be one scalar for each of {n_envs} envs, but are {rewards!r:.80}", 0)
