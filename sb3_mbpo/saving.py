@@ -4,7 +4,6 @@ import inspect
 import io
 import warnings
 import zipfile
-from difflib import get_close_matches
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from stable_baselines3.common.save_util import open_path, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.buffers import MixedReplayBuffer
+from sb3_mbpo.checks import did_you_mean, shown
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.prefill import read_transitions, rows_of_steps
 
@@ -22,6 +22,8 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = ("termination", "dynamics_fitted_at", "_earlier_timesteps", "_warned_of_termination")
+# Arguments that say which networks and optimizers there are.
+_SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
 
 def _holds_dynamics(path: Any) -> bool:
@@ -57,10 +59,7 @@ class Saving(OffPolicyAlgorithm):
         signature = inspect.signature(super().load)
         known = {*inspect.signature(cls).parameters, *signature.parameters} - {"policy", "kwargs"}
         for name in set(kwargs) - known:
-            guess = get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"load: {cls.__name__} has no argument {name!r}" + (f"; did you mean {guess[0]!r}?" if guess else "")
-            )
+            raise ValueError(f"load: {cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
         if not _holds_dynamics(path):
             raise ValueError(
                 f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
@@ -70,7 +69,16 @@ class Saving(OffPolicyAlgorithm):
         if "stats_window_size" in kwargs:
             # SB3 keeps it under another name, and would not find it.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
-        return super().load(path, env, *args, **kwargs)
+        try:
+            return super().load(path, env, *args, **kwargs)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            shaping = {name: kwargs[name] for name in _SHAPING if name in kwargs}
+            if not shaping:
+                raise
+            passed = ", ".join(f"{name}={shown(value)}" for name, value in shaping.items())
+            raise ValueError(
+                f"load: the networks in {path} do not fit {passed} ({error}). Leave these out: they are in the file"
+            ) from error
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
@@ -78,16 +86,19 @@ class Saving(OffPolicyAlgorithm):
         return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables
 
     def _make_replay_buffer(self) -> MixedReplayBuffer:
-        return MixedReplayBuffer(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            self.device,
-            self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **self.replay_buffer_kwargs,
-            **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
-        )
+        try:
+            return MixedReplayBuffer(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                self.device,
+                self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **self.replay_buffer_kwargs,
+                **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
+            )
+        except MemoryError as error:
+            raise ValueError(f"buffer_size={self.buffer_size} does not fit into memory ({error}). Lower it") from error
 
     def save_replay_buffer(self, path: Any, imagined: bool = False) -> None:
         """
