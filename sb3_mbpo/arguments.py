@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.noise import VectorizedActionNoise
 
 from sb3_mbpo import checks
 from sb3_mbpo.checks import did_you_mean, shown
@@ -219,6 +220,9 @@ def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     checks.check_policy_kwargs(agent.policy_kwargs, _taken_by(agent.policy_class))
     check_learning_rate(agent.learning_rate)
     if agent.action_noise is not None:
+        # An agent may be loaded for another number of envs.
+        if isinstance(agent.action_noise, VectorizedActionNoise) and agent.action_noise.n_envs != agent.n_envs:
+            agent.action_noise = VectorizedActionNoise(agent.action_noise.base_noise, agent.n_envs)
         check_noise(agent.action_noise, agent.n_envs, agent.action_space.shape)
 
 

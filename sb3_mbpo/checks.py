@@ -92,6 +92,8 @@ def unless(text: str, rule: Rule) -> Rule:
 
 FLAG = Rule(is_flag, "true or false")
 POSITIVE = Rule(lambda value: is_number(value, 0, LARGEST) and value > 0, f"a number above 0 and at most {LARGEST:g}")
+# Steps of Adam are about as long as the rate: weights of 1000 are none that anybody trains.
+RATE = number(0, 1e3, "a number from 0 to 1000, such as 3e-4")
 RATIO = number(0, 1, "a number between 0 (all imagined) and 1 (plain model-free learning)")
 MAPPING = Rule(lambda value: isinstance(value, Mapping), "a mapping of keyword arguments")
 CALLABLE = Rule(callable, "a class, or its dotted name")
@@ -142,6 +144,7 @@ RULES: dict[str, Rule] = {
     "action_noise": Rule(_is_noise, "None or an ActionNoise of Stable-Baselines3"),
     "target_update_interval": whole(1),
     "policy_delay": whole(1),
+    "top_quantiles_to_drop_per_net": whole(0),
     "target_policy_noise": number(0, LARGEST),
     "target_noise_clip": number(0, math.inf, "a number of at least 0, or infinite"),
     "ent_coef": Rule(
@@ -187,7 +190,7 @@ ENSEMBLE_RULES: dict[str, Rule] = {
     "n_members": whole(1, 1000),
     "n_elites": whole(1),
     "net_arch": Rule(lambda value: LAYERS.holds(value) and len(value) > 0, LAYERS.expected),
-    "learning_rate": POSITIVE,
+    "learning_rate": Rule(lambda value: RATE.holds(value) and value > 0, "a number above 0 and at most 1000, such as 1e-3"),
     "weight_decays": Rule(
         lambda value: value is None or (isinstance(value, list | tuple) and all(map(_DECAY.holds, value))),
         "None or numbers >= 0, one per layer",
