@@ -11,7 +11,7 @@ from stable_baselines3.common.noise import VectorizedActionNoise
 from sb3_mbpo import checks
 from sb3_mbpo.checks import did_you_mean, shown
 from sb3_mbpo.dry_runs import check_device, check_learning_rate, check_noise
-from sb3_mbpo.unsupported import check_replay
+from sb3_mbpo.unsupported import check_env, check_replay
 
 # SB3 keeps this one under another name.
 KEPT_AS = {"stats_window_size": "_stats_window_size"}
@@ -178,9 +178,8 @@ def read_first(passed: dict[str, Any], env: Any) -> list[str]:
     """
     if env is None and passed.get("_init_setup_model", True):
         raise ValueError("env=None must be an env, or the name of one; only load does without")
-    is_env = hasattr(env, "observation_space") and hasattr(env, "action_space") and not isinstance(env, type)
-    if not (env is None or isinstance(env, str) or is_env):
-        raise ValueError(f"env={shown(env)} must be an env, a VecEnv, or the name of a registered one, such as 'Pendulum-v1'")
+    if env is not None and not isinstance(env, str):
+        check_env(env)
     if not (isinstance(passed["policy"], str) or callable(passed["policy"])):
         raise ValueError(f"policy={shown(passed['policy'])} must be a policy class, or the name of one, such as 'MlpPolicy'")
     if "verbose" in passed:

@@ -61,14 +61,19 @@ def check_noise(noise: Any, n_envs: int, action_shape: tuple[int, ...]) -> None:
     state = np.random.get_state()
     try:
         sample = np.asarray(copy.deepcopy(noise)(), dtype=np.float64)
-        fits = np.broadcast_shapes(sample.shape, (n_envs, *action_shape)) == (n_envs, *action_shape)
     except Exception as error:
         raise ValueError(
             f"action_noise={shown(noise)} raised {type(error).__name__}: {error}; it must give noise of shape {action_shape}"
         ) from error
     finally:
         np.random.set_state(state)
-    if not fits or not np.isfinite(sample).all():
+    try:
+        np.broadcast_to(sample, (n_envs, *action_shape))
+    except ValueError:
+        fits = False
+    else:
+        fits = bool(np.isfinite(sample).all())
+    if not fits:
         raise ValueError(f"action_noise={shown(noise)} gives {sample}; it must give finite noise of shape {action_shape}")
 
 

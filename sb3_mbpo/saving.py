@@ -15,8 +15,10 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.checks import did_you_mean, shown
+from sb3_mbpo.dry_runs import check_device
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.prefill import read_transitions, rows_of_steps
+from sb3_mbpo.unsupported import check_env
 
 SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
@@ -60,6 +62,10 @@ class Saving(OffPolicyAlgorithm):
         known = {*inspect.signature(cls).parameters, *signature.parameters} - {"policy", "kwargs"}
         for name in set(kwargs) - known:
             raise ValueError(f"load: {cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
+        if env is not None:
+            check_env(env)
+        # The warning is the constructor's.
+        check_device(signature.bind_partial(path, env, *args, **kwargs).arguments.get("device", "auto"))
         if not _holds_dynamics(path):
             raise ValueError(
                 f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
@@ -71,7 +77,7 @@ class Saving(OffPolicyAlgorithm):
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         try:
             return super().load(path, env, *args, **kwargs)
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
             shaping = {name: kwargs[name] for name in _SHAPING if name in kwargs}
             if not shaping:
                 raise

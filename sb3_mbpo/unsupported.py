@@ -9,6 +9,14 @@ from stable_baselines3.common.preprocessing import is_image_space
 from sb3_mbpo.checks import FLAG, MAPPING, is_flag, is_whole, shown
 
 
+def check_env(env: Any) -> None:
+    """
+    :raises ValueError: what is no env
+    """
+    if isinstance(env, type) or not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
+        raise ValueError(f"env={shown(env)} must be an env, a VecEnv, or the name of a registered one, such as 'Pendulum-v1'")
+
+
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
     :raises ValueError: spaces that MBPO cannot imagine in

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": set(),
     "dry_runs": {"checks"},
     "unsupported": {"checks"},
-    "saving": {"buffers", "checks", "model_buffer", "prefill"},
+    "saving": {"buffers", "checks", "dry_runs", "model_buffer", "prefill", "unsupported"},
     "sac_update": set(),
     "stacks": set(),
     "cuda_update": {"stacks"},

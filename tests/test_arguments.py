@@ -57,10 +57,10 @@ def test_keywords():
         arguments.check_keywords({"rat": 1}, make, "kwargs")
     with pytest.raises(ValueError, match="no key 'seed'"):
         arguments.check_keywords({"seed": 1}, make, "kwargs")
-    with pytest.raises(ValueError, match="did you mean 'rate'?"):
+    with pytest.raises(ValueError, match=r"did you mean 'rate'\?"):
         arguments.check_keywords({"rat": 1}, make, "kwargs")
     for nothing in ([1], 0, "rate"):
-        with pytest.raises(ValueError, match="kwargs=.* must be a mapping"):
+        with pytest.raises(ValueError, match=r"kwargs=.* must be a mapping"):
             arguments.check_keywords(nothing, make, "kwargs")
     with pytest.raises(ValueError, match="kwargs has no key 3"):
         arguments.check_keywords({3: 1}, lambda **kwargs: None, "kwargs")

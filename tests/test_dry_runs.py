@@ -154,7 +154,7 @@ def test_devices(device):
     assert check_device(device) is None
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "meta", None, True, 0.5, ["cpu"], 10**30, "cpu:99"])
+@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "meta", None, True, 0.5, ["cpu"], 10**30])
 def test_no_devices(device):
     with pytest.raises(ValueError) as error:
         check_device(device)
