@@ -126,7 +126,7 @@ def _is_noise(value: Any) -> bool:
     return value is None or (callable(value) and callable(getattr(value, "reset", None)) and not isinstance(value, type))
 
 
-#: The arguments of SB3's algorithms and of ModelBased. Not here: what is called or built to be checked.
+# The arguments of SB3's algorithms and of ModelBased. Not here: what is called or built to be checked.
 RULES: dict[str, Rule] = {
     "buffer_size": whole(1, MOST),
     "learning_starts": whole(0),

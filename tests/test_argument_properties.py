@@ -1,4 +1,4 @@
-"""Whatever is passed for an argument: the agent learns with finite parameters, or an error names the argument and the value."""
+"""Whatever is passed for an argument: the agent learns, with finite parameters, or an error names argument and value."""
 
 import math
 import warnings
@@ -43,7 +43,7 @@ class Line(gym.Env):
         return self.place, {}
 
     def step(self, action):
-        self.place = np.clip(self.place + [action[0], 0.1], -10, 10).astype(np.float32)
+        self.place = np.clip(self.place + np.array([action[0], 0.1]), -10, 10).astype(np.float32)
         self.steps += 1
         return self.place, float(-abs(self.place[0])), False, self.steps == 5, {}
 
@@ -100,7 +100,7 @@ OWN = {
     MBTQC: ["top_quantiles_to_drop_per_net"],
     MBCrossQ: ["policy_delay"],
 }
-ENSEMBLE = [name for name, p in ProbabilisticEnsemble.__init__.__annotations__.items() if name in ProbabilisticEnsemble.__init__.__kwdefaults__ and name not in ("seed", "device")]  # fmt: skip
+ENSEMBLE = sorted(ProbabilisticEnsemble.__init__.__kwdefaults__.keys() - {"seed", "device"})
 
 
 @st.composite

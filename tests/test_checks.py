@@ -48,6 +48,16 @@ def test_what_is():
 
 # ---------------------------------------------------------------- the constructor
 
+# Checked elsewhere: what is built, called, tried out or not supported.
+ELSEWHERE = {"policy", "env", "learning_rate", "policy_kwargs", "device", "replay_buffer_class", "n_steps"}
+ELSEWHERE |= {"optimize_memory_usage", "rollout_schedule", "termination_fn", "reward_fn", "dynamics_class", "fast_update"}
+
+
+@pytest.mark.parametrize("cls", [MBPO, MBTD3, MBTQC, MBCrossQ])
+def test_every_argument_has_a_check(cls):
+    assert cls.__signature__.parameters.keys() - checks.RULES.keys() - ELSEWHERE == {"_init_setup_model"}
+
+
 REFUSED = [
     *((MBPO, {"gamma": value}, "gamma=.* must be a number between 0 and 1.*default is 0.99") for value in (2, -0.1, NAN, "g")),
     *((MBPO, {"gamma": value}, "gamma=") for value in (None, True, [0.9], INF, 1j, 10**400)),
