@@ -49,7 +49,7 @@ def check_replay(agent: Any, allowed: tuple[type, ...]) -> None:
     :param allowed: what ``replay_buffer_class`` may be
     :raises ValueError: a replay option that imagined transitions do not go with
     """
-    if agent.replay_buffer_class not in (None, *allowed):
+    if not any(agent.replay_buffer_class is kind for kind in (None, *allowed)):
         raise ValueError(
             f"replay_buffer_class={shown(agent.replay_buffer_class)} is not supported; MBPO mixes real and imagined "
             "transitions in a buffer of its own (no HER, no n-step, no custom classes). Leave it at None"

@@ -123,7 +123,8 @@ def words_of(value):
         yield from (word for item in [*value.keys(), *value.values()] for word in words_of(item))
     if callable(value):
         yield getattr(value, "__qualname__", "")
-    for form in (value, numbers_in(value)):
+    read = numbers_in(value)
+    for form in (value, read, tuple(read) if isinstance(read, list) else read):
         try:
             yield repr(form)
         except ValueError:

@@ -56,6 +56,7 @@ def test_replay_options(changed):
     ("changed", "message"),
     [
         ({"replay_buffer_class": dict}, "replay_buffer_class=<class 'dict'> is not supported.*Leave it at None"),
+        ({"replay_buffer_class": np.array([1, 2])}, r"replay_buffer_class=array\(\[1, 2\]\) is not supported"),
         ({"n_steps": 3}, "n_steps=3 is not supported.*Leave it at 1"),
         ({"n_steps": None}, "n_steps=None is not supported"),
         ({"n_steps": True}, "n_steps=True is not supported"),
