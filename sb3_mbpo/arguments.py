@@ -167,12 +167,13 @@ def read_learn(total_timesteps: Any, *rest: Any) -> Any:
     return total_timesteps
 
 
-def read_first(passed: dict[str, Any], env: Any) -> list[str]:
+def read_first(policy: Any, env: Any, passed: dict[str, Any]) -> list[str]:
     """
     What SB3's constructor uses at once, read and checked in place, before it can stumble over it.
 
-    :param passed: the arguments of the constructor
-    :param env: the env among them; ``None`` is for ``load`` alone
+    :param policy: the first argument of the constructor
+    :param env: the second; ``None`` is for ``load`` alone
+    :param passed: all of them, by name
     :return: warnings
     :raises ValueError: one that is out of range
     """
@@ -180,8 +181,8 @@ def read_first(passed: dict[str, Any], env: Any) -> list[str]:
         raise ValueError("env=None must be an env, or the name of one; only load does without")
     if env is not None and not isinstance(env, str):
         check_env(env)
-    if not (isinstance(passed["policy"], str) or callable(passed["policy"])):
-        raise ValueError(f"policy={shown(passed['policy'])} must be a policy class, or the name of one, such as 'MlpPolicy'")
+    if not (isinstance(policy, str) or callable(policy)):
+        raise ValueError(f"policy={shown(policy)} must be a policy class, or the name of one, such as 'MlpPolicy'")
     if "verbose" in passed:
         passed["verbose"] = _as_count(numbers_in(passed["verbose"]))
         checks.RULES["verbose"].check("verbose", passed["verbose"])
@@ -203,14 +204,16 @@ def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     :raises ValueError: an argument that cannot be read or is out of range
     """
     parameters = inspect.signature(type(agent)).parameters
-    for name, parameter in parameters.items():
+    empty = inspect.Parameter.empty
+    # A base that takes what it passes on as ``**kwargs`` has no defaults to show, and its arguments have rules all the same.
+    for name in dict.fromkeys([*parameters, *checks.RULES]):
         attribute = KEPT_AS.get(name, name)
         if name == "policy" or not hasattr(agent, attribute):
             continue
-        setattr(agent, attribute, _read(name, getattr(agent, attribute), parameter.default))
+        default = parameters[name].default if name in parameters else empty
+        setattr(agent, attribute, _read(name, getattr(agent, attribute), default))
         if name in checks.RULES:
-            default = parameter.default
-            remedy = "" if default is parameter.empty or default is None else f". The default is {default!r}"
+            remedy = "" if default is empty or default is None else f". The default is {default!r}"
             checks.RULES[name].check(name, getattr(agent, attribute), remedy)
     check_replay(agent, replay_buffer_classes)
     for name in ("activation_fn", "optimizer_class", "features_extractor_class"):

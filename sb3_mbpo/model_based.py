@@ -76,7 +76,7 @@ class ModelBased(Saving):
             kwargs["gradient_steps"] = 20
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
-        for warning in read_first(passed, env):
+        for warning in read_first(policy, env, passed):
             warnings.warn(warning, stacklevel=3)
         if env is not None:
             # Before SB3 looks at the spaces: its assertions do not say what to do instead.
@@ -258,7 +258,7 @@ class ModelBased(Saving):
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is not None:
             for warning in check_before_learning(self):
-                warnings.warn(warning, stacklevel=4)
+                warnings.warn(warning, stacklevel=5)
         before = self.num_timesteps
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
         self._earlier_timesteps += before - self.num_timesteps

@@ -186,7 +186,9 @@ def test_unknown_argument():
         {"gradient_steps": 0},
         {"gradient_steps": -1},
         {"learning_starts": 0},
-        {"buffer_size": 1},
+        pytest.param(
+            {"buffer_size": 1}, marks=pytest.mark.filterwarnings("ignore:batch_size=16 is", "ignore:buffer_size=1 holds")
+        ),
         {"real_ratio": 0},
         {"real_ratio": 1},
     ],
@@ -362,6 +364,8 @@ def test_a_base_with_arguments_of_its_own():
 
     model = Mixed("MlpPolicy", "Pendulum-v1", extra=3, real_ratio=0.5)
     assert model.extra == 3 and model.gradient_steps == 20 and model.real_ratio == 0.5
+    with pytest.raises(ValueError, match="gamma=2 must be"):
+        Mixed("MlpPolicy", "Pendulum-v1", gamma=2)
     assert "fast_update" in inspect.signature(type("Mine", (MBPO,), {"__init__": lambda self, *a, **k: None})).parameters
 
 
