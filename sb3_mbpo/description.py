@@ -13,10 +13,11 @@ from stable_baselines3.common.type_aliases import TrainFreq
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces
 from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedule
 
-from sb3_mbpo.arguments import check_spaces, resolve
+from sb3_mbpo.arguments import resolve
 from sb3_mbpo.plain_values import decode, decode_box, encode, encode_box, is_a
 from sb3_mbpo.rollouts import LinearSchedule
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS
+from sb3_mbpo.unsupported import check_spaces
 
 FORMAT = 1
 #: Our algorithms by their names; a file may name no other. ``register`` fills it.

@@ -1,7 +1,5 @@
 """What an imagined value may be: the range that the real transitions span, and a margin."""
 
-from typing import Any
-
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
@@ -13,18 +11,6 @@ ROUNDING = 1e-6
 # ... and gets this share of its magnitude, or of 1 near zero, for a range: its scale is not known yet, and the noise of an
 # ensemble around a constant (a hundredth of that) is not worth counting.
 CONSTANT_RANGE = 0.01
-
-
-def check_margin(margin: Any) -> None:
-    """
-    :raises ValueError: neither ``None`` nor a number of at least 0
-    """
-    if margin is None:
-        return
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
-        raise ValueError(
-            f"imagined_margin={margin!r} must be a number of at least 0, in ranges of the real data, or None for no bounds"
-        )
 
 
 class Plausible:

@@ -6,6 +6,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
+from sb3_mbpo.checks import ENSEMBLE_RULES, check_ensemble
 from sb3_mbpo.divergence import LastGood
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
@@ -62,13 +63,14 @@ class ProbabilisticEnsemble(DynamicsModel):
         target_mode: str = "delta",
         normalize_targets: bool = True,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in ENSEMBLE_RULES}
         super().__init__(obs_dim, action_dim, seed=seed, device=device)
+        check_ensemble(given)
         self.n_elites, self.batch_size = n_elites, batch_size
         self.holdout_ratio, self.max_holdout = holdout_ratio, max_holdout
         self.patience, self.min_improvement = patience, min_improvement
         self.max_updates, self.epoch_updates = max_updates, epoch_updates
         self.target_mode, self.normalize_targets = target_mode, normalize_targets
-        self._check(n_members, list(net_arch), learning_rate, weight_decays)
 
         # The weights are drawn on the CPU, so that a seed means the same network on every device.
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
@@ -87,28 +89,6 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.optimizer = self._make_optimizer()
 
     holdout_errors: th.Tensor
-
-    def _check(self, n_members: int, net_arch: list[int], learning_rate: float, weight_decays: Sequence[float] | None) -> None:
-        def require(ok: bool, name: str, value: object, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"dynamics_kwargs: {name}={value!r} must be {expected}")
-
-        require(n_members >= 1, "n_members", n_members, "at least 1")
-        require(1 <= self.n_elites <= n_members, "n_elites", self.n_elites, f"between 1 and n_members={n_members}")
-        require(len(net_arch) > 0 and min(net_arch) >= 1, "net_arch", net_arch, "a list of layer sizes of at least 1")
-        require(learning_rate > 0, "learning_rate", learning_rate, "positive")
-        require(
-            weight_decays is None or (len(weight_decays) == len(net_arch) + 1 and min(weight_decays) >= 0),
-            *("weight_decays", weight_decays, f"{len(net_arch) + 1} numbers >= 0, one per layer, or None"),
-        )
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(0 < self.holdout_ratio < 1, "holdout_ratio", self.holdout_ratio, "between 0 and 1, both excluded")
-        require(self.max_holdout >= 1, "max_holdout", self.max_holdout, "at least 1")
-        require(self.patience >= 0, "patience", self.patience, "0 or more")
-        require(0 <= self.min_improvement < 1, "min_improvement", self.min_improvement, "at least 0 and below 1")
-        for name, bound in (("max_updates", self.max_updates), ("epoch_updates", self.epoch_updates)):
-            require(bound is None or bound >= 1, name, bound, "at least 1, or None")
-        require(self.target_mode in ("delta", "next"), "target_mode", self.target_mode, "'delta' or 'next'")
 
     def _decay_per_layer(self, weight_decays: Sequence[float] | None) -> list[float]:
         if weight_decays is not None:

@@ -6,7 +6,6 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext
-from difflib import get_close_matches
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -19,15 +18,20 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.buffer_files import SUFFIX, load_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.buffers import MixedReplayBuffer
+from sb3_mbpo.checks import did_you_mean, shown
 from sb3_mbpo.description import register
+from sb3_mbpo.dry_runs import check_device
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.prefill import read_transitions, rows_of_steps
 from sb3_mbpo.safe_loading import MEMBER, description_text, load_safely
+from sb3_mbpo.unsupported import check_env
 
 SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = ("termination", "dynamics_fitted_at", "_earlier_timesteps", "_warned_of_termination", "_warned_of")
+# Arguments that say which networks and optimizers there are.
+_SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
 
 def _holds_dynamics(path: Any) -> bool:
@@ -48,8 +52,7 @@ def _holds_dynamics(path: Any) -> bool:
 def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
     known = ({*inspect.signature(cls).parameters} - {"policy"} | more) - {"kwargs"}
     for name in set(kwargs) - known:
-        guess = get_close_matches(name, known, n=1)
-        raise ValueError(f"load: {cls.__name__} has no argument {name!r}" + (f"; did you mean {guess[0]!r}?" if guess else ""))
+        raise ValueError(f"load: {cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
 
 
 class Saving(OffPolicyAlgorithm):
@@ -88,6 +91,10 @@ class Saving(OffPolicyAlgorithm):
             ``safe``, the file is not what ``save`` writes
         """
         _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
+        if env is not None:
+            check_env(env)
+        # The warning is the constructor's.
+        check_device(device)
         if safe:
             if custom_objects is not None:
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
@@ -101,7 +108,16 @@ class Saving(OffPolicyAlgorithm):
         if "stats_window_size" in kwargs:
             # SB3 keeps it under another name, and would not find it.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        try:
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+            shaping = {name: kwargs[name] for name in _SHAPING if name in kwargs}
+            if not shaping:
+                raise
+            passed = ", ".join(f"{name}={shown(value)}" for name, value in shaping.items())
+            raise ValueError(
+                f"load: the networks in {path} do not fit {passed} ({error}). Leave these out: they are in the file"
+            ) from error
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads."""
@@ -122,16 +138,19 @@ class Saving(OffPolicyAlgorithm):
         return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables
 
     def _make_replay_buffer(self) -> MixedReplayBuffer:
-        return MixedReplayBuffer(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            self.device,
-            self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **self.replay_buffer_kwargs,
-            **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
-        )
+        try:
+            return MixedReplayBuffer(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                self.device,
+                self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **self.replay_buffer_kwargs,
+                **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
+            )
+        except MemoryError as error:
+            raise ValueError(f"buffer_size={self.buffer_size} does not fit into memory ({error}). Lower it") from error
 
     def save_replay_buffer(self, path: Any, imagined: bool = False, safe: bool = False) -> None:
         """

@@ -19,11 +19,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
+from tiny import FAST
 
 from sb3_mbpo import MBPO, MBTD3, ResumeCallback
 from sb3_mbpo.checkpoint import listed
 from sb3_mbpo.training_state import take_training
-from tests.tiny import FAST
 
 
 class Interrupt(BaseCallback):
@@ -240,33 +240,6 @@ def test_signals(tmp_path, name):
     assert signal.getsignal(getattr(signal, name)) is before
 
 
-def test_no_handlers_without_the_callback_nor_off_the_main_thread(tmp_path):
-    before, seen = signal.getsignal(signal.SIGTERM), []
-
-    class Look(BaseCallback):
-        def _on_step(self):
-            seen.append(signal.getsignal(signal.SIGTERM))
-            return True
-
-    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
-    agent.learn(2, Look())
-    thread = threading.Thread(target=agent.learn, args=(2, [ResumeCallback(tmp_path), Look()]))
-    thread.start(), thread.join()
-    assert seen == [before] * 4
-
-
-def test_an_error_leaves_the_handlers_as_they_were(tmp_path):
-    class Fail(BaseCallback):
-        def _on_step(self):
-            raise RuntimeError("mine")
-
-    before = signal.getsignal(signal.SIGTERM)
-    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
-    with pytest.raises(RuntimeError, match="mine"):
-        agent.learn(10, [ResumeCallback(tmp_path), Fail()])
-    assert signal.getsignal(signal.SIGTERM) is before and agent.resumable is None
-
-
 def test_an_env_that_cannot_be_restored(tmp_path):
     pytest.importorskip("Box2D")
 
@@ -300,18 +273,6 @@ def test_stock_callbacks_go_on(tmp_path):
         folder: sorted(int(p.stem.split("_")[2]) for p in (tmp_path / folder).iterdir()) for folder in ("files", "nested")
     }
     assert steps == {"files": [30, 60, 90, 120, 150, 180], "nested": [50, 100, 150, 200]}
-
-
-def test_tensorboard_goes_on_in_its_folder(tmp_path):
-    pytest.importorskip("tensorboard")
-
-    def learn(cut=None):
-        callback = ResumeCallback(tmp_path / "run")
-        agent = MBPO("MlpPolicy", "Pendulum-v1", tensorboard_log=str(tmp_path / "tb"), **FAST)
-        agent.learn(60, [callback] + ([] if cut is None else [Interrupt(callback, cut)]))
-
-    learn(35), learn()
-    assert [path.name for path in (tmp_path / "tb").iterdir()] == ["MBPO_1"]
 
 
 def test_another_class_or_buffer(tmp_path):
