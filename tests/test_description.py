@@ -199,7 +199,7 @@ class OtherPolicy(SACPolicy):
         ("policy_kwargs", {"net_arch": [8], "features_extractor_class": Extractor}),
         ("policy_kwargs", {"net_arch": [8], "features_extractor_class": "test_description.Extractor"}),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_functions_and_classes_of_the_callers(name, value):
     agent = make(**{name: value})
