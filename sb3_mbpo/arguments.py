@@ -185,7 +185,8 @@ def read_first(policy: Any, env: Any, passed: dict[str, Any]) -> list[str]:
         raise ValueError(f"policy={shown(policy)} must be a policy class, or the name of one, such as 'MlpPolicy'")
     if "verbose" in passed:
         passed["verbose"] = _as_count(numbers_in(passed["verbose"]))
-        checks.RULES["verbose"].check("verbose", passed["verbose"])
+    for name in {"verbose", "use_sde"} & passed.keys():
+        checks.RULES[name].check(name, passed[name])
     for name in ("policy_kwargs", "replay_buffer_kwargs"):
         checks.optional(checks.MAPPING).check(name, passed.get(name))
         if passed.get(name) is not None:

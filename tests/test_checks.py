@@ -83,7 +83,7 @@ REFUSED = [
     ),
     *((MBPO, {"gradient_steps": value}, "gradient_steps=.* or -1 .*default is 20") for value in (-2, 0.5, NAN, None, "many")),
     *((MBPO, {"target_update_interval": value}, "target_update_interval=.* at least 1") for value in (0, -1, 1.5, None)),
-    *((MBPO, {"use_sde": value}, "use_sde=.* must be true or false") for value in ("false", 2, None)),
+    *((MBPO, {"use_sde": value}, "use_sde=.* must be true or false") for value in ("false", 2, None, np.array([1, 2]))),
     (MBPO, {"use_sde_at_warmup": "no"}, "use_sde_at_warmup='no' must be true or false"),
     *((MBPO, {"sde_sample_freq": value}, "sde_sample_freq=.* or -1") for value in (0, -2, 1.5, None)),
     *((MBPO, {"stats_window_size": value}, "stats_window_size=.* at least 1") for value in (0, -1, NAN, None)),
