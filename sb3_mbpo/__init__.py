@@ -13,7 +13,7 @@ from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
-from sb3_mbpo.resume import ResumeCallback
+from sb3_mbpo.resume_callback import ResumeCallback, resume
 from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
 
 __version__ = (Path(__file__).parent / "version.txt").read_text().strip()
@@ -33,6 +33,7 @@ __all__ = [
     "ResumeCallback",
     "RolloutCallback",
     "branched_rollout",
+    "resume",
 ]
 
 

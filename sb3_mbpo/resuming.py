@@ -8,7 +8,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
 from sb3_mbpo.collecting import Collecting
 from sb3_mbpo.interrupts import Interrupted
-from sb3_mbpo.resume import ResumeCallback, will_resume
+from sb3_mbpo.resume_callback import ResumeCallback, will_resume
 
 SelfResuming = TypeVar("SelfResuming", bound="Resuming")
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import ProgressBarCallback
 
 from sb3_mbpo.arguments import numbers_in
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.resume import ResumeCallback
+from sb3_mbpo.resume_callback import ResumeCallback
 from sb3_mbpo.variants import MBTD3, MBTQC, MBCrossQ
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mbpo": MBPO, "mbtd3": MBTD3, "mbtqc": MBTQC, "mbcrossq": MBCrossQ}

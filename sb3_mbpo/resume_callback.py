@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.type_aliases import RolloutReturn
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 
 from sb3_mbpo import checkpoint
+from sb3_mbpo.description import build, describe
 from sb3_mbpo.faults import InvalidTransition
 from sb3_mbpo.interrupts import Interrupted, Interrupts
 from sb3_mbpo.packing import Tensors
@@ -171,7 +173,12 @@ class ResumeCallback(BaseCallback):
         started = time.perf_counter()
         tensors: Tensors = {}
         state = take_training(self.model, self._others, tensors, envs)
-        state |= {"left": left, "target": self.model._total_timesteps, "class": type(self.model).__name__}
+        state |= {
+            "left": left,
+            "class": type(self.model).__name__,
+            "agent": describe(self.model),
+            "learn": self._learn_arguments(),
+        }
         evaluations = [one for one in self._others if isinstance(one, EvalCallback) and one.evaluations_timesteps]
         score = float(evaluations[0].last_mean_reward) if evaluations else None
         saved = checkpoint.write(self.folder, state, tensors, self.model.num_timesteps, score)
@@ -195,6 +202,11 @@ class ResumeCallback(BaseCallback):
             print(f"Resumed at step {self.model.num_timesteps:,} from {found.path}")
         return state["left"]
 
+    def _learn_arguments(self) -> dict[str, Any]:
+        """Those of the present ``learn`` that say how it goes on."""
+        given = {name: self.locals.get(name) for name in ("log_interval", "tb_log_name")}
+        return {"total_timesteps": self.model._total_timesteps, **given}
+
     def _is_due(self) -> bool:
         if self.model.num_timesteps // self.every <= self._saved_at // self.every:
             return False
@@ -211,6 +223,36 @@ class ResumeCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+def resume(
+    folder: str | Path, env: GymEnv | str, callback: MaybeCallback = None, device: th.device | str = "auto", **arguments: Any
+) -> Any:
+    """
+    Go on with a run from its folder alone: make its agent, and let it learn to the run's own end.
+
+    :param folder: of a ``ResumeCallback``, which goes on saving there
+    :param env: made as that of the run was
+    :param callback: the run's other callbacks, made as they were
+    :param device: see SB3
+    :param arguments: of the agent's constructor: those that no file can hold (functions, and classes of yours), and
+        ``tensorboard_log``
+    :return: the agent
+    :raises ValueError: there is no checkpoint, or none that is sound, or an argument that has to be passed is missing
+    """
+    found = checkpoint.newest(Path(folder))
+    if found is None:
+        raise ValueError(f"resume: there are no checkpoints in {folder}")
+    state, _, place = found
+    try:
+        agent = build(state["agent"], env, device=device, **arguments)
+    except ValueError as error:
+        raise ValueError(f"resume: {place.path}: {error}") from error
+    # As new: all that it has counted comes with the rest.
+    agent.num_timesteps = agent._earlier_timesteps = 0
+    others = callback if isinstance(callback, list) else [] if callback is None else [callback]
+    others = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in others]
+    return agent.learn(callback=[*others, ResumeCallback(folder)], **state["learn"])
 
 
 def will_resume(callback: Any) -> bool:

@@ -21,7 +21,7 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
 from tiny import FAST
 
-from sb3_mbpo import MBPO, MBTD3, ResumeCallback
+from sb3_mbpo import MBPO, MBTD3, ResumeCallback, resume
 from sb3_mbpo.checkpoint import listed
 from sb3_mbpo.training_state import take_training
 
@@ -202,7 +202,7 @@ def test_checkpoints_come_as_often_as_asked(tmp_path):
 
 def test_saving_takes_little_of_the_time(tmp_path, monkeypatch):
     """Where a save takes long, the next one waits for fifty times as long."""
-    monkeypatch.setattr("sb3_mbpo.resume._PATIENCE", 10**6)
+    monkeypatch.setattr("sb3_mbpo.resume_callback._PATIENCE", 10**6)
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(45, ResumeCallback(tmp_path, every=10, keep=100))
     assert [one.step for one in listed(tmp_path)] == [45, 10]
 
@@ -273,6 +273,31 @@ def test_stock_callbacks_go_on(tmp_path):
         folder: sorted(int(p.stem.split("_")[2]) for p in (tmp_path / folder).iterdir()) for folder in ("files", "nested")
     }
     assert steps == {"files": [30, 60, 90, 120, 150, 180], "nested": [50, 100, 150, 200]}
+
+
+def test_resume_from_the_folder(tmp_path):
+    """Without the agent's arguments: they are in the checkpoint, but for what no file can hold."""
+
+    def schedule(left):
+        return 1e-3 * left
+
+    def learn(folder, cut=None):
+        callback = ResumeCallback(tmp_path / folder)
+        agent = MBPO("MlpPolicy", make_vec_env("Hopper-v5", 1, seed=1), learning_rate=schedule, **FAST)
+        return agent.learn(60, [callback] + ([] if cut is None else [Interrupt(callback, cut)]), log_interval=7)
+
+    whole = learn("whole")
+    learn("cut", 42)
+    with pytest.raises(ValueError, match=r"resume: .*00001-step-42.*learning_rate"):
+        resume(tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=1))
+    lines = []
+    agent = resume(
+        tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=9), lambda l, g: lines.append(1), learning_rate=schedule
+    )
+    assert agent.num_timesteps == 60 and len(lines) == 18
+    assert all(th.equal(a, b) for a, b in zip(whole.policy.parameters(), agent.policy.parameters(), strict=True))
+    with pytest.raises(ValueError, match="no checkpoints in"):
+        resume(tmp_path / "nowhere", "Hopper-v5")
 
 
 def test_another_class_or_buffer(tmp_path):
