@@ -19,6 +19,8 @@ from sb3_mbpo.faults import RESET_API, STEP_API, InvalidTransition, fault_of_api
 
 # What hands on what its envs return, and adds nothing.
 TRANSPARENT = (DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize)
+# What can be taken apart.
+SEVERAL = (tuple, list)
 
 
 class _Env:
@@ -33,30 +35,29 @@ class _Env:
         return getattr(self.boundary.inner[self.index], name)
 
     def step(self, action: np.ndarray) -> Any:
+        boundary = self.boundary
         try:
-            answer = self.boundary.inner[self.index].step(action)
+            answer = boundary.inner[self.index].step(action)
         except (TypeError, ValueError) as error:
-            fault = fault_of_api(error, STEP_API)
-            if fault:
-                raise self.boundary.refusal(fault, self.index) from error
+            if fault := fault_of_api(error, STEP_API):
+                raise boundary.refusal(fault, self.index) from error
             raise
-        if not isinstance(answer, tuple | list) or len(answer) != 5:
-            raise self.boundary.refusal(STEP_API, self.index)
+        if not isinstance(answer, SEVERAL) or len(answer) != 5:
+            raise boundary.refusal(STEP_API, self.index)
         if fault := observation_fault(answer[0], self.shape, self.dtype):
-            raise self.boundary.refusal(f"the {'last ' * bool(answer[2] or answer[3])}observation {fault}", self.index)
+            raise boundary.refusal(f"the {'last ' * bool(answer[2] or answer[3])}observation {fault}", self.index)
         if fault := reward_fault(answer[1]):
-            raise self.boundary.refusal(f"the reward {fault}", self.index)
+            raise boundary.refusal(f"the reward {fault}", self.index)
         return answer
 
     def reset(self, **kwargs: Any) -> Any:
         try:
             answer = self.boundary.inner[self.index].reset(**kwargs)
         except (TypeError, ValueError) as error:
-            fault = fault_of_api(error, RESET_API)
-            if fault:
+            if fault := fault_of_api(error, RESET_API):
                 raise self.boundary.refusal(fault, self.index) from error
             raise
-        if not isinstance(answer, tuple | list) or len(answer) != 2:
+        if not isinstance(answer, SEVERAL) or len(answer) != 2:
             raise self.boundary.refusal(RESET_API, self.index)
         if fault := observation_fault(answer[0], self.shape, self.dtype):
             raise self.boundary.refusal(f"the observation of reset() {fault}", self.index)
@@ -148,25 +149,27 @@ class Boundary:
         self.in_doubt = False
         #: What is to be raised once every env has been heard.
         self.pending: InvalidTransition | None = None
-        #: What the first of the exchanged stands for: the envs, or the connections to them.
+        #: What there are stand-ins for at present: the envs, or the connections to them.
         self.inner: Any = ()
         # The call that is watched, and what the env's own dictionary had under that name.
-        self._watched: tuple[str, Any] | None = None
+        self._watched: str | None = None
+        self._before: Any = None
+        self._attributes = vars(env)
         layers: list[Any] = [env]
         while isinstance(layers[-1], VecEnvWrapper):
             layers.append(layers[-1].venv)
-        # What is exchanged during a call: the owner, its attribute, what stands there meanwhile.
-        self._exchanges: list[tuple[Any, str, Any]] = []
+        # What is exchanged during a call: attributes, the name of one of them, what stands there meanwhile.
+        self._exchange: tuple[dict[str, Any], str, Any] = ({"": ()}, "", ())
         base = layers[-1]
         if type(base) in STAND_INS and isinstance(base.observation_space, spaces.Box):
             place, stand_in = STAND_INS[type(base)]
-            self._exchanges.append((base, place, [stand_in(self, base, i) for i in range(base.num_envs)]))
+            self._exchange = (vars(base), place, [stand_in(self, base, i) for i in range(base.num_envs)])
         # What its statistics and the replay buffer take is what comes from under a VecNormalize.
         normalizer = unwrap_vec_normalize(env)
         cut = len(layers) if normalizer is None else layers.index(normalizer)
         self._looks_on_top = any(type(layer) not in TRANSPARENT for layer in layers[:cut])
-        if normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:]):
-            self._exchanges.append((normalizer, "venv", _Inner(self, normalizer.venv)))
+        looks_inside = normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:])
+        self._looked_into = normalizer if looks_inside else None
 
     def watch(self, call: str, at: int) -> None:
         """
@@ -175,46 +178,50 @@ class Boundary:
         :param call: which of the two
         :param at: the agent's ``num_timesteps``, for the error
         """
-        attributes = vars(self.env)
-        self.at = at
-        self._watched = (call, attributes.get(call))
-        attributes[call] = self._step if call == "step" else self._reset
+        self.at, self._watched = at, call
+        self._before = self._attributes.get(call)
+        self._attributes[call] = self._step if call == "step" else self._reset
 
     def release(self) -> None:
         """Leave the env as it was before ``watch``."""
         if self._watched is not None:
-            (call, before), self._watched = self._watched, None
-            del vars(self.env)[call]
-            if before is not None:
-                vars(self.env)[call] = before
+            del self._attributes[self._watched]
+            if self._before is not None:
+                self._attributes[self._watched] = self._before
+            self._watched = None
 
     def _step(self, actions: np.ndarray) -> Any:
+        return self._ask("step", actions)
+
+    def _reset(self) -> Any:
+        return self._ask("reset")
+
+    def _ask(self, call: str, *arguments: Any) -> Any:
         self.release()
-        answer = self._ask(self.env.step, actions)
+        self.in_doubt = True
+        attributes, place, stand_ins = self._exchange
+        self.inner = attributes[place]
+        attributes[place] = stand_ins
+        normalizer = self._looked_into
+        try:
+            if normalizer is None:
+                answer = getattr(self.env, call)(*arguments)
+            else:
+                answer = self._ask_inside(normalizer, getattr(self.env, call), *arguments)
+        finally:
+            attributes[place] = self.inner
         if self._looks_on_top:
-            self.look_at_arrays(self.env.observation_space, *answer)
+            self.look_at_arrays(self.env.observation_space, *((answer,) if call == "reset" else answer))
         self.in_doubt = False
         return answer
 
-    def _reset(self) -> Any:
-        self.release()
-        obs = self._ask(self.env.reset)
-        if self._looks_on_top:
-            self.look_at_arrays(self.env.observation_space, obs)
-        self.in_doubt = False
-        return obs
-
-    def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        self.in_doubt = True
-        kept = [getattr(owner, place) for owner, place, _ in self._exchanges]
-        self.inner = kept[0] if kept else ()
-        for owner, place, stand_in in self._exchanges:
-            setattr(owner, place, stand_in)
+    def _ask_inside(self, normalizer: VecNormalize, call: Callable[..., Any], *arguments: Any) -> Any:
+        venv = normalizer.venv
+        normalizer.venv = _Inner(self, venv)  # type: ignore[assignment]
         try:
             return call(*arguments)
         finally:
-            for (owner, place, _), value in zip(self._exchanges, kept, strict=True):
-                setattr(owner, place, value)
+            normalizer.venv = venv
 
     def refusal(self, fault: str, index: int) -> InvalidTransition:
         """:return: the error to raise"""

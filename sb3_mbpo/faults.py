@@ -3,11 +3,13 @@
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 # The networks compute in float32: what is beyond it is infinite to them.
 LIMIT = float(np.finfo(np.float32).max)
 # Below this, a sum of squares vouches for each of its terms; above it, the terms are looked at one by one.
 SQUARED_LIMIT = LIMIT**2
+FLOATS = (float, np.float64, np.float32)
 STEP_API = (
     "step() must return the five values of Gymnasium's API, (observation, reward, terminated, truncated, info); the old API "
     "had four, with done in place of terminated and truncated"
@@ -44,9 +46,9 @@ def observation_fault(obs: Any, shape: tuple[int, ...], dtype: np.dtype) -> str:
     :param dtype: of the observation space
     :return: empty if nothing is
     """
-    if type(obs) is np.ndarray and obs.shape == shape and obs.dtype.kind == dtype.kind == "f":
-        # One call, and no array made. NaN compares false.
-        if float(np.vdot(obs, obs)) < SQUARED_LIMIT:
+    if type(obs) is ndarray and obs.shape == shape and (obs.dtype is dtype or obs.dtype.kind == dtype.kind == "f"):
+        # One call that makes no array. NaN compares false.
+        if float(obs.dot(obs) if len(shape) == 1 else np.vdot(obs, obs)) < SQUARED_LIMIT:
             return ""
     try:
         array = np.asarray(obs)
@@ -83,7 +85,7 @@ def reward_fault(reward: Any) -> str:
     :param reward: as the env returned it
     :return: empty if nothing is
     """
-    if type(reward) in (float, np.float64, np.float32) and -LIMIT <= reward <= LIMIT:
+    if type(reward) in FLOATS and -LIMIT <= reward <= LIMIT:
         return ""
     try:
         value = None if isinstance(reward, str) or np.ndim(reward) else float(reward)
