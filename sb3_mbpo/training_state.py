@@ -238,7 +238,10 @@ def _take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[
 
 
 def _put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> None:
-    """Each gets the state of its class's first, second, ... in the run; one that the run did not have starts anew."""
+    """
+    Each gets the state of its class's first, second, ... in the run, and is told so if it has a method ``on_resume()``; one that
+    the run did not have starts anew.
+    """
     seen: Counter[str] = Counter()
     for callback in callbacks:
         kind = type(callback).__name__
@@ -249,4 +252,6 @@ def _put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], 
                 setattr(callback, key, unpack(value, tensors))
             for key, envs in state["envs"].items():
                 put_envs(getattr(callback, key), envs, tensors)
+            if hasattr(callback, "on_resume"):
+                callback.on_resume()
         seen[kind] += 1

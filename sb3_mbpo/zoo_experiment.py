@@ -197,7 +197,8 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         # The Zoo would begin again with random actions, which an agent with its data does not need. Without them it does:
         # it would spoil its critic on a handful of transitions.
         goes_on = self.continue_training and model.replay_buffer.size() > 0
-        resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, verbose=self.verbose)
+        every = min(max(int(self.n_timesteps) // FEWEST_EVALUATIONS, 1), 5_000)
+        resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, every, verbose=self.verbose)
         callbacks = self.callbacks if resume is None else [*self.callbacks, resume]
         try:
             model.learn(self.n_timesteps, callback=callbacks, reset_num_timesteps=not goes_on, **log_interval)
