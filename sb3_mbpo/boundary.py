@@ -1,6 +1,7 @@
 """What comes from the env is looked at before it is stored, counted or learned from."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,7 @@ class Boundary:
         self._watched: str | None = None
         self._before: Any = None
         self._attributes = vars(env)
+        self._asks = {call: partial(self._ask, call) for call in ("step", "reset")}
         layers: list[Any] = [env]
         while isinstance(layers[-1], VecEnvWrapper):
             layers.append(layers[-1].venv)
@@ -180,7 +182,7 @@ class Boundary:
         """
         self.at, self._watched = at, call
         self._before = self._attributes.get(call)
-        self._attributes[call] = self._step if call == "step" else self._reset
+        self._attributes[call] = self._asks[call]
 
     def release(self) -> None:
         """Leave the env as it was before ``watch``."""
@@ -189,12 +191,6 @@ class Boundary:
             if self._before is not None:
                 self._attributes[self._watched] = self._before
             self._watched = None
-
-    def _step(self, actions: np.ndarray) -> Any:
-        return self._ask("step", actions)
-
-    def _reset(self) -> Any:
-        return self._ask("reset")
 
     def _ask(self, call: str, *arguments: Any) -> Any:
         self.release()

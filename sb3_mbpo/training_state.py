@@ -239,8 +239,8 @@ def _take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[
 
 def _put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> None:
     """
-    Each gets the state of its class's first, second, ... in the run, and is told so if it has a method ``on_resume()``; one that
-    the run did not have starts anew.
+    Each gets the state of its class's first, second, ... in the run, and is told so if it has a method ``on_resume()``; one
+    that the run did not have starts anew.
     """
     seen: Counter[str] = Counter()
     for callback in callbacks:
