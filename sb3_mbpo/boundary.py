@@ -237,7 +237,7 @@ class Boundary:
         :raises InvalidTransition: see above
         """
         n_envs = self.env.num_envs
-        ended = np.flatnonzero(dones)
+        ended = np.flatnonzero(dones).tolist()
         for i in ended:
             last = infos[i].get("terminal_observation")
             if last is not None and (fault := observation_fault(last, space.shape, space.dtype)):

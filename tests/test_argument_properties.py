@@ -1,5 +1,6 @@
 """Whatever is passed for an argument: the agent learns, with finite parameters, or an error names argument and value."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping
@@ -93,14 +94,16 @@ ANYTHING = st.one_of(
 )
 SCHEDULES = st.fixed_dictionaries({key: ANYTHING for key in ("min_length", "max_length", "start", "end")})
 # tensorboard_log and env are texts that others judge, and so is policy.
-SHARED = sorted(MBPO.__signature__.parameters.keys() - {"tensorboard_log", "env", "policy", "_init_setup_model", "verbose"})
+SHARED = sorted(
+    inspect.signature(MBPO).parameters.keys() - {"tensorboard_log", "env", "policy", "_init_setup_model", "verbose"}
+)
 OWN = {
     MBPO: [],
     MBTD3: ["policy_delay", "target_policy_noise", "target_noise_clip"],
     MBTQC: ["top_quantiles_to_drop_per_net"],
     MBCrossQ: ["policy_delay"],
 }
-ENSEMBLE = sorted(ProbabilisticEnsemble.__init__.__kwdefaults__.keys() - {"seed", "device"})
+ENSEMBLE = sorted((ProbabilisticEnsemble.__init__.__kwdefaults__ or {}).keys() - {"seed", "device"})
 
 
 @st.composite

@@ -92,7 +92,7 @@ def two_envs(kind, script=None, resets=None, monitor=True, space=None):
     return kind([partial(make, None, None), partial(make, script, resets)], **kwargs)
 
 
-BAD_STEPS = {
+BAD_STEPS: dict = {
     "nan": ((NAN, 1.0, False, False, {}), "the observation is not finite in float32 in 1 of 3 dimensions: [1] = nan"),
     "last": ((NAN, 1.0, True, False, {}), "the last observation is not finite in float32 in 1 of 3 dimensions: [1] = nan"),
     "inf": ((FINE * np.inf, 1.0, False, False, {}), "3 of 3 dimensions: [0] = inf"),
@@ -104,13 +104,13 @@ BAD_STEPS = {
     "reward inf": ((FINE, -np.inf, True, False, {}), "the reward is not finite in float32: -inf"),
 }
 # In a SubprocVecEnv, they end the process of the env.
-BAD_API = {
+BAD_API: dict = {
     "reward none": ((FINE, None, False, False, {}), "reward must be a scalar"),
     "reward array": ((FINE, np.zeros(2), False, False, {}), "reward must be a scalar"),
     "reward (1,)": ((FINE, np.zeros(1), False, False, {}), "reward must be a scalar"),
     "old": ((FINE, 1.0, False, {}), "step() must return the five values of Gymnasium's API"),
 }
-BAD_RESETS = {
+BAD_RESETS: dict = {
     "nan": ((NAN, {}), "the observation of reset() is not finite in float32 in 1 of 3 dimensions: [1] = nan"),
     "spread": ((np.zeros(1), {}), "the observation of reset() has shape (1,) and not (3,)"),
 }

@@ -29,7 +29,7 @@ def same(a, b) -> bool:
     return a == b or (a != a and b != b)
 
 
-PLAIN = st.recursive(
+PLAIN: st.SearchStrategy = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.builds(np.float32, st.floats(width=32)),
     lambda inner: (
         st.lists(inner)
