@@ -90,7 +90,7 @@ REFUSED = [
     *((MBPO, {"seed": value}, "seed=.* must be None or a whole number") for value in (-1, 2**32, 0.5, NAN, "s", True)),
     *((MBPO, {"verbose": value}, "verbose=.* must be 0, 1 or 2") for value in (-1, "loud", None, 0.5)),
     *((MBPO, {"device": value}, 'device=.* must be "auto"') for value in ("gpu", "meta", None, 0.5)),
-    *((MBPO, {"tensorboard_log": value}, "tensorboard_log=.* must be None or a folder") for value in (3, True, [])),
+    *((MBPO, {"tensorboard_log": value}, "tensorboard_log=.* must be None or a folder") for value in (3, True, [1])),
     *((MBPO, {"action_noise": value}, "action_noise=.* must be None or") for value in (0.1, "normal", NormalActionNoise)),
     (MBPO, {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}, "action_noise=.* gives"),
     *((MBPO, {"policy_kwargs": value}, "policy_kwargs=.* must be None or a mapping") for value in (3, "x", [1])),
@@ -142,7 +142,7 @@ def test_refused(cls, kwargs, message):
         cls(**{"policy": "MlpPolicy", "env": "Pendulum-v1", "buffer_size": 100, "device": "cpu", **kwargs})
 
 
-ENSEMBLE = {
+ENSEMBLE: dict[str, list] = {
     "n_members": [0, -1, 2.5, NAN, True, None, "x", 10**12],
     "n_elites": [0, 8, NAN, True, None],
     "net_arch": [[], [0], [8.5], [NAN], [True], 8, "8", None, [10**12]],
