@@ -7,6 +7,7 @@ size and the SHA-256 of both. Nothing in it is unpickled: JSON, and tensors load
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from sb3_mbpo.provenance import versions
 
 FORMAT = 1
 _NAME = re.compile(r"(\d{5,})-step-(\d+)")
+_UNFINISHED = re.compile(r"\.\d{5,}-step-\d+\.(\d+)")
 _FILES = ("state.json", "tensors.pt")
 
 
@@ -34,6 +36,8 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
+    #: What is wrong with newer ones.
+    passed_over: tuple[str, ...] = ()
 
     @property
     def number(self) -> int:
@@ -72,6 +76,8 @@ def write(
     number = max([0, *(int(match[1]) for match in map(_NAME.fullmatch, os.listdir(folder)) if match)]) + 1
     target = folder / f"{number:05}-step-{step}"
     unfinished = folder / f".{target.name}.{os.getpid()}"
+    # Of a killed process that had the same number.
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir()
         _write_file(unfinished / "state.json", json.dumps(state, allow_nan=False).encode())
@@ -116,10 +122,11 @@ def newest(folder: Path) -> tuple[dict[str, Any], dict[str, th.Tensor], Checkpoi
     :return: state, tensors and where they are from; ``None``: there are no checkpoints
     :raises CheckpointError: there are, and none is sound
     """
-    problems = []
+    problems: list[str] = []
     for path in sorted((path for path in folder.glob("*-step-*") if _NAME.fullmatch(path.name)), key=_number, reverse=True):
         try:
-            return *read(path), Checkpoint(path, json.loads((path / "manifest.json").read_bytes()))
+            manifest = json.loads((path / "manifest.json").read_bytes()) if (path / "manifest.json").exists() else {}
+            return *read(path), Checkpoint(path, manifest, tuple(problems))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -142,8 +149,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
         problem = "manifest.json: not what this program writes"
     if problem:
         raise CheckpointError(f"{path}: {problem}. {_instead(path)}")
-    state = json.loads((path / "state.json").read_bytes())
-    return state, th.load(path / "tensors.pt", weights_only=True, map_location="cpu")
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        return state, th.load(path / "tensors.pt", weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{path}: not what this program writes, though its checksums are right ({error})") from error
 
 
 def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
@@ -155,7 +165,7 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
     :param keep_best: the one with the highest score stays as well
     """
     checkpoints = list(listed(folder))
-    scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None]
+    scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None and math.isfinite(checkpoint.score)]
     best = max(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.number), default=None) if keep_best else None
     for checkpoint in checkpoints[keep:]:
         if checkpoint is not best:
@@ -167,7 +177,8 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
         if _NAME.fullmatch(path.name) and not (path / "manifest.json").exists():
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*-step-*.*"):
-        if not _is_running(int(path.name.rpartition(".")[2])):
+        match = _UNFINISHED.fullmatch(path.name)
+        if match and not _is_running(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 

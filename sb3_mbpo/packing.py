@@ -1,6 +1,7 @@
 """Plain values as JSON and named tensors, and back: what a checkpoint consists of."""
 
 import math
+import random
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +20,8 @@ def pack(value: Any, tensors: Tensors, name: str = "") -> Any:
     """
     A value as JSON can hold it. What JSON has no word for becomes an object with one key that begins with ``$``.
 
-    :param value: None, bool, int, float, str; numpy's numbers and arrays of numbers; torch's tensors and generators; numpy's
-        generators; and lists, tuples, deques and dictionaries of these
+    :param value: None, bool, int, float, str; numpy's numbers and arrays of numbers; torch's tensors; generators of torch,
+        numpy and Python; and lists, tuples, deques and dictionaries of these
     :param tensors: arrays and tensors are put in here, detached and on the CPU, under names that the result refers to; what
         lived on the CPU before shares its memory
     :param name: where the value stands, for those names and for the error
@@ -63,6 +64,8 @@ def _put(tensor: th.Tensor, tensors: Tensors, name: str) -> str:
 def _pack_generator(value: Any, tensors: Tensors, name: str) -> Any:
     if isinstance(value, np.random.Generator):
         return {"$numpy_generator": pack(value.bit_generator.state, tensors, name)}
+    if isinstance(value, random.Random):
+        return {"$python_generator": pack(value.getstate(), tensors, name)}
     if isinstance(value, np.random.RandomState):
         return {"$random_state": pack(value.get_state(), tensors, name)}
     if isinstance(value, th.Generator):
@@ -118,6 +121,12 @@ def _random_state(content: Any, tensors: Tensors) -> np.random.RandomState:
     return result
 
 
+def _python_generator(content: Any, tensors: Tensors) -> random.Random:
+    result = random.Random()
+    result.setstate(unpack(content, tensors))
+    return result
+
+
 def _torch_generator(content: Any, tensors: Tensors) -> th.Generator:
     state, device = content
     result = th.Generator(device)
@@ -135,5 +144,6 @@ _UNPACK = {
     "$tuple": lambda content, tensors: tuple(unpack(content, tensors)),
     "$numpy_generator": _numpy_generator,
     "$random_state": _random_state,
+    "$python_generator": _python_generator,
     "$torch_generator": _torch_generator,
 }

@@ -1,6 +1,8 @@
 """Runs that may be cut anywhere: checkpoints at the points where nothing is under way, and the way back into them."""
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,8 @@ class ResumeCallback(BaseCallback):
     def _init_callback(self) -> None:
         if not hasattr(self.model, "resumable"):
             raise ValueError(f"ResumeCallback works with agents of sb3_mbpo, not with {type(self.model).__name__}")
+        if self.model.resumable is not None:
+            raise ValueError("one ResumeCallback is enough for a learn: here are two")
         self.model.resumable = self
 
     def begin(self, callback: BaseCallback) -> None:
@@ -78,6 +82,8 @@ class ResumeCallback(BaseCallback):
         # Not itself: what it holds is of this process.
         self._others = [one for one in all_callbacks(callback) if one is not self]
         self._found = checkpoint.newest(self.folder)
+        for problem in () if self._found is None else self._found[2].passed_over:
+            warnings.warn(problem, stacklevel=2)
         # What is left to do of the rollout under way, see `rollout`; then what train() is set back to.
         self._left: dict[str, Any] | None = None
         self._before_train: tuple[dict[str, Any], Tensors] | None = None
@@ -107,7 +113,7 @@ class ResumeCallback(BaseCallback):
             if self.interrupts.received is not None or self._is_due():
                 self.save()
             if self.interrupts.received is not None:
-                return RolloutReturn(0, 0, continue_training=False)
+                return self._end()
         try:
             if left is None:
                 result = collect()
@@ -118,7 +124,13 @@ class ResumeCallback(BaseCallback):
         except Interrupted:
             steps = self.locals["num_collected_steps"] * self.model.n_envs if left is None else left["steps"]
             self.save({"steps": steps, "rollout_end": True})
-            return RolloutReturn(0, 0, continue_training=False)
+            return self._end()
+        except (EOFError, OSError):
+            # A signal to all of a group ends the processes of a SubprocVecEnv, too.
+            if self.interrupts.received is None:
+                raise
+            self.save(envs=False)
+            return self._end()
         except InvalidTransition:
             # Nothing of that step was stored or counted, but the envs have moved on.
             self.save(envs=False)
@@ -127,6 +139,11 @@ class ResumeCallback(BaseCallback):
         self._before_train = self._agent() if self._is_long(result) else None
         self._is_consistent = result.continue_training
         return result
+
+    def _end(self) -> RolloutReturn:
+        """All is saved: ``learn`` ends."""
+        self._is_consistent = False
+        return RolloutReturn(0, 0, continue_training=False)
 
     def check(self) -> None:
         """
@@ -161,7 +178,7 @@ class ResumeCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         # Not after a callback ended the run in the midst of a rollout.
-        if self._is_consistent and self.interrupts.received is None:
+        if self._is_consistent:
             self.save()
 
     def save(self, left: dict[str, Any] | None = None, envs: bool = True) -> checkpoint.Checkpoint:
@@ -179,8 +196,8 @@ class ResumeCallback(BaseCallback):
             "agent": describe(self.model),
             "learn": self._learn_arguments(),
         }
-        evaluations = [one for one in self._others if isinstance(one, EvalCallback) and one.evaluations_timesteps]
-        score = float(evaluations[0].last_mean_reward) if evaluations else None
+        scores = [float(one.last_mean_reward) for one in self._others if isinstance(one, EvalCallback)]
+        score = next(filter(math.isfinite, scores), None)
         saved = checkpoint.write(self.folder, state, tensors, self.model.num_timesteps, score)
         checkpoint.prune(self.folder, self.keep)
         self._saved_at, self._waited_from = self.model.num_timesteps, time.perf_counter()
@@ -193,6 +210,7 @@ class ResumeCallback(BaseCallback):
         """Into the state of a checkpoint; what was left to do there."""
         if state["class"] != type(self.model).__name__:
             raise ValueError(f"{found.path} is a checkpoint of {state['class']}, not of {type(self.model).__name__}")
+        self._compare(state["agent"])
         target = self.model._total_timesteps
         put_training(self.model, self._others, state, tensors)
         # A longer `learn` than that of the run goes on to its own end.
@@ -206,6 +224,17 @@ class ResumeCallback(BaseCallback):
         """Those of the present ``learn`` that say how it goes on."""
         given = {name: self.locals.get(name) for name in ("log_interval", "tb_log_name")}
         return {"total_timesteps": self.model._total_timesteps, **given}
+
+    def _compare(self, then: dict[str, Any]) -> None:
+        """Warn of what was different when the checkpoint was written."""
+        now = describe(self.model)
+        different = [
+            name for part in ("arguments", "versions") for name in now[part] if now[part][name] != then[part].get(name)
+        ]
+        if different:
+            warnings.warn(
+                f"The run was begun with other values of {', '.join(different)}; it goes on with those of now", stacklevel=2
+            )
 
     def _is_due(self) -> bool:
         if self.model.num_timesteps // self.every <= self._saved_at // self.every:

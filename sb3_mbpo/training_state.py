@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.buffers import ROWS
-from sb3_mbpo.env_state import CannotRestoreError, put_envs, take_envs
+from sb3_mbpo.env_state import CannotRestoreError, put_envs, put_wrappers, take_envs, take_wrappers
 from sb3_mbpo.packing import CannotPackError, Tensors, pack, unpack
 
 # Attributes of an agent that belong to the process and not to the run.
@@ -39,14 +39,17 @@ def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, e
         **take_agent(agent, tensors),
         "replay_buffer": pack(_buffer_contents(agent.replay_buffer), tensors, "replay_buffer"),
         "callbacks": [_take_callback(one, tensors, f"callbacks.{i}") for i, one in enumerate(callbacks)],
+        "wrappers": None,
         "envs": None,
-        "envs_lost": None if envs else "as they were in the middle of a step that failed",
+        "envs_lost": None if envs else "they were in the middle of a step that failed",
     }
-    if envs:
-        try:
+    try:
+        # By themselves: the statistics of VecNormalize are not lost with the envs.
+        state["wrappers"] = take_wrappers(agent.env, tensors, "wrappers")
+        if envs:
             state["envs"] = take_envs(agent.env, tensors, "envs")
-        except CannotRestoreError as error:
-            state["envs_lost"] = str(error)
+    except CannotRestoreError as error:
+        state["envs_lost"] = str(error)
     return state
 
 
@@ -65,16 +68,20 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
     if state["envs"] is not None:
         put_envs(agent.env, state["envs"], tensors)
         put_agent(agent, state, tensors)
+        _tell_callbacks(callbacks)
         return
     warnings.warn(
         f"The run goes on at the start of an episode, for its envs could not be saved: {state['envs_lost']}", stacklevel=2
     )
+    if state["wrappers"] is not None:
+        put_wrappers(agent.env, state["wrappers"], tensors)
     obs = agent.env.reset()
     put_agent(agent, state, tensors)
     agent._last_obs = obs
     agent._last_episode_starts = np.ones((agent.n_envs,), dtype=bool)
     if agent._vec_normalize_env is not None:
         agent._last_original_obs = agent._vec_normalize_env.get_original_obs()
+    _tell_callbacks(callbacks)
 
 
 def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
@@ -130,7 +137,15 @@ def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
 
 def _pending_log(agent: Any) -> dict[str, Any]:
     """What was recorded and not yet written."""
-    return {name: dict(getattr(agent.logger, name)) for name in ("name_to_value", "name_to_count", "name_to_excluded")}
+    log = {name: dict(getattr(agent.logger, name)) for name in ("name_to_value", "name_to_count", "name_to_excluded")}
+    for key, value in list(log["name_to_value"].items()):
+        try:
+            pack(value, {}, key)
+        except CannotPackError:
+            # A figure, a video, a table of hyperparameters: for the screen, and not to be computed with.
+            for part in log.values():
+                part.pop(key, None)
+    return log
 
 
 def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
@@ -142,12 +157,9 @@ def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _spaces(agent: Any) -> Iterator[tuple[str, Any]]:
-    """Spaces that were sampled from, or seeded."""
     for owner in ("agent", "env"):
         for kind in ("action_space", "observation_space"):
-            space = getattr(agent if owner == "agent" else agent.env, kind)
-            if space._np_random is not None:
-                yield f"{owner}.{kind}", space
+            yield f"{owner}.{kind}", getattr(agent if owner == "agent" else agent.env, kind)
 
 
 def _random_states(agent: Any) -> dict[str, Any]:
@@ -157,7 +169,8 @@ def _random_states(agent: Any) -> dict[str, Any]:
         "torch": th.get_rng_state(),
         "cuda": th.cuda.get_rng_state_all() if agent.device.type == "cuda" else None,
         "parts": {name: generator.get_state() for name, generator in _generators(agent)},
-        "spaces": {name: space.np_random.bit_generator.state for name, space in _spaces(agent)},
+        # Of those that were sampled from, or seeded.
+        "spaces": {n: space.np_random.bit_generator.state for n, space in _spaces(agent) if space._np_random is not None},
         "noise": _noise_state(agent.action_noise),
     }
 
@@ -181,7 +194,8 @@ def _noise_state(noise: Any) -> Any:
     if noise is None:
         return None
     several = [_noise_state(one) for one in getattr(noise, "noises", [])]
-    return {"own": {name: value for name, value in vars(noise).items() if isinstance(value, np.ndarray)}, "several": several}
+    own = {name: value for name, value in vars(noise).items() if isinstance(value, np.ndarray | int | float | None)}
+    return {"own": own, "several": several}
 
 
 def _put_noise(noise: Any, state: Any) -> None:
@@ -237,10 +251,16 @@ def _take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[
     return {"class": type(callback).__name__, "state": state, "envs": envs}
 
 
+def _tell_callbacks(callbacks: list[BaseCallback]) -> None:
+    """Last of all, those that have a method ``on_resume()`` are told."""
+    for callback in callbacks:
+        if hasattr(callback, "on_resume"):
+            callback.on_resume()
+
+
 def _put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> None:
     """
-    Each gets the state of its class's first, second, ... in the run, and is told so if it has a method ``on_resume()``; one
-    that the run did not have starts anew.
+    Each gets the state of its class's first, second, ... in the run; one that the run did not have starts anew.
     """
     seen: Counter[str] = Counter()
     for callback in callbacks:
@@ -252,6 +272,4 @@ def _put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], 
                 setattr(callback, key, unpack(value, tensors))
             for key, envs in state["envs"].items():
                 put_envs(getattr(callback, key), envs, tensors)
-            if hasattr(callback, "on_resume"):
-                callback.on_resume()
         seen[kind] += 1

@@ -1,4 +1,5 @@
 import json
+import random
 from collections import deque
 
 import numpy as np
@@ -78,13 +79,19 @@ def test_numpy_generators_go_on(bits):
 
 
 def test_other_generators_go_on():
-    old, new = np.random.RandomState(3), th.Generator().manual_seed(3)
-    old.normal(), th.rand(5, generator=new)
+    old, new, plain = np.random.RandomState(3), th.Generator().manual_seed(3), random.Random(3)
+    old.normal(), th.rand(5, generator=new), plain.gauss(0, 1)
+    copy = round_trip(plain)
+    assert [copy.gauss(0, 1), copy.random()] == [plain.gauss(0, 1), plain.random()]
     assert round_trip(old).normal() == old.normal()
     assert th.equal(th.rand(5, generator=round_trip(new)), th.rand(5, generator=new))
 
 
-@pytest.mark.parametrize("value", [object(), {"a": {1, 2}}, b"bytes", np.array(["text"]), lambda: None], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {"a": {1, 2}}, b"bytes", np.array(["text"]), lambda: None],
+    ids=["object", "set", "bytes", "text", "function"],
+)
 def test_what_is_not_plain(value):
     with pytest.raises(CannotPackError, match="value"):
         pack(value, {}, "value")
