@@ -1,6 +1,7 @@
 """The Zoo's experiment with evaluations that can be compared: at given steps, every episode, with the time so far."""
 
 import csv
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,9 +57,15 @@ class EvaluationRecorder(BaseCallback):
         with self.path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         step, episode = COLUMNS.index("step"), COLUMNS.index("episode")
-        kept = {(row[step], row[episode]): row for row in reversed(rows) if int(row[step]) not in self.due}
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *reversed(kept.values())])
+        kept: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            # The first of several: each process evaluates at step 0. One that was cut may be half a row.
+            if len(row) == len(COLUMNS) and int(row[step]) not in self.due:
+                kept.setdefault((row[step], row[episode]), row)
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *kept.values()])
+        os.replace(part, self.path)
 
     def _lap(self) -> float:
         """Seconds since the last call."""

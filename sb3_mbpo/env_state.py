@@ -227,7 +227,7 @@ def _floats(mujoco: Any, without: tuple[str, ...]) -> dict[str, Any]:
     The state that MuJoCo integrates would do for its next step, but not for what observations and rewards read before it:
     positions of bodies and contact forces lag behind. A model changes where an env draws masses or frictions anew.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for key in dir(mujoco):
         if key.startswith(("_", *without)):
             continue
@@ -244,9 +244,7 @@ def _put_attributes(thing: Any, state: dict[str, Any], tensors: Tensors) -> None
         kind = next(iter(packed), None) if isinstance(packed, dict) and len(packed) == 1 else None
         if kind == "$object":
             if getattr(thing, key, None) is None:
-                raise ValueError(
-                    f"the checkpoint has {type(thing).__name__}.{key}, and this env has none: make it as it was made"
-                )
+                raise ValueError(f"the checkpoint has {type(thing).__name__}.{key}, and this env has none")
             _put_attributes(getattr(thing, key), packed["$object"], tensors)
         elif kind in ("$data", "$model"):
             _put_mujoco(getattr(thing, key), unpack(packed[kind], tensors))

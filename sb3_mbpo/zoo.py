@@ -116,6 +116,8 @@ def prepare(
         if checkpoints is not None:
             if given.algo not in ALGORITHMS:
                 raise SystemExit(f"--checkpoints works with {', '.join(ALGORITHMS)}, not with {given.algo}")
+            if {"-optimize", "--optimize-hyperparameters"} & set(options):
+                raise SystemExit("--checkpoints is for one run; a search with -optimize goes on through its --storage")
             experiment = partial(experiment, checkpoints=checkpoints)
     if command not in PLOTS and given.env.startswith("dm_control/"):
         if find_spec("dm_control") is None:

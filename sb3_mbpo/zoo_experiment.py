@@ -200,9 +200,14 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         every = min(max(int(self.n_timesteps) // FEWEST_EVALUATIONS, 1), 5_000)
         resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, every, verbose=self.verbose)
         callbacks = self.callbacks if resume is None else [*self.callbacks, resume]
+        finished = False
         try:
             model.learn(self.n_timesteps, callback=callbacks, reset_num_timesteps=not goes_on, **log_interval)
+            finished = True
         except KeyboardInterrupt:
+            if resume is not None:
+                # The second one: at once.
+                raise
             # The Zoo saves what there is.
             for callback in self.callbacks:
                 if isinstance(callback, ProgressBarCallback):
@@ -210,6 +215,6 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         finally:
             with suppress(EOFError):
                 model.env.close()
-        if resume is not None and resume.interrupted is not None:
+        if resume is not None and resume.interrupted is not None and finished:
             print(f"{resume.interrupted}: saved in {self.checkpoints}; the same command goes on from there")
             raise SystemExit(INTERRUPTED)

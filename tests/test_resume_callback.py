@@ -101,10 +101,13 @@ def test_to_the_last_bit(tmp_path, n_envs, normalize):
     """
     settings = {"n_envs": n_envs, "normalize": normalize}
     whole = run(tmp_path / "whole", **settings)
-    lines = []
+    lines, steps = [], []
     for cut, moment in [(12, "step"), (39 if n_envs == 1 else 57, "step"), (60, "step"), (60, "rollout end"), (83, "step")]:
-        *_, new = run(tmp_path / "cut", cut, moment, **settings)
+        agent, *_, new = run(tmp_path / "cut", cut, moment, **settings)
         lines += new
+        steps.append(agent.num_timesteps)
+    # Each piece ended where it was cut.
+    assert steps == ([12, 39, 60, 60, 83] if n_envs == 1 else [12, 57, 60, 60, 84])
     pieces = run(tmp_path / "cut", **settings)
     assert_same(whole, pieces)
     assert lines + pieces[-1] == whole[-1] and len(whole[-1]) >= 3
@@ -133,7 +136,8 @@ def test_all_kinds_of_agents(tmp_path, settings):
         return run(folder, cut, total=75, **{**settings, **made})
 
     whole = finished(tmp_path / "whole")
-    finished(tmp_path / "cut", 52)
+    cut, *_ = finished(tmp_path / "cut", 52)
+    assert 52 <= cut.num_timesteps < 75
     assert_same(whole, finished(tmp_path / "cut"))
 
 
