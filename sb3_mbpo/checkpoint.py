@@ -125,8 +125,8 @@ def newest(folder: Path) -> tuple[dict[str, Any], dict[str, th.Tensor], Checkpoi
     problems: list[str] = []
     for path in sorted((path for path in folder.glob("*-step-*") if _NAME.fullmatch(path.name)), key=_number, reverse=True):
         try:
-            manifest = json.loads((path / "manifest.json").read_bytes()) if (path / "manifest.json").exists() else {}
-            return *read(path), Checkpoint(path, manifest, tuple(problems))
+            content = read(path)
+            return *content, Checkpoint(path, json.loads((path / "manifest.json").read_bytes()), tuple(problems))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:

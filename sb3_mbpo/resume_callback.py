@@ -210,9 +210,9 @@ class ResumeCallback(BaseCallback):
         """Into the state of a checkpoint; what was left to do there."""
         if state["class"] != type(self.model).__name__:
             raise ValueError(f"{found.path} is a checkpoint of {state['class']}, not of {type(self.model).__name__}")
-        self._compare(state["agent"])
         target = self.model._total_timesteps
         put_training(self.model, self._others, state, tensors)
+        self._compare(state["agent"])
         # A longer `learn` than that of the run goes on to its own end.
         self.model._total_timesteps = target
         self._found, self._saved_at = None, self.model.num_timesteps
@@ -228,9 +228,9 @@ class ResumeCallback(BaseCallback):
     def _compare(self, then: dict[str, Any]) -> None:
         """Warn of what was different when the checkpoint was written."""
         now = describe(self.model)
-        different = [
-            name for part in ("arguments", "versions") for name in now[part] if now[part][name] != then[part].get(name)
-        ]
+        # Action noise remembers numbers, which are put back.
+        names = [(part, name) for part in ("arguments", "versions") for name in now[part] if name != "action_noise"]
+        different = [name for part, name in names if now[part][name] != then[part].get(name)]
         if different:
             warnings.warn(
                 f"The run was begun with other values of {', '.join(different)}; it goes on with those of now", stacklevel=2
@@ -278,7 +278,7 @@ def resume(
     except ValueError as error:
         raise ValueError(f"resume: {place.path}: {error}") from error
     # As new: all that it has counted comes with the rest.
-    agent.num_timesteps = agent._earlier_timesteps = 0
+    agent.num_timesteps, agent._earlier_timesteps, agent.dynamics_fitted_at = 0, 0, None
     others = callback if isinstance(callback, list) else [] if callback is None else [callback]
     others = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in others]
     return agent.learn(callback=[*others, ResumeCallback(folder)], **state["learn"])

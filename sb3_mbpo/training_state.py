@@ -238,9 +238,12 @@ def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
 def _take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
     """What is plain of a callback, and the state of its env, if it has one of its own."""
     state, envs = {}, {}
+    # As with the agent, arguments are those of the command.
+    arguments = inspect.signature(type(callback).__init__).parameters
     for key, value in vars(callback).items():
-        if key in _SET_ANEW:
-            continue
+        if key in _SET_ANEW or key in arguments:
+            if not isinstance(value, VecEnv):
+                continue
         try:
             if isinstance(value, VecEnv):
                 envs[key] = take_envs(value, tensors, f"{name}.{key}")

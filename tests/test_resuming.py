@@ -64,7 +64,7 @@ def test_an_invalid_transition_leaves_a_checkpoint(tmp_path):
             return True
 
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
-    with pytest.raises(InvalidTransition, match="step 34"):
+    with pytest.raises(InvalidTransition, match="after 33 steps"):
         agent.learn(60, [ResumeCallback(tmp_path), Break()])
     saved = next(listed(tmp_path))
     state, tensors = read(saved.path)

@@ -44,9 +44,12 @@ def test_into_another_agent():
     assert equal_agents(first, second) and second.num_timesteps == 40
     assert second.replay_buffer.size() == 40 and second.replay_buffer.pos == 40
     assert [space.sample() for space in (first.action_space,)] == [space.sample() for space in (second.action_space,)]
-    for agent in (first, second):
-        agent.learn(20, reset_num_timesteps=False)
-    assert equal_agents(first, second)
+    # One after the other: they share the global generators.
+    state = taken(take_training, first, [])
+    first.learn(20, reset_num_timesteps=False)
+    put_training(second, [], *state)
+    second.learn(20, reset_num_timesteps=False)
+    assert equal_agents(first, second) and second.num_timesteps == 60
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
@@ -64,9 +67,9 @@ def test_action_noise_remembers(n_envs):
 
 
 class Counts(BaseCallback):
-    def __init__(self, seen=()):
+    def __init__(self, first=None):
         super().__init__()
-        self.seen, self.stream = list(seen), iter(())
+        self.first, self.seen, self.stream = first, [first], iter(())
 
     def _on_step(self):
         self.seen.append(self.num_timesteps)
@@ -76,13 +79,16 @@ class Counts(BaseCallback):
 def test_callbacks_by_class_and_order():
     """Each gets what its like had; one that was not there starts anew; what is not plain is left alone."""
     agent = learned()
-    ours = all_callbacks(CallbackList([Counts([1]), EventCallback(Counts([2]))]))
-    theirs = all_callbacks(CallbackList([EventCallback(Counts()), Counts(), Counts([9])]))
+    ours = all_callbacks(CallbackList([Counts(1), EventCallback(Counts(2))]))
+    theirs = all_callbacks(CallbackList([EventCallback(Counts(7)), Counts(8), Counts(9)]))
     assert [type(one).__name__ for one in ours] == ["CallbackList", "Counts", "EventCallback", "Counts"]
     state, tensors = taken(take_training, agent, ours)
     streams = [one.stream for one in theirs if isinstance(one, Counts)]
     put_training(agent, theirs, state, tensors)
-    assert [one.seen for one in theirs if isinstance(one, Counts)] == [[1], [2], [9]]
+    counts = [one for one in theirs if isinstance(one, Counts)]
+    assert [one.seen for one in counts] == [[1], [2], [7]]
+    # Arguments are those of now.
+    assert sorted(one.first for one in counts) == [7, 8, 9]
     assert streams == [one.stream for one in theirs if isinstance(one, Counts)]
 
 
