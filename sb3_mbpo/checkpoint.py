@@ -21,8 +21,8 @@ import torch as th
 from sb3_mbpo.provenance import versions
 
 FORMAT = 1
-_NAME = re.compile(r"(\d{5,})-step-(\d+)")
-_UNFINISHED = re.compile(r"\.\d{5,}-step-\d+\.(\d+)")
+_NAME = r"(\d{5,})-step-(\d+)"
+_UNFINISHED = r"\.\d{5,}-step-\d+\.(\d+)"
 _FILES = ("state.json", "tensors.pt")
 
 
@@ -73,7 +73,7 @@ def write(
     :raises OSError: the disk is full, or cannot be written to; nothing is left behind
     """
     folder.mkdir(parents=True, exist_ok=True)
-    number = max([0, *(int(match[1]) for match in map(_NAME.fullmatch, os.listdir(folder)) if match)]) + 1
+    number = max([0, *(int(match[1]) for match in (re.fullmatch(_NAME, name) for name in os.listdir(folder)) if match)]) + 1
     target = folder / f"{number:05}-step-{step}"
     unfinished = folder / f".{target.name}.{os.getpid()}"
     # Of a killed process that had the same number.
@@ -103,7 +103,7 @@ def write(
 
 def listed(folder: Path) -> Iterator[Checkpoint]:
     """The checkpoints of a folder whose manifest can be read, newest first."""
-    names = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    names = [path for path in folder.iterdir() if re.fullmatch(_NAME, path.name)] if folder.is_dir() else []
     for path in sorted(names, key=lambda path: int(path.name.split("-")[0]), reverse=True):
         try:
             manifest = json.loads((path / "manifest.json").read_bytes())
@@ -123,7 +123,9 @@ def newest(folder: Path) -> tuple[dict[str, Any], dict[str, th.Tensor], Checkpoi
     :raises CheckpointError: there are, and none is sound
     """
     problems: list[str] = []
-    for path in sorted((path for path in folder.glob("*-step-*") if _NAME.fullmatch(path.name)), key=_number, reverse=True):
+    for path in sorted(
+        (path for path in folder.glob("*-step-*") if re.fullmatch(_NAME, path.name)), key=_number, reverse=True
+    ):
         try:
             content = read(path)
             return *content, Checkpoint(path, json.loads((path / "manifest.json").read_bytes()), tuple(problems))
@@ -174,10 +176,10 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
     for path in folder.glob("*-step-*"):
         # Someone was killed right here.
-        if _NAME.fullmatch(path.name) and not (path / "manifest.json").exists():
+        if re.fullmatch(_NAME, path.name) and not (path / "manifest.json").exists():
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*-step-*.*"):
-        match = _UNFINISHED.fullmatch(path.name)
+        match = re.fullmatch(_UNFINISHED, path.name)
         if match and not _is_running(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 

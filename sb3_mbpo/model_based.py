@@ -223,7 +223,7 @@ class ModelBased(Imagining, Resuming):
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is not None:
             for warning in check_before_learning(self):
-                warnings.warn(warning, stacklevel=5)
+                warnings.warn(warning, stacklevel=6)
         before = self.num_timesteps
         try:
             result = super()._setup_learn(total_timesteps, *args, **kwargs)

@@ -154,6 +154,7 @@ ENSEMBLE: dict[str, list] = {
     "patience": [-1, NAN, True, None],
     "min_improvement": [-0.1, 1, NAN, True, None],
     "max_updates": [0, -1, NAN, True, 2.5],
+    "epoch_updates": [0, -1, NAN, True, 2.5],
     "target_mode": ["absolute", None, 3, True],
     "normalize_targets": ["false", None, 3, NAN],
 }

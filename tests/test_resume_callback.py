@@ -298,7 +298,9 @@ def test_resume_from_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"resume: .*00001-step-42.*learning_rate"):
         resume(tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=1))
     lines = []
-    agent = resume(tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=9), lambda *_: lines.append(1) or True, learning_rate=schedule)
+    agent = resume(
+        tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=9), lambda *_: lines.append(1) or True, learning_rate=schedule
+    )
     assert agent.num_timesteps == 60 and len(lines) == 18
     assert all(th.equal(a, b) for a, b in zip(whole.policy.parameters(), agent.policy.parameters(), strict=True))
     with pytest.raises(ValueError, match="no checkpoints in"):
