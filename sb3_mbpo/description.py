@@ -36,6 +36,7 @@ _TERMINATION_NAMES = ("learned", "never")
 _NOTHING = type(None)
 # What a description may say of an argument; of the others, what their default is. Text that `resolve` would import is none.
 _TYPES: dict[str, tuple[type, ...]] = {
+    "imagined_margin": (int, float, type(None)),
     "learning_rate": (int, float, ConstantSchedule, LearningRateSchedule, FloatSchedule),
     "train_freq": (int, tuple),
     "action_noise": (_NOTHING, ActionNoise),

@@ -113,6 +113,10 @@ def test_to_the_last_bit(tmp_path, n_envs, normalize):
     assert lines + pieces[-1] == whole[-1] and len(whole[-1]) >= 3
 
 
+def falling(left):
+    return 1e-3 * left
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -122,12 +126,12 @@ def test_to_the_last_bit(tmp_path, n_envs, normalize):
         {"train_freq": 7},
         {"real_ratio": 1.0},
         {"fast_update": False, "termination_fn": "learned"},
-        {"ent_coef": 0.1, "learning_rate": lambda left: 1e-3 * left},
+        {"ent_coef": 0.1, "learning_rate": falling},
         {"kind": MBTD3, "env_id": "Pendulum-v1"},
         {"action_noise": "OU", "env_id": "Pendulum-v1"},
         {"learning_starts": 0, "buffer_size": 50, "model_buffer_size": 40},
     ],
-    ids=str,
+    ids="sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small".split(),
 )
 def test_all_kinds_of_agents(tmp_path, settings):
     def finished(folder, cut=None):
@@ -285,12 +289,9 @@ def test_stock_callbacks_go_on(tmp_path):
 def test_resume_from_the_folder(tmp_path):
     """Without the agent's arguments: they are in the checkpoint, but for what no file can hold."""
 
-    def schedule(left):
-        return 1e-3 * left
-
     def learn(folder, cut=None):
         callback = ResumeCallback(tmp_path / folder)
-        agent = MBPO("MlpPolicy", make_vec_env("Hopper-v5", 1, seed=1), learning_rate=schedule, **FAST)
+        agent = MBPO("MlpPolicy", make_vec_env("Hopper-v5", 1, seed=1), learning_rate=falling, **FAST)
         return agent.learn(60, [callback] + ([] if cut is None else [Interrupt(callback, cut)]), log_interval=7)
 
     whole = learn("whole")
@@ -299,7 +300,7 @@ def test_resume_from_the_folder(tmp_path):
         resume(tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=1))
     lines = []
     agent = resume(
-        tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=9), lambda *_: lines.append(1) or True, learning_rate=schedule
+        tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=9), lambda *_: lines.append(1) or True, learning_rate=falling
     )
     assert agent.num_timesteps == 60 and len(lines) == 18
     assert all(th.equal(a, b) for a, b in zip(whole.policy.parameters(), agent.policy.parameters(), strict=True))

@@ -347,7 +347,10 @@ def changed(members, change):
         (lambda d: d["arguments"]["policy_kwargs"].update(net_arch=[1] * 50_000), "larger than the tensors in the file"),
         (lambda d: d["arguments"]["policy_kwargs"].update(n_critics=1000), "larger than the tensors in the file"),
         (lambda d: d["arguments"]["policy_kwargs"].update(net_arch=[10**17]), "net_arch=.* must be"),
-        (lambda d: d["arguments"]["dynamics_kwargs"].update(n_members=1000), "larger than the tensors in the file"),
+        (
+            lambda d: d["arguments"]["dynamics_kwargs"].update(n_members=1000, net_arch=[200] * 4),
+            "larger than the tensors in the file",
+        ),
         (lambda d: d["arguments"]["policy_kwargs"].update(net_arch=[9]), r"policy: .* must be .* of shape"),
         (lambda d: d["arguments"].update(ent_coef=0.1), "unknown keys"),
     ],
