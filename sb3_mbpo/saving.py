@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -34,14 +35,17 @@ _COUNTERS = ("termination", "dynamics_fitted_at", "_earlier_timesteps", "_warned
 _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
 
-def _holds_dynamics(path: Any) -> bool:
-    """Whether an agent's zip has a dynamics in it; also true of what is no zip: SB3 says what is wrong with it."""
+def _glance(path: Any) -> dict[str, Any] | None:
+    """The JSON in an agent's zip; ``None``: there is no dynamics in it. Empty for what is no zip: SB3 says what is wrong."""
     file = open_path(path, "r", suffix="zip")
     start = file.tell()
     try:
-        return "dynamics.pth" in zipfile.ZipFile(file).namelist()
-    except zipfile.BadZipFile:
-        return True
+        archive = zipfile.ZipFile(file)
+        if "dynamics.pth" not in archive.namelist():
+            return None
+        return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+    except (zipfile.BadZipFile, ValueError):
+        return {}
     finally:
         if file is path:
             file.seek(start)
@@ -99,12 +103,16 @@ class Saving(OffPolicyAlgorithm):
             if custom_objects is not None:
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
             return load_safely(cls, path, env, device, kwargs)
-        if not _holds_dynamics(path):
+        data = _glance(path)
+        if data is None:
             raise ValueError(
                 f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
                 f"new agent of the same net_arch and load them into it: agent = {cls.__name__}(...); "
                 "agent.set_parameters(path, exact_match=False)"
             )
+        if kwargs.get("policy_kwargs") is not None and "use_sde" in (data.get("policy_kwargs") or {}):
+            # SB3 writes this into the dictionary it is given, and then wants an equal one; the caller's stayed as it was.
+            kwargs["policy_kwargs"] = {"use_sde": data.get("use_sde", False), **kwargs["policy_kwargs"]}
         if "stats_window_size" in kwargs:
             # SB3 keeps it under another name, and would not find it.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")

@@ -226,6 +226,18 @@ def test_the_model_free_agent_of_the_contrib_package(name):
     assert parameters and all(same_state(agent.get_parameters()[key], state) for key, state in parameters.items())
 
 
+def test_the_policy_kwargs_it_was_made_with(tmp_path):
+    """As with SAC, the same dictionary does at construction and at loading; another one is refused."""
+    settings = {"net_arch": [8], "activation_fn": th.nn.Tanh}
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "policy_kwargs": settings})
+    agent.save(tmp_path / "agent")
+    assert settings == {"net_arch": [8], "activation_fn": th.nn.Tanh}
+    loaded = MBPO.load(tmp_path / "agent", policy_kwargs=settings)
+    assert loaded.policy_kwargs == agent.policy_kwargs
+    with pytest.raises(ValueError, match="policy kwargs"):
+        MBPO.load(tmp_path / "agent", policy_kwargs={"net_arch": [9]})
+
+
 def test_what_is_left_out_and_what_is_put_in(tmp_path):
     """``exclude`` and ``include``, as SB3 means them."""
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(40)
