@@ -31,15 +31,15 @@ class EvaluationRecorder(BaseCallback):
 
     :param path: the CSV; an existing one is that of a run that was cut, and goes on once that run is resumed
     :param origin: the first columns of every row: env, algorithm, seed
-    :param due: env steps of the evaluations, ascending; a run of several envs is evaluated right after it passed a step
+    :param steps: env steps of the evaluations, ascending; a run of several envs is evaluated right after it passed a step
     :param episodes: per evaluation
     """
 
     eval_env: VecEnv
 
-    def __init__(self, path: Path, origin: dict[str, Any], due: Sequence[int], episodes: int) -> None:
+    def __init__(self, path: Path, origin: dict[str, Any], steps: Sequence[int], episodes: int) -> None:
         super().__init__()
-        self.path, self.origin, self.due, self.episodes = path, origin, list(due), episodes
+        self.path, self.origin, self.due, self.episodes = path, origin, list(steps), episodes
         self.deterministic = True
         #: Seconds of each phase so far.
         self.seconds = dict.fromkeys(PHASES, 0.0)

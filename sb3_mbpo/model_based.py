@@ -145,7 +145,12 @@ class ModelBased(Imagining, Resuming):
             raise ValueError(f"dynamics_class={self.dynamics_class!r} must be a subclass of sb3_mbpo.DynamicsModel")
         obs_dim, action_dim = (int(np.prod(space.shape)) for space in (self.observation_space, self.action_space))
         kwargs = check_keywords(self.dynamics_kwargs or {}, make, "dynamics_kwargs")
-        dynamics = make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
+        try:
+            dynamics = make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"dynamics_class={self.dynamics_class!r} cannot be called as a DynamicsModel is: {error}"
+            ) from error
         if not isinstance(dynamics, DynamicsModel):
             raise ValueError(f"dynamics_class={self.dynamics_class!r} made a {type(dynamics).__name__}, no DynamicsModel")
         return dynamics

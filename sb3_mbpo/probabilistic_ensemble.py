@@ -218,11 +218,14 @@ class ProbabilisticEnsemble(DynamicsModel):
             return LikelihoodGradient(self.mlp, (self.min_log_variance, self.max_log_variance))
         return autograd_of(self.negative_log_likelihood, self.parameters())
 
-    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient) -> list[th.Tensor]:
+    def _train_epoch(
+        self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient, say: Progress, what: str
+    ) -> list[th.Tensor]:
         """
         One pass of every member over its bootstrap, in a new order, or the first ``epoch_updates`` batches of it.
 
         :param bootstrap: rows of ``x`` and ``y`` per member, ``(members, N)``
+        :param say: called with ``what`` now and then
         :return: the loss of each batch
         """
         shuffle = th.rand(bootstrap.shape, generator=self.generator, device=x.device).argsort(dim=1)
@@ -230,6 +233,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         for rows in bootstrap.gather(1, shuffle).split(self.batch_size, dim=1)[: self.epoch_updates]:
             losses.append(gradient(x[rows], y[rows]))
             self.optimizer.step()
+            if len(losses) % 25 == 0:
+                say(what)
         return losses
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
@@ -254,7 +259,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         best, best_error = [weight.detach().clone() for weight in weights], th.full_like(self.holdout_errors, float("inf"))
         epochs, updates, idle, gradient = 0, 0, 0, self._gradient()
         while idle <= self.patience and (self.max_updates is None or updates < self.max_updates):
-            losses = self._train_epoch(x, y, bootstrap, gradient)
+            what = f"fitting the dynamics, epoch {epochs + 1}"
+            losses = self._train_epoch(x, y, bootstrap, gradient, progress or (lambda words: None), what)
             epochs, updates = epochs + 1, updates + len(losses)
             error = self._holdout_error(x_holdout, y_holdout)
             improved = error < best_error * (1 - self.min_improvement)
@@ -263,7 +269,7 @@ class ProbabilisticEnsemble(DynamicsModel):
             chosen = improved.view(-1, 1, 1)
             best = [th.where(chosen, weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)]
             if progress is not None:
-                progress(f"fitting the dynamics, epoch {epochs}")
+                progress(what)
         finite = all(parameter.isfinite().all() for parameter in self.parameters())
         with th.no_grad():
             for kept, weight in zip(best, weights, strict=True):

@@ -184,10 +184,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
             time.sleep(0.5)
             process.kill()
             process.wait()
+            process.stdin.close()
             assert not run.is_finished(tmp_path / name)
             run.begin(tmp_path / name)
             process = start(tmp_path / name)
         assert process.wait() == 0 and run.is_finished(tmp_path / name)
+        process.stdin.close()
         assert not (tmp_path / name / "checkpoints").exists()
     assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "whole")
     assert len(evaluations(tmp_path / "whole")) == 23

@@ -1,11 +1,8 @@
-import importlib.util
 import json
 import os
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,27 +343,3 @@ def test_a_signal_is_obeyed_within_ten_seconds(tmp_path):
     assert time.perf_counter() - sent[0] < 10
     size = sum(path.stat().st_size for path in next(listed(tmp_path)).path.iterdir())
     assert size < 1.2 * (agent.replay_buffer.size() * 250 + 400_000 * 27 * 4 + 30e6)
-
-
-@pytest.mark.expensive
-@pytest.mark.timeout(600)
-def test_submitit(tmp_path):
-    """The guide's example for Slurm, on submitit's local executor: pre-empted, queued again, finished."""
-    submitit, cloudpickle = pytest.importorskip("submitit"), pytest.importorskip("cloudpickle")
-    path = Path(__file__).parent.parent / "docs" / "guide" / "slurm.py"
-    spec = importlib.util.spec_from_file_location("slurm_example", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    # The job's process cannot import it.
-    sys.modules["slurm_example"] = example
-    cloudpickle.register_pickle_by_value(example)
-    executor = submitit.LocalExecutor(tmp_path / "jobs")
-    executor.update_parameters(timeout_min=30)
-    job = executor.submit(example.Training(), str(tmp_path / "run"), "Pendulum-v1", 250)
-    while not (tmp_path / "run").exists() and not job.paths.stdout.exists():
-        time.sleep(0.5)
-    time.sleep(15)
-    job._interrupt()
-    assert job.result() == 250
-    output = job.paths.stdout.read_text() + job.paths.stderr.read_text()
-    assert "Resumed at step" in output and "Requeued job" in output

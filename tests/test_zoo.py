@@ -121,7 +121,7 @@ import json
 import optuna
 from optuna.storages.journal import JournalFileBackend
 study = optuna.load_study(study_name="demo", storage=optuna.storages.JournalStorage(JournalFileBackend({study[1]!r})))
-trials = {"COMPLETE": [], "PRUNED": []}
+trials = {{"COMPLETE": [], "PRUNED": []}}
 for trial in study.trials:
     trials[trial.state.name].append(len(trial.intermediate_values))
 print(json.dumps([trials, study.trials[0].params["rollout_schedule"]]))
