@@ -100,6 +100,8 @@ def test_estimate_follows_the_arguments():
     assert told(retained_rollouts=2).model_buffer == plain.model_buffer / 2
     assert told(rollout_schedule=3).model_buffer == plain.model_buffer * 3
     assert told(rollout_schedule=lambda steps: 3).model_buffer == plain.model_buffer * 3
+    off = told(real_ratio=1)
+    assert off.model_buffer == off.growing == off.rollouts == 0 and off.real_buffer == plain.real_buffer
     assert told(buffer_size=2000).real_buffer == plain.real_buffer * 2
     assert told(dynamics_kwargs={"n_members": 14}).networks > plain.networks
     assert (
