@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_mbpo import InvalidTransition
+from sb3_mbpo import boundary as boundary_module
 from sb3_mbpo.boundary import Boundary
 
 FINE = np.array([0.1, 0.2, 0.3], np.float32)
@@ -116,9 +117,12 @@ BAD_RESETS = {
 }
 
 
+@pytest.mark.parametrize("short", [0, 32])
 @pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
 @pytest.mark.parametrize(("answer", "message"), BAD_STEPS.values(), ids=BAD_STEPS)
-def test_bad_steps_are_named(kind, answer, message):
+def test_bad_steps_are_named(monkeypatch, kind, answer, message, short):
+    """Whether observations count as short or as long ones."""
+    monkeypatch.setattr(boundary_module, "SHORT", short)
     with pytest.raises(InvalidTransition) as caught:
         stepped(two_envs(kind, {1: answer}))
     assert message in str(caught.value) and str(caught.value).startswith("env 1, after 12 steps: the ")
@@ -380,6 +384,19 @@ def test_envs_put_in_later_are_the_ones_stepped():
     boundary.watch("step", 0)
     with pytest.raises(InvalidTransition, match="env 1"):
         env.step(np.zeros((2, 1)))
+
+
+@pytest.mark.parametrize("shape", [(40,), (2, 3), ()])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_long_and_many_dimensional_and_large(shape, dtype):
+    """Large, but not too large: their squares are, in their own precision."""
+    obs = np.full(shape, 6e4 if dtype is np.float16 else 1e30, dtype)
+    answers, resets = {i: (obs, -1e38, i == 1, False, {}) for i in range(4)}, {i: (obs, {}) for i in range(4)}
+    space = spaces.Box(-np.inf, np.inf, shape, dtype)
+    assert not stepped(DummyVecEnv([lambda: Scripted(answers, resets, space)])).in_doubt
+    answers[2] = (obs * np.inf, 1.0, False, False, {})
+    with pytest.raises(InvalidTransition, match=f"{max(obs.size, 1)} of {obs.size} dimensions: .* = inf"):
+        stepped(DummyVecEnv([lambda: Scripted(answers, resets, space)]))
 
 
 def test_attributes_are_reached_during_a_step():
