@@ -41,7 +41,7 @@ class _Env:
 
     def __init__(self, boundary: "Boundary", base: DummyVecEnv, index: int) -> None:
         self.boundary, self.index = boundary, index
-        space = base.observation_space
+        space: Any = base.observation_space
         self.shape, self.dtype = space.shape, space.dtype
         # Of few numbers, reward included, the length of their vector is taken fastest; it vouches for each of them.
         self.is_short = len(self.shape) == 1 and self.shape[0] <= SHORT and self.dtype.kind == "f"
@@ -89,7 +89,7 @@ class _Remote:
 
     def __init__(self, boundary: "Boundary", base: SubprocVecEnv, index: int) -> None:
         self.boundary, self.base, self.index = boundary, base, index
-        space = base.observation_space
+        space: Any = base.observation_space
         self.shape, self.dtype = space.shape, space.dtype
 
     def __getattr__(self, name: str) -> Any:
@@ -256,11 +256,11 @@ class Boundary:
         :raises InvalidTransition: see above
         """
         n_envs = self.env.num_envs
-        ended = np.flatnonzero(dones)
+        ended = np.flatnonzero(dones).tolist()
         for i in ended:
             last = infos[i].get("terminal_observation")
             if last is not None and (fault := observation_fault(last, space.shape, space.dtype)):
-                raise self.refusal(f"the last observation {fault}", int(i))
+                raise self.refusal(f"the last observation {fault}", i)
         fault = observation_fault(obs, (n_envs, *space.shape), space.dtype)
         if fault:
             for i in range(n_envs) if np.ndim(obs) and len(obs) == n_envs else ():

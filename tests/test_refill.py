@@ -16,7 +16,8 @@ class Short:
     """Imagines as many branches at once as there is room for; notes what it was asked for."""
 
     def __init__(self, room: int, error: BaseException):
-        self.room, self.error, self.asked = room, error, []
+        self.room, self.error = room, error
+        self.asked: list[int] = []
 
     def __call__(self, start_obs):
         self.asked.append(len(start_obs))
