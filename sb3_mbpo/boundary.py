@@ -192,6 +192,10 @@ class Boundary:
         looks_inside = normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:])
         self._looked_into = normalizer if looks_inside else None
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Copied or pickled it is None: it is about one env, and an agent makes another when it needs one.
+        return type(None), ()
+
     def watch(self, call: str, at: int) -> None:
         """
         Look at what comes of the env's next ``step`` or ``reset``, whoever calls it.
