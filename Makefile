@@ -22,7 +22,7 @@ WAIT := $(if $(shell command -v flock),flock $(VENV)/.lock)
 help:
 	@echo "make train [ENV=$(ENV)] [SEED=$(SEED)] [STEPS=...]   train MBPO on one task"
 	@echo "make test | test-expensive | test-all   quick tests, slow tests, both"
-	@echo "make format | lint | type | doc | commit-checks"
+	@echo "make format | lint | type | doc | audit | commit-checks"
 
 $(STAMP):
 	@mkdir -p $(VENV)
@@ -74,7 +74,11 @@ doc: $(STAMP)
 speed: $(STAMP)
 	$(RUN) benchmarks/speed.py updates --rounds 7 --at-least 1.4
 
+# Known vulnerabilities of what is pinned. It only reports: a new finding in another package is no fault of this commit.
+audit: $(STAMP)
+	$(RUN) .ci/audit requirements-dev.lock
+
 clean:
 	rm -rf docs/_build build dist *.egg-info
 
-.PHONY: help install train test pytest test-expensive test-all type lint format check-codestyle commit-checks doc speed clean
+.PHONY: help install train test pytest test-expensive test-all type lint format check-codestyle commit-checks doc speed audit clean

@@ -25,6 +25,8 @@ EXTRAS = {
     "compare": ["rl_zoo3[plots]>=2.9.2,<3", "sb3-contrib>=2.9,<3", "matplotlib>=3.8", "pandas>=2,<3", "rliable>=1.2", "rich"],
     # ... --ray-address
     "ray": ["ray>=2.60,<3"],
+    # docs/guide/slurm.py
+    "slurm": ["submitit>=1.5,<2"],
     # The Zoo's own plots need pandas 2: the same cap here lets both live in one environment.
     "plots": ["matplotlib>=3.8", "pandas>=2,<3"],
     # `make train`

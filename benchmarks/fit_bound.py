@@ -1,17 +1,20 @@
 """
-How much work may one fit do? Hold-out and on-policy error of fits that end after at most so many gradient steps.
+How much work may one fit do? Hold-out and on-policy error of fits and epochs of at most so many gradient steps.
 
-    python benchmarks/fit_bound.py
+    python benchmarks/fit_bound.py [--cadence late]
 
 The transitions are those of an agent that learns Hopper-v5 without a model (one update a step). An ensemble is fitted on the
 first 1,000 of them, then on more and more, each fit going on from the one before; what it says is compared with the next 250
 transitions, which the policy of that time will bring. The cadence "training" is that of MBPO, a fit every 250 steps; in
-"sparse" the steps between two fits grow with the data, so that a fit has more that is new to learn and a bound more to lose.
+"sparse" the steps between two fits grow with the data, so that a fit has more that is new to learn and a bound more to lose;
+"late" is the cadence of training again, from 100,000 transitions on, with an ensemble that four fits without a bound have seen
+there: the same one for every bound.
 The error is the geometric mean over reward and observation dimensions of root mean square error over standard deviation of
 the change. One process, one thread; a sequence that is complete in the CSV is not measured again.
 """
 
 import argparse
+import copy
 import csv
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +27,16 @@ from targets import errors
 from sb3_mbpo import MBPO, ProbabilisticEnsemble
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "fit_bound.csv"
-BOUNDS: list[int | None] = [250, 500, 1000, 2000, None]
+# Most gradient steps of a fit, and of an epoch
+Bound = tuple[int | None, int | None]
+BOUNDS: list[Bound] = [(250, None), (500, None), (1000, None), (2000, None), (None, None), (2000, 32), (2000, 64), (2000, 128)]
 CADENCES: dict[str, Sequence[int]] = {
     "sparse": (1_000, 1_250, 1_500, 2_000, 3_000, 4_500, 7_000, 10_000, 15_000, 20_000),
     "training": range(1_000, 6_001, 250),
+    "late": range(100_250, 102_001, 250),
 }
-COLUMNS = "env cadence seed max_updates transitions epochs cpu_seconds holdout_error next_error".split()
+WARM_UP = {"late": (10_000, 30_000, 60_000, 100_000)}
+COLUMNS = "env cadence seed max_updates epoch_updates transitions epochs cpu_seconds holdout_error next_error".split()
 
 
 def learning_transitions(task: str, n: int, seed: int) -> ReplayBufferSamples:
@@ -42,9 +49,21 @@ def between(data: ReplayBufferSamples, first: int, last: int) -> ReplayBufferSam
     return ReplayBufferSamples(*(part[first:last] for part in data[:5]))
 
 
-def sequence(data: ReplayBufferSamples, sizes: Sequence[int], seed: int, bound: int | None) -> Iterator[list[object]]:
-    """One ensemble's fits on the first ``sizes`` transitions: those, then the columns after them."""
-    ensemble = ProbabilisticEnsemble(data.observations.shape[1], data.actions.shape[1], seed=seed, max_updates=bound)
+def warmed_up(data: ReplayBufferSamples, sizes: Sequence[int], seed: int) -> ProbabilisticEnsemble:
+    """An ensemble after fits without a bound on the first ``sizes`` transitions."""
+    obs_dim, action_dim = data.observations.shape[1], data.actions.shape[1]
+    ensemble = ProbabilisticEnsemble(obs_dim, action_dim, seed=seed, max_updates=None, epoch_updates=None)
+    for n in sizes:
+        ensemble.fit(between(data, 0, n))
+    return ensemble
+
+
+def sequence(
+    ensemble: ProbabilisticEnsemble, data: ReplayBufferSamples, sizes: Sequence[int], bound: Bound
+) -> Iterator[list[object]]:
+    """A copy's fits on the first ``sizes`` transitions: those, then the columns after them."""
+    ensemble = copy.deepcopy(ensemble)
+    ensemble.max_updates, ensemble.epoch_updates = bound
     for n in sizes:
         started = time.process_time()
         fit = ensemble.fit(between(data, 0, n))
@@ -59,8 +78,8 @@ def measured() -> list[list[str]]:
         return []
     with RESULTS.open() as file:
         rows = list(csv.reader(file))[1:]
-    complete = {tuple(row[:4]) for row in rows if row[4] == str(CADENCES[row[1]][-1])}
-    return [row for row in rows if tuple(row[:4]) in complete]
+    complete = {tuple(row[:5]) for row in rows if row[5] == str(CADENCES[row[1]][-1])}
+    return [row for row in rows if tuple(row[:5]) in complete]
 
 
 def main() -> None:
@@ -71,15 +90,16 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     kept, sizes = measured(), CADENCES[args.cadence]
-    done = {tuple(row[:4]) for row in kept}
+    done = {tuple(row[:5]) for row in kept}
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([COLUMNS, *kept])
         for seed in range(args.seeds):
             data = learning_transitions(args.env, sizes[-1] + 250, seed)
+            ensemble = warmed_up(data, WARM_UP.get(args.cadence, ()), seed)
             for bound in BOUNDS:
-                origin = [args.env, args.cadence, str(seed), str(bound)]
-                for row in () if tuple(origin) in done else sequence(data, sizes, seed, bound):
+                origin = [args.env, args.cadence, str(seed), *map(str, bound)]
+                for row in () if tuple(origin) in done else sequence(ensemble, data, sizes, bound):
                     writer.writerow([*origin, *row])
                     file.flush()
                     print(*origin, *row, flush=True)

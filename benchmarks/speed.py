@@ -4,7 +4,8 @@ How fast: each row alternates ours with a peer on the same work, and reports the
     python benchmarks/speed.py                                 # all rows; with `loop` and `growth`, about an hour
     python benchmarks/speed.py updates sbx                     # some rows
     python benchmarks/speed.py updates --threads 2 --rounds 20
-    python benchmarks/speed.py growth --steps 250              # shorter runs (growth, loop, overhead)
+    python benchmarks/speed.py growth --steps 500              # shorter runs (growth, loop, overhead)
+    python benchmarks/speed.py batches --profile               # where our side's time goes, instead of a comparison
 
 Everything has Hopper's sizes: 11 observations, 3 actions, batches of 256, nets 256-256, ensembles of 7 times 200-200-200-200.
 Each row is a process of its own on as many cores as it has threads, and so are SBX and mbrl-lib, whose environments are made
@@ -13,6 +14,7 @@ the row's old ones. Figures mean nothing while other work runs on the same cores
 """
 
 import argparse
+import copy
 import csv
 import os
 import platform
@@ -42,7 +44,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_mbpo import MBPO, ProbabilisticEnsemble, RolloutCallback, __version__
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "speed.csv"
-COLUMNS = ["row", "measure", "round", "ours", "theirs", "ratio", "target", "threads", "date", "machine", "versions"]
+PROFILES = RESULTS.with_name("profiles.csv")
 
 OBS, ACT, BATCH, NET = 11, 3, 256, [256, 256]
 REFILL = 100_000
@@ -247,13 +249,26 @@ def overhead(steps: int) -> Iterator[Comparison]:
     yield Comparison(ours, whole.copy, "<= 0.03")
 
 
+def experienced_agent(n_real: int) -> MBPO:
+    """A mixed agent whose dynamics has been fitted to a quarter, two, three quarters and all of the data, without a bound."""
+    agent = mixed_agent(n_real, learning_starts=0)
+    transitions = agent.replay_buffer.real_transitions()[:5]
+    bounds = agent.dynamics.max_updates, agent.dynamics.epoch_updates
+    agent.dynamics.max_updates = agent.dynamics.epoch_updates = None
+    for n in (n_real // 4, n_real // 2, n_real * 3 // 4, n_real):
+        agent.dynamics.fit(ReplayBufferSamples(*(part[:n] for part in transitions)))
+    agent.dynamics.max_updates, agent.dynamics.epoch_updates = bounds
+    return agent
+
+
 def growth(steps: int) -> Iterator[Comparison]:
-    """The next quarter of ``steps`` with 100,000 real transitions; with 10,000."""
+    """The next ``steps`` real steps with 100,000 real transitions; with 10,000."""
 
-    def after(n_real: int) -> Figures:
-        return run(mixed_agent(n_real, learning_starts=0), steps // 4)
+    def after(agent: MBPO) -> Figures:
+        return run(copy.deepcopy(agent), steps)
 
-    yield Comparison(partial(after, 100_000), partial(after, 10_000), "<= 1.3")
+    much, little = experienced_agent(100_000), experienced_agent(10_000)
+    yield Comparison(partial(after, much), partial(after, little), "<= 1.3")
 
 
 @dataclass
@@ -280,16 +295,31 @@ ROWS = {
 }
 
 
-def save(row: str, lines: list[dict[str, object]]) -> None:
+def save(row: str, lines: list[dict[str, object]], path: Path = RESULTS) -> None:
     """Put a row's lines in place of its old ones."""
     kept: list[dict[str, object]] = []
-    if RESULTS.exists():
-        with RESULTS.open() as file:
+    if path.exists():
+        with path.open() as file:
             kept = [{**line} for line in csv.DictReader(file) if line["row"] in ROWS and line["row"] != row]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(kept or lines)[0]])
         writer.writeheader()
         writer.writerows(sorted([*kept, *lines], key=lambda line: [*ROWS].index(str(line["row"]))))
+
+
+def profile(row: str, side: Callable[[], object]) -> list[dict[str, object]]:
+    """The operations that take most of a round's time, by themselves, in torch's profiler, after a round without it."""
+    side()
+    with th.profiler.profile(activities=[th.profiler.ProfilerActivity.CPU]) as profiler:
+        side()
+    events = sorted(profiler.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    total = sum(event.self_cpu_time_total for event in events)
+    lines: list[dict[str, object]] = []
+    for event in events[:12]:
+        share = event.self_cpu_time_total / total
+        lines.append({"row": row, "operation": event.key, "calls": event.count, "share": f"{share:.3f}"})
+        print(f"  {event.key:45} {event.count:9,} calls {100 * share:5.1f} %", flush=True)
+    return lines
 
 
 def machine() -> str:
@@ -300,8 +330,8 @@ def machine() -> str:
     return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
 
 
-def run_row(name: str, rounds: int | None, threads: int, steps: int, at_least: float | None) -> None:
-    """Measure one row in this process; with a bound, only hold its first ratio against that."""
+def run_row(name: str, rounds: int | None, threads: int, steps: int, at_least: float | None, profiled: bool) -> None:
+    """Measure one row in this process; with a bound, only hold its first ratio against that; or only see what takes time."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     th.set_num_threads(threads)
@@ -312,6 +342,8 @@ def run_row(name: str, rounds: int | None, threads: int, steps: int, at_least: f
     lines = []
     try:
         for comparison in row.compare(steps):
+            if profiled:
+                return save(name, profile(name, comparison.ours), PROFILES)
             found = measure(comparison, rounds or row.rounds, row.warm_ups)
             versions = "; ".join(filter(None, [ours, comparison.versions]))
             origin = {"row": name, "threads": threads, "date": date.today(), "machine": machine(), "versions": versions}
@@ -333,14 +365,17 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; default: all")
     parser.add_argument("--rounds", type=int, help="default: the row's own")
     parser.add_argument("--threads", type=int, help="default: the row's own, one for most")
-    parser.add_argument("--steps", type=int, default=1000, help="real steps of loop (growth: a quarter, overhead: a fifth)")
+    parser.add_argument("--steps", type=int, default=1000, help="real steps of loop and growth (overhead: a fifth)")
     parser.add_argument("--at-least", type=float, help="fail below this median ratio, and leave the CSV alone")
+    parser.add_argument(
+        "--profile", action="store_true", help="see what takes our side's time (profiles.csv); compare nothing"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not set(args.rows) <= set(ROWS):
         parser.error(f"rows are {', '.join(ROWS)}")
     if args.here:
-        return run_row(args.rows[0], args.rounds, args.threads, args.steps, args.at_least)
+        return run_row(args.rows[0], args.rounds, args.threads, args.steps, args.at_least, args.profile)
     failed = []
     for name in args.rows or ROWS:
         threads = args.threads or ROWS[name].threads
@@ -348,6 +383,7 @@ def main() -> None:
         for option in ("rounds", "at_least"):
             value = getattr(args, option)
             command += [] if value is None else ["--" + option.replace("_", "-"), str(value)]
+        command += ["--profile"] if args.profile else []
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if subprocess.run(command, env=environment).returncode != 0:
             failed.append(name)

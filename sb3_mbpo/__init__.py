@@ -6,12 +6,14 @@ from typing import Any
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.env_state import RestorableEnv
 from sb3_mbpo.faults import InvalidTransition
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
+from sb3_mbpo.resume_callback import ResumeCallback, resume
 from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
 
 __version__ = (Path(__file__).parent / "version.txt").read_text().strip()
@@ -27,8 +29,11 @@ __all__ = [
     "ModelBased",
     "ModelBuffer",
     "ProbabilisticEnsemble",
+    "RestorableEnv",
+    "ResumeCallback",
     "RolloutCallback",
     "branched_rollout",
+    "resume",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What users may pass: strings from YAML become numbers and objects; refusals name argument, value and remedy."""
+"""What users may pass: strings from YAML become numbers and objects, and everything is put to the checks."""
 
 import importlib
 import inspect
@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.noise import VectorizedActionNoise
+
+from sb3_mbpo import checks
+from sb3_mbpo.checks import did_you_mean, shown
+from sb3_mbpo.dry_runs import check_device, check_learning_rate, check_noise
+from sb3_mbpo.unsupported import check_env, check_replay
+
+# SB3 keeps this one under another name.
+KEPT_AS = {"stats_window_size": "_stats_window_size"}
 
 
 def resolve(value: Any, name: str) -> Any:
@@ -41,11 +48,12 @@ def as_number(value: Any, name: str, default: int | float) -> Any:
     """
     A number that arrived as a string (YAML reads ``1e-3`` as one), or as a float where a count is meant (``1e6``).
 
-    :param value: anything; what is neither a string nor a float comes back as it is
+    :param value: anything; what is neither a string, a float nor a scalar of NumPy comes back as it is
     :param name: the argument, for the error
     :param default: its default, whose type says what is meant
     :raises ValueError: a string that is no number, or a count with a fraction
     """
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str):
         try:
             value = float(value)
@@ -60,19 +68,26 @@ def as_number(value: Any, name: str, default: int | float) -> Any:
 
 def numbers_in(value: Any) -> Any:
     """
-    The same, with every string that is a number turned into one, also inside lists, tuples and mappings.
+    The same, with every string or scalar of NumPy that is a number turned into one, also inside lists, tuples and mappings.
 
     :param value: anything that YAML can say
     """
     if isinstance(value, Mapping):
         return {key: numbers_in(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(numbers_in(item) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
     try:
         number = float(value) if isinstance(value, str) else value
     except ValueError:
         return value
     return int(number) if isinstance(number, float) and isinstance(value, str) and number.is_integer() else number
+
+
+def _as_count(value: Any) -> Any:
+    """A whole number for a float that is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[str, Any]:
@@ -84,8 +99,7 @@ def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[
     :param name: the argument that holds ``kwargs``, for the error
     :raises ValueError: a key that ``function`` does not take
     """
-    if not isinstance(kwargs, Mapping):
-        raise ValueError(f"{name}={kwargs!r} must be a mapping of keyword arguments")
+    checks.MAPPING.check(name, kwargs)
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in ("seed", "device")]
@@ -93,11 +107,14 @@ def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[
             if key not in known:
                 raise ValueError(
                     f"{name} has no key {key!r}; {getattr(function, '__name__', function)} takes {', '.join(known)}"
+                    f"{did_you_mean(key, known)}"
                 )
     defaults = numeric_defaults(function)
     for key, value in kwargs.items():
-        if key in parameters and isinstance(parameters[key].default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{name}: {key}={value!r} must be true or false")
+        if not isinstance(key, str):
+            raise ValueError(f"{name} has no key {key!r}: keys are names")
+        if key in parameters and isinstance(parameters[key].default, bool):
+            checks.FLAG.check(f"{name}: {key}", value)
     read = {key: as_number(value, f"{name}: {key}", defaults[key]) for key, value in kwargs.items() if key in defaults}
     # Text stays text; numbers in lists, and where the default says nothing, may have come as text.
     return {key: read.get(key, value if isinstance(value, str) else numbers_in(value)) for key, value in kwargs.items()}
@@ -121,111 +138,127 @@ def joined_signature(cls: type, mixin: type, **defaults: Any) -> inspect.Signatu
     return inspect.Signature([*plain, *{p.name: p for p in mixed if p.kind is p.KEYWORD_ONLY}.values()])
 
 
-def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+def check_names(kwargs: Mapping[str, Any], signature: inspect.Signature, cls: type) -> None:
     """
-    :raises ValueError: spaces that MBPO cannot imagine in
+    :param kwargs: what is to be passed on
+    :param signature: of what it is passed on to
+    :param cls: what the user is making
+    :raises TypeError: a keyword that is no argument
     """
-    if not isinstance(observation_space, spaces.Box) or is_image_space(observation_space):
-        raise ValueError(
-            f"env: the observation space {observation_space} is not supported; MBPO's dynamics needs a Box that is "
-            "no image. Flatten a Dict with gymnasium.wrappers.FlattenObservation, or use SAC or another model-free algorithm"
-        )
-    if not isinstance(action_space, spaces.Box):
-        raise ValueError(
-            f"env: the action space {action_space} is not supported; MBPO needs a Box of continuous actions. "
-            "For discrete actions use DQN or PPO"
-        )
-    if not np.all(np.isfinite(action_space.low) & np.isfinite(action_space.high)):
-        raise ValueError(
-            f"env: the action space {action_space} is unbounded; MBPO scales actions to [-1, 1]. "
-            "Give it bounds with gymnasium.wrappers.RescaleAction or a Box with finite low and high"
-        )
-    if not np.all(action_space.low < action_space.high):
-        raise ValueError(
-            f"env: the action space {action_space} has dimensions with low = high, which no action in [-1, 1] stands for. "
-            "Leave them out with gymnasium.wrappers.TransformAction"
-        )
+    takes = signature.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return
+    for name in kwargs:
+        if name not in takes:
+            guess = did_you_mean(name, inspect.signature(cls).parameters)
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}{guess}")
 
 
-def check_counts(**counts: Any) -> None:
+def read_learn(total_timesteps: Any, *rest: Any) -> Any:
     """
-    :raises ValueError: a count that is no positive whole number
+    :param total_timesteps: of ``learn``, a whole number or a float that is one
+    :param rest: the other arguments of ``learn``, in its order
+    :return: ``total_timesteps``, read
+    :raises ValueError: one that is out of range
     """
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    total_timesteps = _as_count(numbers_in(total_timesteps))
+    names = ("callback", "log_interval", "tb_log_name", "reset_num_timesteps", "progress_bar")
+    checks.check_learn(total_timesteps=total_timesteps, **dict(zip(names, rest, strict=True)))
+    return total_timesteps
 
 
-def check_ratio(name: str, value: Any) -> None:
+def read_first(policy: Any, env: Any, passed: dict[str, Any]) -> list[str]:
     """
-    :raises ValueError: no number in [0, 1]
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} must be a number between 0 (all imagined) and 1 (plain model-free learning)")
+    What SB3's constructor uses at once, read and checked in place, before it can stumble over it.
 
-
-def check_replay(replay_buffer_class: Any, allowed: tuple[type, ...], n_steps: int, optimize_memory_usage: bool) -> None:
+    :param policy: the first argument of the constructor
+    :param env: the second; ``None`` is for ``load`` alone
+    :param passed: all of them, by name
+    :return: warnings
+    :raises ValueError: one that is out of range
     """
-    :raises ValueError: a replay option that imagined transitions do not go with
-    """
-    if replay_buffer_class not in (None, *allowed):
-        raise ValueError(
-            f"replay_buffer_class={replay_buffer_class!r} is not supported; MBPO mixes real and imagined transitions in a "
-            "buffer of its own (no HER, no n-step, no custom classes). Leave it at None"
-        )
-    if n_steps != 1:
-        raise ValueError(f"n_steps={n_steps!r} is not supported; imagined transitions are single steps. Leave it at 1")
-    if optimize_memory_usage:
-        raise ValueError(
-            "optimize_memory_usage=True is not supported; that buffer loses the last observation of an episode, which the "
-            "dynamics learns from. Leave it at False, or lower buffer_size"
-        )
-
-
-def updates_are_few(gradient_steps: int, n_envs: int) -> str:
-    """
-    :param gradient_steps: the default, which the user has left as it is
-    :param n_envs: of the user's env, several
-    :return: a warning
-    """
-    return (
-        f"gradient_steps is left at its default of {gradient_steps}, which counts per train_freq and not per transition: "
-        f"{n_envs} envs get 1/{n_envs} of the updates per transition that one gets. Pass "
-        f"gradient_steps={gradient_steps * n_envs} for as many, or gradient_steps={gradient_steps} to keep it so"
-    )
+    if env is None and passed.get("_init_setup_model", True):
+        raise ValueError("env=None must be an env, or the name of one; only load does without")
+    if env is not None and not isinstance(env, str):
+        check_env(env)
+    if not (isinstance(policy, str) or callable(policy)):
+        raise ValueError(f"policy={shown(policy)} must be a policy class, or the name of one, such as 'MlpPolicy'")
+    if "verbose" in passed:
+        passed["verbose"] = _as_count(numbers_in(passed["verbose"]))
+    for name in {"verbose", "use_sde"} & passed.keys():
+        checks.RULES[name].check(name, passed[name])
+    for name in ("policy_kwargs", "replay_buffer_kwargs"):
+        checks.optional(checks.MAPPING).check(name, passed.get(name))
+        if passed.get(name) is not None:
+            # SB3 writes into these dictionaries; the caller's stay as they are.
+            passed[name] = dict(passed[name])
+    warning = check_device(passed.get("device", "auto"))
+    return [] if warning is None else [warning]
 
 
 def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     """
-    Turn the arguments that an agent keeps under their names into what they mean, in place, and check those of ModelBased.
+    Turn the arguments that an agent keeps under their names into what they mean, in place, and check them.
 
     :param agent: a ModelBased algorithm, before its parts are built; also one that is being loaded
     :param replay_buffer_classes: what ``replay_buffer_class`` may be
     :raises ValueError: an argument that cannot be read or is out of range
     """
-    # SB3 keeps this one under another name.
-    kept_as = {"stats_window_size": "_stats_window_size"}
-    for name, default in {**numeric_defaults(type(agent)), "seed": 0}.items():
-        if name == "train_freq" and isinstance(agent.train_freq, str):
-            continue  # SB3 refuses any text here, and says what it wants instead.
-        attribute = kept_as.get(name, name)
-        if name in ("learning_rate", "rollout_schedule"):
-            setattr(agent, name, resolve(numbers_in(getattr(agent, name)), name))
-        elif hasattr(agent, attribute):
-            setattr(agent, attribute, as_number(getattr(agent, attribute), name, default))
-    if isinstance(agent.rollout_schedule, Mapping):
-        steps = agent.rollout_schedule.items()
-        agent.rollout_schedule = {key: as_number(value, f"rollout_schedule: {key}", 1) for key, value in steps}
-    if isinstance(agent.train_freq, list):
-        agent.train_freq = tuple(numbers_in(agent.train_freq))
-    agent.policy_kwargs = numbers_in(agent.policy_kwargs)
+    parameters = inspect.signature(type(agent)).parameters
+    empty = inspect.Parameter.empty
+    # A base that takes what it passes on as ``**kwargs`` has no defaults to show, and its arguments have rules all the same.
+    for name in dict.fromkeys([*parameters, *checks.RULES]):
+        attribute = KEPT_AS.get(name, name)
+        if name == "policy" or not hasattr(agent, attribute):
+            continue
+        default = parameters[name].default if name in parameters else empty
+        setattr(agent, attribute, _read(name, getattr(agent, attribute), default))
+        if name in checks.RULES:
+            remedy = "" if default is empty or default is None else f". The default is {default!r}"
+            checks.RULES[name].check(name, getattr(agent, attribute), remedy)
+    check_replay(agent, replay_buffer_classes)
     for name in ("activation_fn", "optimizer_class", "features_extractor_class"):
         if name in agent.policy_kwargs:
             agent.policy_kwargs[name] = resolve(agent.policy_kwargs[name], f"policy_kwargs: {name}")
-    agent.replay_buffer_class = resolve(agent.replay_buffer_class, "replay_buffer_class")
-    check_replay(agent.replay_buffer_class, replay_buffer_classes, agent.n_steps, agent.optimize_memory_usage)
-    check_ratio("real_ratio", agent.real_ratio)
-    check_counts(**{name: getattr(agent, name) for name in ("model_train_freq", "rollout_batch_size", "retained_rollouts")})
-    if agent.model_buffer_size is not None:
-        agent.model_buffer_size = as_number(agent.model_buffer_size, "model_buffer_size", 1)
-        check_counts(model_buffer_size=agent.model_buffer_size)
+    checks.check_policy_kwargs(agent.policy_kwargs, _taken_by(agent.policy_class))
+    check_learning_rate(agent.learning_rate)
+    if agent.action_noise is not None:
+        # An agent may be loaded for another number of envs.
+        if isinstance(agent.action_noise, VectorizedActionNoise) and agent.action_noise.n_envs != agent.n_envs:
+            agent.action_noise = VectorizedActionNoise(agent.action_noise.base_noise, agent.n_envs)
+        check_noise(agent.action_noise, agent.n_envs, agent.action_space.shape)
+
+
+def _read(name: str, value: Any, default: Any) -> Any:
+    """What an argument means. What means nothing comes back as it is where there is a rule for it, which says more."""
+    if name in ("learning_rate", "rollout_schedule", "replay_buffer_class"):
+        value = resolve(numbers_in(value), name)
+    if name == "rollout_schedule":
+        if isinstance(value, Mapping):
+            return {key: as_number(item, f"rollout_schedule: {key}", 1) for key, item in value.items()}
+        return _as_count(value)
+    if name in ("policy_kwargs", "ent_coef", "target_entropy"):
+        return numbers_in(value)
+    if name == "train_freq":
+        # SB3 refuses text here, even where it is a number; a list is YAML's tuple.
+        value = tuple(numbers_in(value)) if isinstance(value, list) else value
+        if type(value) is tuple:
+            return tuple(item if isinstance(item, str) else _as_count(numbers_in(item)) for item in value)
+        return value if isinstance(value, str) else _as_count(numbers_in(value))
+    if isinstance(default, bool) or not (name in ("seed", "model_buffer_size") or isinstance(default, int | float)):
+        return value
+    if name not in checks.RULES:
+        return as_number(value, name, default)
+    value = numbers_in(value)
+    return value if isinstance(default, float) else _as_count(value)
+
+
+def _taken_by(policy_class: Any) -> list[str] | None:
+    """The keyword arguments of a policy, beside those that the agent itself passes; ``None``: any."""
+    try:
+        parameters = list(inspect.signature(policy_class).parameters.values())
+    except (TypeError, ValueError):  # of a class that is written in C
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters[3:]]

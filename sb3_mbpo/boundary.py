@@ -47,6 +47,9 @@ class _Env:
         self.is_short = len(self.shape) == 1 and self.shape[0] <= SHORT and self.dtype.kind == "f"
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("boundary", "index"):
+            # A copy in the making has none yet.
+            raise AttributeError(name)
         return getattr(self.boundary.inner[self.index], name)
 
     def step(self, action: np.ndarray) -> Any:
@@ -93,6 +96,9 @@ class _Remote:
         self.shape, self.dtype = space.shape, space.dtype
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("boundary", "index"):
+            # A copy in the making has none yet.
+            raise AttributeError(name)
         return getattr(self.boundary.inner[self.index], name)
 
     def recv(self) -> Any:
@@ -132,6 +138,8 @@ class _Inner:
         self.boundary, self.venv = boundary, venv
 
     def __getattr__(self, name: str) -> Any:
+        if name == "venv":
+            raise AttributeError(name)
         return getattr(self.venv, name)
 
     def step_wait(self) -> Any:

@@ -1,6 +1,6 @@
 """Where transitions wait for SAC: the real ones, mixed with the imagined ones of a ModelBuffer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,9 @@ class MixedReplayBuffer(ReplayBuffer):
     :param seed: of the draws among the imagined rows and among start states; ``None``: one from the system
     """
 
+    #: Called before batches are drawn; may break a long ``train()`` off.
+    check: Callable[[], None] | None = None
+
     def __init__(
         self,
         buffer_size: int,
@@ -107,7 +110,7 @@ class MixedReplayBuffer(ReplayBuffer):
             theirs, ours = getattr(buffer, name), getattr(self, name)
             if theirs != ours:
                 raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
-        own = ("real_ratio", "model_buffer", "generator", "device")
+        own = ("real_ratio", "model_buffer", "generator", "device", "check")
         self.__dict__.update({key: value for key, value in buffer.__dict__.items() if key not in own})
         self.model_buffer.refills.clear()
         if isinstance(buffer, MixedReplayBuffer):
@@ -134,6 +137,7 @@ class MixedReplayBuffer(ReplayBuffer):
     def __getstate__(self) -> dict[str, Any]:
         # What is filled, not what is allocated; and nothing that is tied to the device imagined rows live on.
         state = self.__dict__.copy()
+        state.pop("check", None)
         state |= {name: state[name][: self.size()] for name in ROWS}
         model_buffer, generator = state.pop("model_buffer"), state.pop("generator")
         state["_mixing"] = {
@@ -190,10 +194,12 @@ class MixedReplayBuffer(ReplayBuffer):
         n_real = self.real_rows(batch_size)
         if n_real == batch_size:
             for _ in range(n):
+                self._check()
                 yield super().sample(batch_size, env=env)
             return
         widths = self.model_buffer.widths
         while n > 0:
+            self._check()
             drawn = min(n, max(1, BLOCK_NUMBERS // (batch_size * sum(widths))))
             real = self._real_rows(np.random.randint(self.size() * self.n_envs, size=drawn * n_real))
             imagined = self.model_buffer.sample(drawn * (batch_size - n_real), self.generator)
@@ -203,6 +209,10 @@ class MixedReplayBuffer(ReplayBuffer):
             fields = (obs, actions, next_obs, dones, normalize_rewards(rewards, env))
             yield from map(ReplayBufferSamples, *(field.unbind() for field in fields))
             n -= drawn
+
+    def _check(self) -> None:
+        if self.check is not None:
+            self.check()
 
     def insert(self, transitions: dict[str, np.ndarray]) -> None:
         """

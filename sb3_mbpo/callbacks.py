@@ -2,14 +2,22 @@
 
 import time
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from sb3_mbpo.buffers import normalize_obs, normalize_rewards
+from sb3_mbpo.interrupts import Interrupted
+from sb3_mbpo.plausible import Plausible
 from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
 from sb3_mbpo.rollouts import branched_rollout, rollout_length
+from sb3_mbpo.value_bound import breach, entropy_bonus, q_values, return_bounds
+
+# Real and imagined rows, each, whose Q-values are looked at after a fit.
+VALUED_ROWS = 500
 
 
 class RolloutCallback(BaseCallback):
@@ -33,10 +41,16 @@ class RolloutCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         if self._due():
-            self._fit()
-            self._refill()
+            with nullcontext() if self.model.resumable is None else self.model.resumable.undoing():
+                transitions = self._fit()
+                if self.model.dynamics.usable:
+                    self._refill(transitions)
+                else:
+                    # An empty one: the next attempt comes with the next fit, not with the next step.
+                    self.model.replay_buffer.model_buffer.begin_refill()
+            self._judge_values(transitions)
             self.model.dynamics_fitted_at = self.model.lifetime_timesteps
-            self._say("")
+            self._show("")
         self._record_state()
 
     def _due(self) -> bool:
@@ -60,8 +74,8 @@ class RolloutCallback(BaseCallback):
         frequency = agent.model_train_freq
         return agent.lifetime_timesteps // frequency > agent.dynamics_fitted_at // frequency
 
-    def _fit(self) -> None:
-        """Fit dynamics and, where it is learned, termination, on all real transitions."""
+    def _fit(self) -> ReplayBufferSamples:
+        """Fit dynamics and, where it is learned, termination, on all real transitions, and return these."""
         started = time.perf_counter()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
@@ -70,33 +84,93 @@ class RolloutCallback(BaseCallback):
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
         self.logger.record("dynamics/fit_seconds", time.perf_counter() - started)
+        return transitions
 
-    def _refill(self) -> None:
-        """Imagine ``rollout_batch_size`` branches of the scheduled length from real states, with the current policy."""
+    def _refill(self, transitions: ReplayBufferSamples | None = None) -> None:
+        """
+        Imagine ``rollout_batch_size`` branches of the scheduled length from real states, with the current policy.
+
+        :param transitions: all real transitions, if they are at hand: their range bounds what is imagined
+        """
         started = time.perf_counter()
         agent = self.model
         length = rollout_length(agent.rollout_schedule, agent.lifetime_timesteps)
         model_buffer = agent.replay_buffer.model_buffer
         model_buffer.begin_refill(agent.rollout_batch_size * length)
-        dynamics = agent.imagined_dynamics
+        if transitions is None:
+            transitions = agent.replay_buffer.real_transitions()
+        plausible = Plausible(transitions, agent.imagined_margin)
+        dynamics = plausible.within(agent.imagined_dynamics)
         start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size)
+        lost: list[int] = []
         block = self.lowered_block or ROLLOUT_BLOCK.get(agent.device.type, 100_000)
         with agent.imagining() as policy:
 
             def imagine(start_obs: th.Tensor) -> ReplayBufferSamples:
-                return branched_rollout(dynamics, policy, agent.terminates, start_obs, length)
+                before = plausible.rows
+                imagined = branched_rollout(dynamics, policy, agent.terminates, start_obs, length)
+                # Every predicted row comes back, or is not finite.
+                lost.append(plausible.rows - before - len(imagined.rewards))
+                return imagined
 
-            fitted = refill(model_buffer, imagine, start_obs, block, self._say)
-        if fitted < block:
-            if self.lowered_block is None:
-                warnings.warn(
-                    f"Memory ran out in a rollout of {min(block, len(start_obs))} start states; from now on {fitted} are "
-                    "imagined at once. Lower rollout_batch_size or model_buffer_size to leave more room",
-                    stacklevel=2,
-                )
-            self.lowered_block = fitted
+            try:
+                fitted = refill(model_buffer, imagine, start_obs, block, self._say)
+            except Interrupted:
+                model_buffer.drop_refill()
+                raise
+        self._lower_block(min(block, len(start_obs)), fitted)
         self.logger.record("dynamics/rollout_length", length)
+        self.logger.record("dynamics/dropped", dropped := sum(lost))
+        self.logger.record("dynamics/clipped", plausible.clipped)
         self.logger.record("dynamics/rollout_seconds", time.perf_counter() - started)
+        if dropped:
+            what = f"{dropped:,} of {plausible.rows:,} imagined transitions were not finite and were left out"
+            rest = "" if model_buffer.refills[-1] else "; nothing new is imagined until the next fit"
+            self._warn_once("dropped", f"{what} (dynamics/dropped){rest}. Look at the dynamics, at reward_fn if there is one")
+
+    def _lower_block(self, block: int, fitted: int) -> None:
+        """Remember that memory had room for ``fitted`` start states at once, fewer than the ``block`` that was tried."""
+        if fitted >= block:
+            return
+        if self.lowered_block is None:
+            warnings.warn(
+                f"Memory ran out in a rollout of {block} start states; from now on {fitted} are imagined at once. Lower "
+                "rollout_batch_size or model_buffer_size to leave more room",
+                stacklevel=2,
+            )
+        self.lowered_block = fitted
+
+    def _judge_values(self, transitions: ReplayBufferSamples) -> None:
+        """
+        Log the critics' values of some real and imagined rows, always at the same places: nothing is drawn.
+
+        :param transitions: all real transitions
+        """
+        agent = self.model
+        buffer, env = agent.replay_buffer.model_buffer, agent._vec_normalize_env
+        n_real = len(transitions.rewards)
+        places = th.arange(min(n_real, VALUED_ROWS), device=agent.device) * n_real // min(n_real, VALUED_ROWS)
+        imagined = buffer.spread(VALUED_ROWS)
+        real = th.cat([transitions.observations[places], transitions.actions[places]], dim=1)
+        obs, actions = th.cat([real, imagined[:, : real.shape[1]]]).split(buffer.widths[:2], dim=1)
+        obs = normalize_obs(obs.reshape(-1, *agent.observation_space.shape), env)
+        values = q_values(agent.critic, obs, actions)
+        # Imagined rewards are the model's own word; those of a known function count as seen.
+        rewards = transitions.rewards if agent.reward_fn is None else th.cat([transitions.rewards, buffer.rewards()])
+        least, most = normalize_rewards(th.stack(rewards.aminmax()), env).tolist()
+        bounds = return_bounds(least, most, agent.gamma, entropy_bonus(agent))
+        self.logger.record("dynamics/q_mean", values.mean().item())
+        self.logger.record("dynamics/q_max", values.max().item())
+        if bounds is not None:
+            self.logger.record("dynamics/q_bound", bounds[1])
+        warning = breach(values.max().item(), bounds)
+        if warning is not None:
+            self._warn_once("values", warning)
+
+    def _warn_once(self, of: str, warning: str) -> None:
+        if of not in self.model._warned_of:
+            self.model._warned_of.append(of)
+            warnings.warn(warning, stacklevel=2)
 
     def _record_state(self) -> None:
         agent = self.model
@@ -109,6 +183,16 @@ class RolloutCallback(BaseCallback):
             self.logger.record("dynamics/updates_per_transition", agent._n_updates / trained_for)
 
     def _say(self, what: str) -> None:
+        """
+        Say how far a long piece of work is.
+
+        :raises Interrupted: it is to be broken off
+        """
+        if self.model.resumable is not None:
+            self.model.resumable.check()
+        self._show(what)
+
+    def _show(self, what: str) -> None:
         """Show a few words beside the progress bar; none to clear."""
         if self.progress_bar is not None:
             self.progress_bar.pbar.set_description(what)

@@ -14,6 +14,7 @@ import difflib
 import importlib
 import json
 import os
+import shlex
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -223,7 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(options)
-    args.command = "sb3_mbpo compare " + " ".join(options)
+    args.command = shlex.join(["sb3_mbpo", "compare", *options])
+    if args.ray_address is None:
+        args.workers = args.workers or os.cpu_count() or 1
     runs = grid(args)
     try:
         open_runs = [run for run in runs if not run.is_finished(args.folder / run.folder)]
@@ -234,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"all {len(runs)} runs were finished before")
     else:
         if args.ray_address is None:
-            workers: Any = LocalWorkers(args.folder, args.workers or os.cpu_count() or 1)
+            workers: Any = LocalWorkers(args.folder, args.workers)
         else:
             workers = RayWorkers(args.folder, args.ray_address, args.workers)
         try:

@@ -1,6 +1,7 @@
 """The Zoo's experiment with evaluations that can be compared: at given steps, every episode, with the time so far."""
 
 import csv
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ class EvaluationRecorder(BaseCallback):
 
     It draws no random numbers that the agent would draw, so training is the same without it.
 
-    :param path: the CSV; an existing one is overwritten
+    :param path: the CSV; an existing one is that of a run that was cut, and goes on once that run is resumed
     :param origin: the first columns of every row: env, algorithm, seed
     :param due: env steps of the evaluations, ascending; a run of several envs is evaluated right after it passed a step
     :param episodes: per evaluation
@@ -46,8 +47,25 @@ class EvaluationRecorder(BaseCallback):
         self.settings: dict[str, Any] = {}
         self._mark = 0.0
         self._fitted_at: int | None = None
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(COLUMNS)
+        if not path.exists():
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(COLUMNS)
+
+    def on_resume(self) -> None:
+        """After the state of a checkpoint was put back: what was evaluated after it is evaluated again."""
+        self._mark = time.perf_counter()
+        with self.path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        step, episode = COLUMNS.index("step"), COLUMNS.index("episode")
+        kept: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            # The first of several: each process evaluates at step 0. One that was cut may be half a row.
+            if len(row) == len(COLUMNS) and int(row[step]) not in self.due:
+                kept.setdefault((row[step], row[episode]), row)
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *kept.values()])
+        os.replace(part, self.path)
 
     def _lap(self) -> float:
         """Seconds since the last call."""

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ARGUMENTS, OUTPUT, EVALUATIONS, FINISHED = "arguments.json", "output.txt", "evaluations.csv", "run.json"
+# Of runs of this package's algorithms, while they are not finished.
+CHECKPOINTS = "checkpoints"
 
 
 def as_file_name(text: str) -> str:
@@ -100,13 +102,16 @@ class Run:
 
     def begin(self, folder: Path) -> None:
         """
-        Make the run's folder, empty but for its arguments; what an unfinished run left there goes.
+        Make the run's folder, empty but for its arguments; what an unfinished run left there goes, unless it was this one and
+        has checkpoints to go on from.
 
         :raises FileExistsError: there is something else in it
         """
         if folder.exists():
             if any(folder.iterdir()) and not (folder / ARGUMENTS).exists():
                 raise FileExistsError(f"{folder} holds files that are not of a comparison: choose another --folder")
+            if (folder / CHECKPOINTS).exists() and Run.read(folder) == self:
+                return
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / ARGUMENTS).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -159,11 +164,15 @@ def main() -> None:
     # Late: the driver and the machines of a cluster need what is above alone, and the Zoo takes seconds to import.
     from sb3_mbpo.comparison_experiment import ComparisonExperiment, EvaluationRecorder
     from sb3_mbpo.provenance import provenance
+    from sb3_mbpo.zoo import ALGORITHMS
     from sb3_mbpo.zoo import main as zoo
 
     origin = {"env": run.env, "algorithm": run.label, "seed": run.seed}
     recorder = EvaluationRecorder(folder / EVALUATIONS, origin, run.evaluation_steps, run.eval_episodes)
-    zoo(["train", *run.zoo_options(folder)], experiment=partial(ComparisonExperiment, recorder=recorder))
+    options = ["train", *run.zoo_options(folder)]
+    if run.algo in ALGORITHMS:
+        options += ["--checkpoints", str(folder / CHECKPOINTS)]
+    zoo(options, experiment=partial(ComparisonExperiment, recorder=recorder))
     if recorder.due:
         # The Zoo takes an interrupt for a wish to stop early, and saves.
         raise SystemExit(f"the run ended before step {recorder.due[0]:,}")
@@ -175,6 +184,7 @@ def main() -> None:
         **provenance(),
     }
     put(folder / FINISHED, json.dumps(result, indent=1, default=str).encode())
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ class DynamicsModel(nn.Module, ABC):
 
     #: Fewest transitions that ``fit`` accepts; MBPO waits for them.
     min_transitions = 1
+    #: Whether there was a fit to imagine with; MBPO waits for one, on real transitions alone.
+    usable = True
 
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: th.device | str = "cpu") -> None:
         super().__init__()

@@ -36,7 +36,7 @@ class InvalidTransition(ValueError):
         return f"env {self.env_index}, after {self.step} steps: {self.fault}"
 
 
-def observation_fault(obs: Any, shape: tuple[int, ...], dtype: np.dtype) -> str:
+def observation_fault(obs: Any, shape: Any, dtype: Any) -> str:
     """
     What is wrong with an observation. What SB3 casts without loss is fine: lists, other precisions, whole numbers.
 

@@ -2,8 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,22 +13,26 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 
-from sb3_mbpo.arguments import check_keywords, check_spaces, joined_signature, read_arguments, resolve, updates_are_few
-from sb3_mbpo.buffers import MixedReplayBuffer, normalize_obs
+from sb3_mbpo.arguments import check_keywords, check_names, joined_signature, read_arguments, read_first, read_learn, resolve
+from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
-from sb3_mbpo.collecting import Collecting
+from sb3_mbpo.checks import check_before_learning, updates_are_few
 from sb3_mbpo.denormals import flush_denormals
-from sb3_mbpo.dynamics import DynamicsModel, KnownReward
+from sb3_mbpo.dry_runs import dry_run
+from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.memory import estimate
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
+from sb3_mbpo.resuming import Resuming
 from sb3_mbpo.rollouts import rollout_length
-from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, dry_run, in_env_terms, known_termination
+from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, known_termination
+from sb3_mbpo.unsupported import check_spaces
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 
-class ModelBased(Collecting):
+class ModelBased(Imagining, Resuming):
     """
     Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
 
@@ -46,6 +50,8 @@ class ModelBased(Collecting):
         ``"learned"``; ``"never"``; or a function ``(obs, actions, next_obs) -> bool (B,)`` of float32 tensors on the agent's
         device, observations raw, actions in the env's scale, both in the env's shapes (or its dotted name)
     :param reward_fn: ``None``: learned; or a function of the same inputs, ``-> float (B,)`` (or its dotted name)
+    :param imagined_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges on
+        either side; ``None``: unbounded. A reward of ``reward_fn`` is not bounded
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
@@ -63,16 +69,20 @@ class ModelBased(Collecting):
         model_buffer_size: int | None = None,
         termination_fn: str | Callable[..., th.Tensor] | None = None,
         reward_fn: str | Callable[..., th.Tensor] | None = None,
+        imagined_margin: float | None = 1.0,
         dynamics_class: str | type[DynamicsModel] = ProbabilisticEnsemble,
         dynamics_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         signature = inspect.signature(super().__init__)
+        check_names(kwargs, signature, type(self))
         as_ever = "gradient_steps" not in signature.bind_partial(policy, env, *args, **kwargs).arguments
         if as_ever:
             kwargs["gradient_steps"] = 20
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
+        for warning in read_first(policy, env, passed):
+            warnings.warn(warning, stacklevel=3)
         if env is not None:
             # Before SB3 looks at the spaces: its assertions do not say what to do instead.
             passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
@@ -81,8 +91,6 @@ class ModelBased(Collecting):
             # ``load`` gets its gradient_steps from the file.
             if as_ever and n_envs > 1 and passed.get("_init_setup_model", True):
                 warnings.warn(updates_are_few(20, n_envs), stacklevel=3)
-        # SB3 writes into these dictionaries; the caller's stay as they are.
-        passed |= {key: dict(passed[key]) for key in ("policy_kwargs", "replay_buffer_kwargs") if passed.get(key)}
 
         self.real_ratio = real_ratio
         self.model_train_freq = model_train_freq
@@ -92,6 +100,7 @@ class ModelBased(Collecting):
         self.model_buffer_size = model_buffer_size
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
+        self.imagined_margin = imagined_margin
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
         #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
@@ -121,6 +130,8 @@ class ModelBased(Collecting):
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
         self._warned_of_termination = False
+        #: What the callback has warned of, and does not again.
+        self._warned_of: list[str] = []
         if self.reward_fn is not None:
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
@@ -129,11 +140,15 @@ class ModelBased(Collecting):
 
     def _make_dynamics(self) -> DynamicsModel:
         make = resolve(self.dynamics_class, "dynamics_class")
-        if not callable(make) or (isinstance(make, type) and not issubclass(make, DynamicsModel)):
+        is_class = isinstance(make, type) and issubclass(make, DynamicsModel) and not inspect.isabstract(make)
+        if not is_class and (isinstance(make, type) or not callable(make)):
             raise ValueError(f"dynamics_class={self.dynamics_class!r} must be a subclass of sb3_mbpo.DynamicsModel")
         obs_dim, action_dim = (int(np.prod(space.shape)) for space in (self.observation_space, self.action_space))
         kwargs = check_keywords(self.dynamics_kwargs or {}, make, "dynamics_kwargs")
-        return make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
+        dynamics = make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
+        if not isinstance(dynamics, DynamicsModel):
+            raise ValueError(f"dynamics_class={self.dynamics_class!r} made a {type(dynamics).__name__}, no DynamicsModel")
+        return dynamics
 
     def _find_termination(self) -> Any:
         """What ``termination_fn`` stands for in this env."""
@@ -142,9 +157,9 @@ class ModelBased(Collecting):
             if self.verbose >= 1:
                 print(reason)
             return "learned" if known is None else known
-        if self.termination_fn in (None, "learned"):
+        if self.termination_fn is None or (isinstance(self.termination_fn, str) and self.termination_fn == "learned"):
             return "learned"
-        if self.termination_fn == "never":
+        if isinstance(self.termination_fn, str) and self.termination_fn == "never":
             return NeverTerminates()
         termination = resolve(self.termination_fn, "termination_fn")
         dry_run(termination, "termination_fn", self.observation_space, self.action_space, self.device)
@@ -154,51 +169,6 @@ class ModelBased(Collecting):
     def lifetime_timesteps(self) -> int:
         """Env transitions of the agent's whole life: ``num_timesteps`` that no ``learn`` sets back. What is due goes by it."""
         return self._earlier_timesteps + self.num_timesteps
-
-    @property
-    def imagined_dynamics(self) -> DynamicsModel:
-        """What imagined transitions come from: the dynamics, with the rewards of ``reward_fn`` if there is one."""
-        if self.reward_fn is None:
-            return self.dynamics
-        reward_fn = resolve(self.reward_fn, "reward_fn")
-        return KnownReward(self.dynamics, lambda *transition: reward_fn(*self._in_env_terms(transition)))
-
-    @contextmanager
-    def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:
-        """Lends the policy, in evaluation mode, as ``branched_rollout`` wants it."""
-        training = self.policy.training
-        self.policy.set_training_mode(False)
-        try:
-            yield self._imagined_actions
-        finally:
-            self.policy.set_training_mode(training)
-            if self.use_sde:
-                self.actor.reset_noise(self.n_envs)  # type: ignore[operator]
-
-    def _imagined_actions(self, obs: th.Tensor) -> th.Tensor:
-        """
-        :param obs: raw observations ``(B, obs_dim)``
-        :return: actions of the stochastic policy in [-1, 1], ``(B, action_dim)``
-        """
-        if self.use_sde:
-            self.actor.reset_noise(len(obs))  # type: ignore[operator]
-        policy_obs = normalize_obs(obs.reshape(len(obs), *self.observation_space.shape), self._vec_normalize_env)
-        return self.policy._predict(policy_obs, deterministic=False).reshape(len(obs), -1)
-
-    def _in_env_terms(self, transition: tuple[th.Tensor, ...]) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        return in_env_terms(transition, self.observation_space, self.action_space)
-
-    def terminates(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        """
-        Which transitions end an imagined episode.
-
-        :param obs: raw observations ``(B, obs_dim)``
-        :param actions: in [-1, 1], ``(B, action_dim)``
-        :param next_obs: raw observations ``(B, obs_dim)``
-        :return: bool ``(B,)``
-        """
-        function = self.learned_termination if isinstance(self.termination, str) else self.termination
-        return function(*self._in_env_terms((obs, actions, next_obs)))
 
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """
@@ -239,13 +209,21 @@ class ModelBased(Collecting):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfModelBased:
-        """See SB3; ``tb_log_name`` is the name of the class unless given."""
+        """
+        See SB3; ``tb_log_name`` is the name of the class unless given.
+
+        :raises ValueError: an argument out of range
+        """
+        total_timesteps = read_learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         tb_log_name = tb_log_name or type(self).__name__
         # With the model off, the agent is the plain algorithm to the last bit, and so are the numbers.
         with flush_denormals() if self.real_ratio < 1 else nullcontext():
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.env is not None:
+            for warning in check_before_learning(self):
+                warnings.warn(warning, stacklevel=6)
         before = self.num_timesteps
         try:
             result = super()._setup_learn(total_timesteps, *args, **kwargs)

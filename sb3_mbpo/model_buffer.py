@@ -66,6 +66,10 @@ class ModelBuffer:
         self.expected = None if n_rows is None else len(self) + n_rows
         self.refills.append(0)
 
+    def drop_refill(self) -> None:
+        """Take the refill that was begun last back out; what left for it does not return, and would leave for it again."""
+        self.refills.pop()
+
     def add(self, transitions: ReplayBufferSamples) -> None:
         """
         Put transitions into the refill that was begun last.
@@ -130,3 +134,14 @@ class ModelBuffer:
         """
         ages = th.randint(len(self), (n_rows,), generator=generator, device=self.rows.device)
         return self.rows.index_select(0, self._places(ages))
+
+    def spread(self, n_rows: int) -> th.Tensor:
+        """:return: at most ``n_rows`` packed rows at even distances in age, the newest among them; nothing is drawn"""
+        n_rows = min(n_rows, len(self))
+        # Integers: float32 tells only the first 16 million apart.
+        ages = (th.arange(1, n_rows + 1, device=self.rows.device) * len(self)) // max(n_rows, 1) - 1
+        return self.rows.index_select(0, self._places(ages))
+
+    def rewards(self) -> th.Tensor:
+        """:return: those of all rows ``(N, 1)``, oldest first"""
+        return self.rows[:, -1:].index_select(0, self._places(th.arange(len(self), device=self.rows.device)))

@@ -1,13 +1,13 @@
 """The paper's dynamics: an ensemble of Gaussian networks over the reward and the change of the observation."""
 
-import copy
-import warnings
 from collections.abc import Sequence
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
+from sb3_mbpo.checks import ENSEMBLE_RULES, check_ensemble
+from sb3_mbpo.divergence import LastGood
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
 from sb3_mbpo.likelihood_gradient import Gradient, LikelihoodGradient, autograd_of
@@ -31,6 +31,7 @@ class ProbabilisticEnsemble(DynamicsModel):
     :param patience: epochs without a member improving that are tolerated
     :param min_improvement: relative fall of a member's hold-out error that counts as improving
     :param max_updates: most gradient steps in one fit, checked after each epoch; ``None``: only early stopping ends it
+    :param epoch_updates: most gradient steps of an epoch; of more data, an epoch sees a random part; ``None``: all of it
     :param target_mode: ``"delta"``: predict next_obs - obs (the paper); ``"next"``: predict next_obs
     :param normalize_targets: standardise each target dimension, so that reward and every observation weigh the same in loss,
         hold-out error and early stopping; ``False``: raw targets and their mean squared error (the paper)
@@ -58,16 +59,18 @@ class ProbabilisticEnsemble(DynamicsModel):
         patience: int = 5,
         min_improvement: float = 0.01,
         max_updates: int | None = 1000,
+        epoch_updates: int | None = None,
         target_mode: str = "delta",
         normalize_targets: bool = True,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in ENSEMBLE_RULES}
         super().__init__(obs_dim, action_dim, seed=seed, device=device)
-        self.n_elites = n_elites
-        self.batch_size = batch_size
+        check_ensemble(given)
+        self.n_elites, self.batch_size = n_elites, batch_size
         self.holdout_ratio, self.max_holdout = holdout_ratio, max_holdout
-        self.patience, self.min_improvement, self.max_updates = patience, min_improvement, max_updates
+        self.patience, self.min_improvement = patience, min_improvement
+        self.max_updates, self.epoch_updates = max_updates, epoch_updates
         self.target_mode, self.normalize_targets = target_mode, normalize_targets
-        self._check(n_members, list(net_arch), learning_rate, weight_decays)
 
         # The weights are drawn on the CPU, so that a seed means the same network on every device.
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
@@ -87,27 +90,6 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     holdout_errors: th.Tensor
 
-    def _check(self, n_members: int, net_arch: list[int], learning_rate: float, weight_decays: Sequence[float] | None) -> None:
-        def require(ok: bool, name: str, value: object, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"dynamics_kwargs: {name}={value!r} must be {expected}")
-
-        require(n_members >= 1, "n_members", n_members, "at least 1")
-        require(1 <= self.n_elites <= n_members, "n_elites", self.n_elites, f"between 1 and n_members={n_members}")
-        require(len(net_arch) > 0 and min(net_arch) >= 1, "net_arch", net_arch, "a list of layer sizes of at least 1")
-        require(learning_rate > 0, "learning_rate", learning_rate, "positive")
-        require(
-            weight_decays is None or (len(weight_decays) == len(net_arch) + 1 and min(weight_decays) >= 0),
-            *("weight_decays", weight_decays, f"{len(net_arch) + 1} numbers >= 0, one per layer, or None"),
-        )
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(0 < self.holdout_ratio < 1, "holdout_ratio", self.holdout_ratio, "between 0 and 1, both excluded")
-        require(self.max_holdout >= 1, "max_holdout", self.max_holdout, "at least 1")
-        require(self.patience >= 0, "patience", self.patience, "0 or more")
-        require(0 <= self.min_improvement < 1, "min_improvement", self.min_improvement, "at least 0 and below 1")
-        require(self.max_updates is None or self.max_updates >= 1, "max_updates", self.max_updates, "at least 1, or None")
-        require(self.target_mode in ("delta", "next"), "target_mode", self.target_mode, "'delta' or 'next'")
-
     def _decay_per_layer(self, weight_decays: Sequence[float] | None) -> list[float]:
         if weight_decays is not None:
             return list(weight_decays)
@@ -119,6 +101,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         groups = [{"params": [layer.weight], "weight_decay": decay} for layer, decay in decays]
         groups.append({"params": [layer.bias for layer in self.mlp.layers] + [self.min_log_variance, self.max_log_variance]})
         return th.optim.Adam(groups, lr=self.learning_rate, fused=True)
+
+    @property
+    def usable(self) -> bool:  # type: ignore[override]
+        """Whether enough members had a good fit; without one, nothing is imagined."""
+        return int(self.holdout_errors.isfinite().sum()) >= self.n_elites
 
     @property
     def elites(self) -> th.Tensor:
@@ -146,9 +133,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         :return: reward and next observation in the environment's units, same shape
         """
         raw = self.target_standardizer.inverse(targets)
-        if self.target_mode == "next":
-            return raw
-        return th.cat([raw[..., :1], raw[..., 1:] + obs], dim=-1)
+        return raw if self.target_mode == "next" else th.cat([raw[..., :1], raw[..., 1:] + obs], dim=-1)
 
     def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -220,8 +205,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         inputs = th.cat([obs, transitions.actions], dim=-1)
         targets = th.cat([transitions.rewards, next_obs - obs if self.target_mode == "delta" else next_obs], dim=-1)
         rows = th.randperm(len(inputs), generator=self.generator, device=inputs.device)
-        n_holdout = max(1, min(int(len(inputs) * self.holdout_ratio), self.max_holdout))
-        held_out, train = rows[:n_holdout], rows[n_holdout:]
+        held_out, train = rows.tensor_split([max(1, min(int(len(inputs) * self.holdout_ratio), self.max_holdout))])
         self.input_standardizer.fit(inputs[train])
         if self.normalize_targets:
             self.target_standardizer.fit(targets[train])
@@ -234,67 +218,63 @@ class ProbabilisticEnsemble(DynamicsModel):
             return LikelihoodGradient(self.mlp, (self.min_log_variance, self.max_log_variance))
         return autograd_of(self.negative_log_likelihood, self.parameters())
 
-    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient) -> float:
+    def _train_epoch(self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient) -> list[th.Tensor]:
         """
-        One pass of every member over its bootstrap, in a new order.
+        One pass of every member over its bootstrap, in a new order, or the first ``epoch_updates`` batches of it.
 
         :param bootstrap: rows of ``x`` and ``y`` per member, ``(members, N)``
-        :return: the mean loss
+        :return: the loss of each batch
         """
         shuffle = th.rand(bootstrap.shape, generator=self.generator, device=x.device).argsort(dim=1)
         losses = []
-        for rows in bootstrap.gather(1, shuffle).split(self.batch_size, dim=1):
+        for rows in bootstrap.gather(1, shuffle).split(self.batch_size, dim=1)[: self.epoch_updates]:
             losses.append(gradient(x[rows], y[rows]))
             self.optimizer.step()
-        return th.stack(losses).mean().item()
+        return losses
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
         """
         Train until no member improves on the hold-out set, then give each member its best weights back and rank them.
 
-        A fit that diverges (which warns) leaves everything as it was.
+        A fit that diverges (which warns, see ``divergence.py``) leaves everything as it was.
 
         :param transitions: see ``DynamicsModel.fit``; at least ``min_transitions``
         :param progress: called with a few words after each epoch
-        :return: ``train_loss``, ``holdout_error`` (mean over elites, standardised units), ``epochs``, ``elites``
+        :return: ``train_loss``, ``holdout_error`` (mean over elites), ``epochs``, ``updates``, ``elites``, ``diverged``
         :raises ValueError: too few transitions
         """
         if (n := len(transitions.observations)) < self.min_transitions:
             raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {n}")
-        x, y, x_holdout, y_holdout = self._split(transitions)
+        before, (x, y, x_holdout, y_holdout) = LastGood(self), self._split(transitions)
         bootstrap = th.randint(len(x), (len(self.holdout_errors), len(x)), generator=self.generator, device=x.device)
         # A loaded optimizer brings the settings of its time along.
         for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
             group["lr"], group["weight_decay"] = self.learning_rate, decay
-        before = copy.deepcopy((self.state_dict(), self.optimizer.state_dict()))
         weights = list(self.mlp.parameters())
-        best = [weight.detach().clone() for weight in weights]
-        best_error = th.full_like(self.holdout_errors, float("inf"))
-        epochs, updates, idle, loss, gradient = 0, 0, 0, float("nan"), self._gradient()
+        best, best_error = [weight.detach().clone() for weight in weights], th.full_like(self.holdout_errors, float("inf"))
+        epochs, updates, idle, gradient = 0, 0, 0, self._gradient()
         while idle <= self.patience and (self.max_updates is None or updates < self.max_updates):
-            loss = self._train_epoch(x, y, bootstrap, gradient)
-            epochs, updates = epochs + 1, updates + -(-len(x) // self.batch_size)
+            losses = self._train_epoch(x, y, bootstrap, gradient)
+            epochs, updates = epochs + 1, updates + len(losses)
             error = self._holdout_error(x_holdout, y_holdout)
             improved = error < best_error * (1 - self.min_improvement)
             idle = 0 if improved.any() else idle + 1
             best_error = th.where(improved, error, best_error)
-            best = [
-                th.where(improved.view(-1, 1, 1), weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)
-            ]
+            chosen = improved.view(-1, 1, 1)
+            best = [th.where(chosen, weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)]
             if progress is not None:
                 progress(f"fitting the dynamics, epoch {epochs}")
-        if not all(parameter.isfinite().all() for parameter in self.parameters()):
-            warnings.warn("The fit of the dynamics diverged; it keeps what it had before", stacklevel=2)
-            self.load_state_dict(before[0])
-            self.optimizer.load_state_dict(before[1])
-            best = [weight.detach().clone() for weight in weights]
+        finite = all(parameter.isfinite().all() for parameter in self.parameters())
         with th.no_grad():
             for kept, weight in zip(best, weights, strict=True):
                 weight.copy_(kept)
             self.holdout_errors.copy_(self._holdout_error(x_holdout, y_holdout).nan_to_num(nan=float("inf")))
+        diverged = float(before.settle(finite, y, x_holdout, y_holdout))
         return {
-            "train_loss": loss,
+            "train_loss": th.stack(losses).mean().item(),
             "holdout_error": self.holdout_errors[self.elites].mean().item(),
             "epochs": epochs,
+            "updates": updates,
+            "diverged": diverged,
             "elites": " ".join(str(i) for i in sorted(self.elites.tolist())),
         }

@@ -187,7 +187,7 @@ def origin(manifest: Mapping[str, Any]) -> Iterator[str]:
         "finished": manifest["created"],
         "each run": f"{arguments['steps']:,} env steps, {arguments['eval_episodes']} episodes every {arguments['eval_freq']:,}"
         f" steps, {arguments['threads']} PyTorch thread{'' if arguments['threads'] == 1 else 's'}, "
-        f"up to {arguments['workers'] or 'any number of'} runs at a time",
+        f"{'up to ' + str(arguments['workers']) if arguments['workers'] else 'as many as fit'} runs at a time",
         "versions": escape(", ".join(f"{name} {spoken(version)}" for name, version in versions.items())),
         "hardware": escape(", ".join(f"{name}: {spoken(value)}" for name, value in hardware.items() if value)),
         "commit": escape(spoken(manifest["commit"] or "not from a git checkout")),

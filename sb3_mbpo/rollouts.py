@@ -6,7 +6,11 @@ from dataclasses import dataclass
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from sb3_mbpo.checks import is_number, is_whole, shown, whole
 from sb3_mbpo.dynamics import DynamicsModel
+
+# Longer than any time limit, and a slip.
+MOST_STEPS = 10_000
 
 RolloutSchedule = Callable[[int], int]
 
@@ -69,9 +73,8 @@ class LinearSchedule:
 
     def __post_init__(self) -> None:
         for name in ("min_length", "max_length", "start", "end"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"rollout_schedule: {name}={value!r} must be a whole number")
+            length = name.endswith("length")
+            whole(1 if length else 0, MOST_STEPS if length else None).check(f"rollout_schedule: {name}", getattr(self, name))
         if not 1 <= self.min_length <= self.max_length:
             raise ValueError(
                 f"rollout_schedule: min_length={self.min_length} and max_length={self.max_length} must satisfy "
@@ -102,14 +105,18 @@ def make_schedule(spec: int | dict[str, int] | RolloutSchedule) -> RolloutSchedu
     """
     keys = ["min_length", "max_length", "start", "end"]
     if isinstance(spec, dict):
-        if sorted(spec) != sorted(keys):
-            raise ValueError(f"rollout_schedule={spec!r} must have exactly the keys {', '.join(keys)}")
+        if set(spec) != set(keys):
+            raise ValueError(f"rollout_schedule={shown(spec)} must have exactly the keys {', '.join(keys)}")
         return LinearSchedule(**spec)
-    if isinstance(spec, int) and not isinstance(spec, bool):
+    if is_whole(spec, 1, MOST_STEPS):
+        assert isinstance(spec, int)
         return LinearSchedule(spec, spec, 0, 0)
     if callable(spec):
         return spec
-    raise ValueError(f"rollout_schedule={spec!r} must be a length, a mapping with {', '.join(keys)}, or a callable")
+    raise ValueError(
+        f"rollout_schedule={shown(spec)} must be a length, a whole number of at least 1 and at most {MOST_STEPS:,}; a mapping "
+        f"with {', '.join(keys)}; or a callable from env transitions to a length"
+    )
 
 
 def rollout_length(spec: int | dict[str, int] | RolloutSchedule, num_timesteps: int) -> int:
@@ -120,7 +127,14 @@ def rollout_length(spec: int | dict[str, int] | RolloutSchedule, num_timesteps: 
     :param num_timesteps: env transitions of the agent's life
     :raises ValueError: the schedule is none, or says something else than a whole number of at least 1
     """
-    length = make_schedule(spec)(num_timesteps)
-    if not (1 <= length < float("inf") and int(length) == length):
-        raise ValueError(f"rollout_schedule: {spec!r} gives {length!r} at step {num_timesteps}, not a whole number >= 1")
+    schedule = make_schedule(spec)
+    expected = f"not a whole number >= 1 and at most {MOST_STEPS:,}"
+    try:
+        length = schedule(num_timesteps)
+    except Exception as error:
+        raise ValueError(
+            f"rollout_schedule={shown(spec)} raises {type(error).__name__}: {error} at step {num_timesteps}, {expected}"
+        ) from error
+    if not is_number(length, 1, MOST_STEPS) or int(length) != length:
+        raise ValueError(f"rollout_schedule={shown(spec)} gives {shown(length)} at step {num_timesteps}, {expected}")
     return int(length)

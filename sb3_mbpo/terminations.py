@@ -4,10 +4,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import gymnasium as gym
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
@@ -233,53 +232,6 @@ def in_env_terms(
     low, high = (th.as_tensor(bound, dtype=th.float32, device=obs.device) for bound in (action_space.low, action_space.high))
     scaled = low + 0.5 * (actions.reshape(-1, *low.shape) + 1) * (high - low)
     return obs.reshape(-1, *observation_space.shape), scaled, next_obs.reshape(-1, *observation_space.shape)
-
-
-def _made_up(space: spaces.Box, n: int, generator: th.Generator, device: th.device | str) -> th.Tensor:
-    """:return: ``(n, *space.shape)``: uniform where the bounds are near, else standard normal, inside the bounds"""
-    low, high = (th.as_tensor(bound, dtype=th.float64) for bound in (space.low, space.high))
-    wide = (high - low > 1e6) | ~(high - low).isfinite()
-    uniform = low.nan_to_num() + (high - low).nan_to_num() * th.rand(n, *space.shape, dtype=th.float64, generator=generator)
-    normal = th.randn(n, *space.shape, dtype=th.float64, generator=generator)
-    return th.where(wide, normal, uniform).clamp(low, high).to(device, th.float32)
-
-
-def dry_run(
-    fn: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
-    name: str,
-    observation_space: spaces.Box,
-    action_space: spaces.Box,
-    device: th.device | str,
-    returns: Literal["bool", "float"] = "bool",
-) -> None:
-    """
-    Call a user's ``termination_fn`` or ``reward_fn`` once on made-up transitions and check what comes back.
-
-    :param name: the argument of MBPO, for the message
-    :param device: where the transitions are
-    :param returns: the dtype that is asked for; a float may be of any precision and must be finite
-    :raises ValueError: if the function raises or returns anything but a tensor ``(B,)`` of that dtype on that device
-    """
-    n = 13
-    generator = th.Generator().manual_seed(0)
-    obs, next_obs = (_made_up(observation_space, n, generator, device) for _ in range(2))
-    actions = _made_up(action_space, n, generator, device)
-    who = f"{name}={getattr(fn, '__qualname__', None) or repr(fn)}"
-    expected = f"from (obs, actions, next_obs) it must return a {returns} tensor of shape (B,), here ({n},), on {obs.device}"
-    try:
-        with th.no_grad():
-            result = fn(obs, actions, next_obs)
-    except Exception as error:
-        raise ValueError(f"{who} raised {type(error).__name__}: {error} in a dry run; {expected}") from error
-    if not isinstance(result, th.Tensor):
-        raise ValueError(f"{who} returned {type(result).__name__}; {expected}")
-    fits = result.dtype == th.bool if returns == "bool" else result.dtype.is_floating_point
-    if not fits or result.shape != (n,) or result.device != obs.device:
-        raise ValueError(f"{who} returned {result.dtype} of shape {tuple(result.shape)} on {result.device}; {expected}")
-    # Made-up observations of an unbounded space may be none that a function is made for.
-    bounded = bool(np.isfinite(observation_space.low).all() and np.isfinite(observation_space.high).all())
-    if bounded and not result.isfinite().all():
-        raise ValueError(f"{who} returned non-finite values for observations and actions inside the spaces; {expected}")
 
 
 def disagreement(predicted: th.Tensor, terminated: th.Tensor) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch as th
 from stable_baselines3 import TD3
 
+from sb3_mbpo.checks import whole
 from sb3_mbpo.model_based import ModelBased
 
 
@@ -41,6 +42,14 @@ else:
 
     class MBTQC(ModelBased, TQC):
         """TQC that also learns from imagined transitions."""
+
+        def _setup_model(self) -> None:
+            super()._setup_model()
+            # Of a number below zero, TQC would go on with what the wrong end of a slice leaves.
+            rule = whole(0, self.critic.n_quantiles - 1)
+            rule.check(
+                "top_quantiles_to_drop_per_net", self.top_quantiles_to_drop_per_net, ", below n_quantiles of policy_kwargs"
+            )
 
         def to_tqc(self) -> TQC:
             """:return: a plain TQC as trained so far, on the same env, with an empty replay buffer"""

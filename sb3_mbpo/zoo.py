@@ -2,7 +2,9 @@
 The RL Zoo with MBPO in it: ``python -m sb3_mbpo.zoo COMMAND ...``, also installed as the command ``sb3_mbpo``.
 
 COMMAND is a script of the Zoo and takes the Zoo's own options: train, enjoy, record_video, record_training, benchmark,
-push_to_hub, load_from_hub, all_plots (in short: plot), plot_from_file, plot_train.
+push_to_hub, load_from_hub, all_plots (in short: plot), plot_from_file, plot_train. One is ours: with --checkpoints FOLDER,
+train saves everything there now and then, and the same command goes on where it was cut; after SIGTERM, SIGINT or SIGUSR1 it
+saves and ends with exit code 75.
 Algorithms: those of the Zoo and mbpo, mbtd3, mbtqc, mbcrossq. Settings per task: those of this package, unless -conf is given.
 """
 
@@ -83,6 +85,14 @@ def mend_hub() -> None:
         hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
 
 
+def without_checkpoints(options: list[str]) -> tuple[list[str], Path | None]:
+    """:return: the Zoo's own options, and the folder of ``--checkpoints``, if it was given"""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoints", type=Path)
+    given, others = parser.parse_known_args(options)
+    return others, given.checkpoints
+
+
 def prepare(
     command: str, options: list[str], stack: ExitStack, experiment: Callable[..., Experiment] = Experiment
 ) -> list[str]:
@@ -101,6 +111,14 @@ def prepare(
     parser.add_argument("--benchmark-dir", default="logs/benchmark/")
     given, _ = parser.parse_known_args(options)
     register()
+    if command == "train":
+        options, checkpoints = without_checkpoints(options)
+        if checkpoints is not None:
+            if given.algo not in ALGORITHMS:
+                raise SystemExit(f"--checkpoints works with {', '.join(ALGORITHMS)}, not with {given.algo}")
+            if {"-optimize", "--optimize-hyperparameters"} & set(options):
+                raise SystemExit("--checkpoints is for one run; a search with -optimize goes on through its --storage")
+            experiment = partial(experiment, checkpoints=checkpoints)
     if command not in PLOTS and given.env.startswith("dm_control/"):
         if find_spec("dm_control") is None:
             raise SystemExit(f"{given.env} needs the DeepMind control suite: pip install sb3_mbpo[dm-control]")

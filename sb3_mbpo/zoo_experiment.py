@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import ProgressBarCallback
 
 from sb3_mbpo.arguments import numbers_in
 from sb3_mbpo.mbpo import MBPO
+from sb3_mbpo.resume_callback import ResumeCallback
 from sb3_mbpo.variants import MBTD3, MBTQC, MBCrossQ
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mbpo": MBPO, "mbtd3": MBTD3, "mbtqc": MBTQC, "mbcrossq": MBCrossQ}
@@ -26,6 +27,8 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mbpo": MBPO, "mbtd3": MBTD3, "mbt
 # Evaluations in a run whose budget is below the Zoo's interval of 25,000 steps, and in a trial, where the Zoo makes one per
 # 100,000 steps: too few for budgets this small to choose a best agent or to prune by.
 FEWEST_EVALUATIONS = 10
+# Exit code of a run that a signal ended and that can go on: EX_TEMPFAIL of sysexits.h.
+INTERRUPTED = 75
 
 
 def hyperparams_folder() -> Path:
@@ -114,7 +117,10 @@ class BareWords(StoreDict):
 class Experiment(rl_zoo3.exp_manager.ExperimentManager):
     """The Zoo's experiment, minus its traps for algorithms that it does not know; for others it is the Zoo's."""
 
-    def __init__(self, args: argparse.Namespace, algo: str, env_id: str, *rest: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, args: argparse.Namespace, algo: str, env_id: str, *rest: Any, checkpoints: Path | None = None, **kwargs: Any
+    ) -> None:
+        self.checkpoints = checkpoints
         self.ours = algo in ALGORITHMS
         kwargs["config"] = settings_file(kwargs.get("config"), algo)
         if self.ours and kwargs.get("n_evaluations") is None:
@@ -191,9 +197,17 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         # The Zoo would begin again with random actions, which an agent with its data does not need. Without them it does:
         # it would spoil its critic on a handful of transitions.
         goes_on = self.continue_training and model.replay_buffer.size() > 0
+        every = min(max(int(self.n_timesteps) // FEWEST_EVALUATIONS, 1), 5_000)
+        resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, every, verbose=self.verbose)
+        callbacks = self.callbacks if resume is None else [*self.callbacks, resume]
+        finished = False
         try:
-            model.learn(self.n_timesteps, callback=self.callbacks, reset_num_timesteps=not goes_on, **log_interval)
+            model.learn(self.n_timesteps, callback=callbacks, reset_num_timesteps=not goes_on, **log_interval)
+            finished = True
         except KeyboardInterrupt:
+            if resume is not None:
+                # The second one: at once.
+                raise
             # The Zoo saves what there is.
             for callback in self.callbacks:
                 if isinstance(callback, ProgressBarCallback):
@@ -201,3 +215,6 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         finally:
             with suppress(EOFError):
                 model.env.close()
+        if resume is not None and resume.interrupted is not None and finished:
+            print(f"{resume.interrupted}: saved in {self.checkpoints}; the same command goes on from there")
+            raise SystemExit(INTERRUPTED)

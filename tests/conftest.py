@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from tiny import FAST
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +25,15 @@ th.set_num_threads(1)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MuJoCo writes its warnings, such as that of HalfCheetah's XML file, to a file in the current folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def same_settings_for_all() -> Iterator[None]:
+    """Plain SB3 writes into the dictionaries it is given."""
+    before = copy.deepcopy(FAST)
+    yield
+    FAST.clear()
+    FAST.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 import collections
+import inspect
 
 import numpy as np
 import pytest
-from gymnasium import spaces
 
-from sb3_mbpo import arguments
+from sb3_mbpo import MBPO, arguments
 
 
 def test_resolve():
@@ -20,7 +20,18 @@ def test_resolve_nothing(name):
 
 @pytest.mark.parametrize(
     ("value", "default", "expected"),
-    [("1e-3", 0.5, 1e-3), ("1e6", 1, 10**6), (1e6, 1, 10**6), ("7", 1, 7), (3, 0.5, 3), ([1], 1, [1]), (None, 1, None)],
+    [
+        (np.int64(7), 1, 7),
+        (np.float32(1e6), 1, 10**6),
+        (np.float32(0.5), 0.1, 0.5),
+        ("1e-3", 0.5, 1e-3),
+        ("1e6", 1, 10**6),
+        (1e6, 1, 10**6),
+        ("7", 1, 7),
+        (3, 0.5, 3),
+        ([1], 1, [1]),
+        (None, 1, None),
+    ],
 )
 def test_as_number(value, default, expected):
     result = arguments.as_number(value, "x", default)
@@ -46,51 +57,45 @@ def test_keywords():
         arguments.check_keywords({"rat": 1}, make, "kwargs")
     with pytest.raises(ValueError, match="no key 'seed'"):
         arguments.check_keywords({"seed": 1}, make, "kwargs")
-    with pytest.raises(ValueError, match="must be a mapping"):
-        arguments.check_keywords([1], make, "kwargs")
+    with pytest.raises(ValueError, match=r"did you mean 'rate'\?"):
+        arguments.check_keywords({"rat": 1}, make, "kwargs")
+    for nothing in ([1], 0, "rate"):
+        with pytest.raises(ValueError, match=r"kwargs=.* must be a mapping"):
+            arguments.check_keywords(nothing, make, "kwargs")
+    with pytest.raises(ValueError, match="kwargs has no key 3"):
+        arguments.check_keywords({3: 1}, lambda **kwargs: None, "kwargs")
     assert arguments.check_keywords({"anything": 1}, lambda **kwargs: None, "kwargs") == {"anything": 1}
 
 
-BOX = spaces.Box(-1, 1, (3,), np.float32)
-
-
 @pytest.mark.parametrize(
-    ("observation_space", "action_space", "message"),
+    ("value", "expected"),
     [
-        (spaces.Dict({"a": BOX}), BOX, "Dict.*FlattenObservation"),
-        (spaces.Discrete(3), BOX, "observation space Discrete"),
-        (spaces.MultiBinary(3), BOX, "observation space MultiBinary"),
-        (spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, "no image"),
-        (BOX, spaces.Discrete(2), "action space Discrete.*use DQN or PPO"),
-        (BOX, spaces.MultiDiscrete([2, 3]), "action space MultiDiscrete"),
-        (BOX, spaces.Box(-np.inf, np.inf, (2,)), "unbounded.*finite low and high"),
-        (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, np.inf], np.float32)), "unbounded"),
-        (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, 0], np.float32)), "low = high.*TransformAction"),
+        ("1e-3", 1e-3),
+        ("1e6", 10**6),
+        ("text", "text"),
+        (np.float64(0.5), 0.5),
+        (np.int64(3), 3),
+        (["8", {"a": "2"}], [8, {"a": 2}]),
+        (("1", "step"), (1, "step")),
+        (None, None),
     ],
 )
-def test_refused_spaces(observation_space, action_space, message):
-    with pytest.raises(ValueError, match=f"env: (?s:.*){message}"):
-        arguments.check_spaces(observation_space, action_space)
+def test_numbers_in(value, expected):
+    result = arguments.numbers_in(value)
+    assert result == expected and type(result) is type(expected)
 
 
-def test_accepted_spaces():
-    arguments.check_spaces(spaces.Box(-np.inf, np.inf, (2, 3), np.float64), spaces.Box(-2, 5, (2, 2)))
-    arguments.check_spaces(spaces.Box(0, 9, (4,), np.int64), BOX)
+def test_unknown_keywords():
+    signature = inspect.signature(lambda policy, env, gamma=0.99: None)
+    arguments.check_names({"gamma": 1}, signature, dict)
+    with pytest.raises(TypeError, match=r"MBPO\(\) got an unexpected keyword argument 'gama'; did you mean 'gamma'\?"):
+        arguments.check_names({"gama": 1}, signature, MBPO)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'xyz'$"):
+        arguments.check_names({"xyz": 1}, signature, MBPO)
+    arguments.check_names({"gama": 1}, inspect.signature(lambda **kwargs: None), MBPO)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "three", None])
-def test_counts(value):
-    with pytest.raises(ValueError, match=r"retained_rollouts=.* whole number of at least 1"):
-        arguments.check_counts(retained_rollouts=value)
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "half", None, True])
-def test_ratios(value):
-    with pytest.raises(ValueError, match=r"real_ratio=.* between 0"):
-        arguments.check_ratio("real_ratio", value)
-
-
-def test_legal_counts_and_ratios():
-    arguments.check_counts(a=1, b=np.int64(5))
-    for value in (0, 1, 0.05, np.float32(0.5)):
-        arguments.check_ratio("real_ratio", value)
+@pytest.mark.parametrize("steps", [5, 5.0, "5", np.int32(5), np.float32(5)])
+def test_forms_of_total_timesteps(steps):
+    result = arguments.read_learn(steps, None, 4, None, True, False)
+    assert result == 5 and type(result) is int

@@ -1,9 +1,11 @@
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -174,7 +176,8 @@ def test_what_is_logged(tmp_path):
     model.learn(200, log_interval=1)
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     expected = "train_loss holdout_error epochs elites fit_seconds rollout_seconds rollout_length real_buffer_size "
-    expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement"
+    expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement "
+    expected += "updates diverged dropped clipped q_mean q_max q_bound"
     assert {f"dynamics/{name}" for name in expected.split()} == {name for name in header if name.startswith("dynamics/")}
     assert all(len(name) <= 33 for name in header)
     values = model.logger.name_to_value
@@ -258,3 +261,71 @@ def test_no_memory_at_all_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(Cramped, "room", 30)
     model.learn(5, reset_num_timesteps=False)
     assert list(model.replay_buffer.model_buffer.refills) == [0, 30]
+
+
+# ---------------------------------------------------------------------- a model that goes bad
+
+
+class Breaks(Recorder):
+    """Predicts no number where the first observation is below ``limit``."""
+
+    limit = float("inf")
+
+    def sample(self, obs, actions):
+        next_obs, rewards = super().sample(obs, actions)
+        next_obs[obs[:, 0] < self.limit] = th.nan
+        return next_obs, rewards
+
+
+def test_dropped_rows_are_counted_and_warned_of_once():
+    model = agent(dynamics_class=Breaks, rollout_batch_size=200)
+    model.dynamics.limit = 0.0
+    with pytest.warns(UserWarning, match=r"\d+ of 200 imagined transitions were not finite and were left out") as caught:
+        model.learn(40)
+    assert model.dynamics.fits == [21, 30, 40] and len(caught) == 1
+    rows, refills = model.replay_buffer.model_buffer.contents()
+    assert rows.isfinite().all() and (rows[:, 0] >= 0).all()
+    dropped = model.logger.name_to_value["dynamics/dropped"]
+    assert 0 < dropped < 200 and refills[-1] == 200 - dropped
+    model.learn(10, reset_num_timesteps=False)
+    loaded_anew = agent(dynamics_class=Breaks)
+    assert model._warned_of == ["dropped"] and loaded_anew._warned_of == []
+
+
+def test_with_everything_dropped_sac_goes_on_with_real_data():
+    """The model buffer is empty but in order, batches are all real, and the next good refill is used."""
+    model = agent(dynamics_class=Breaks, rollout_batch_size=50, retained_rollouts=2)
+    with pytest.warns(UserWarning, match="50 of 50 .*; nothing new is imagined until the next fit"):
+        model.learn(35)
+    buffer = model.replay_buffer
+    assert model.dynamics.fits == [21, 30] and list(buffer.model_buffer.refills) == [0, 0] and model._n_updates == 15
+    assert model.logger.name_to_value["dynamics/dropped"] == 50 and model.logger.name_to_value["dynamics/real_share"] == 1
+    assert buffer.real_rows(16) == 16 and buffer.sample(16).observations.shape == (16, 3)
+    model.dynamics.limit = -2.0
+    model.learn(10, reset_num_timesteps=False)
+    assert list(buffer.model_buffer.refills) == [0, 50] and model.logger.name_to_value["dynamics/dropped"] == 0
+    assert buffer.real_rows(16) == 0 and buffer.sample(16).observations.isfinite().all()
+
+
+def test_with_an_empty_model_buffer_batches_are_sb3s():
+    model = agent(dynamics_class=Breaks)
+    with pytest.warns(UserWarning, match="not finite"):
+        model.learn(25)
+    batches = []
+    for sample in (model.replay_buffer.sample, partial(ReplayBuffer.sample, model.replay_buffer)):
+        np.random.seed(5)
+        batches.append(sample(16))
+    assert all(th.equal(a, b) for a, b in zip(*(batch[:5] for batch in batches), strict=True))
+
+
+def test_a_model_that_is_not_usable_yet():
+    class Later(Recorder):
+        usable = False
+
+    model = agent(dynamics_class=Later)
+    model.learn(35)
+    assert model.dynamics.fits == [21, 30] and list(model.replay_buffer.model_buffer.refills) == [0, 0]
+    assert "dynamics/rollout_length" not in model.logger.name_to_value
+    model.dynamics.usable = True
+    model.learn(10, reset_num_timesteps=False)
+    assert list(model.replay_buffer.model_buffer.refills) == [0, 0, 30]

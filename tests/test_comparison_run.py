@@ -128,6 +128,16 @@ def test_cut_run_is_not_finished(zoo: ModuleType, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_begin_keeps_checkpoints_of_the_same_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RUN.begin(folder)
+    (folder / "checkpoints").mkdir()
+    dataclasses.replace(RUN, command="another").begin(folder)
+    assert (folder / "checkpoints").exists()
+    dataclasses.replace(RUN, steps=31).begin(folder)
+    assert not (folder / "checkpoints").exists()
+
+
 # Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
 def test_run(tmp_path: Path) -> None:
@@ -148,3 +158,36 @@ def test_run(tmp_path: Path) -> None:
     assert {row["algorithm"] for row in rows} == {"mbpo:tau=0.01"}
     # Where the Zoo's other commands find it.
     assert (folder / "mbpo" / "Pendulum-v1_1" / "Pendulum-v1.zip").is_file()
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "sb3_mbpo.comparison_run", str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.expensive
+@pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """Killed after a checkpoint, and after evaluations beyond it: the evaluations in the end are those of a run in one go."""
+    run = dataclasses.replace(RUN, steps=600, eval_freq=60)
+
+    def evaluations(folder: Path) -> list[list[str]]:
+        with (folder / "evaluations.csv").open(newline="") as file:
+            return [row[:7] for row in csv.reader(file)]
+
+    for name in ("whole", "cut"):
+        run.begin(tmp_path / name)
+        process = start(tmp_path / name)
+        if name == "cut":
+            while not list((tmp_path / name).glob("checkpoints/*-step-*")) and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(0.5)
+            process.kill()
+            process.wait()
+            assert not run.is_finished(tmp_path / name)
+            run.begin(tmp_path / name)
+            process = start(tmp_path / name)
+        assert process.wait() == 0 and run.is_finished(tmp_path / name)
+        assert not (tmp_path / name / "checkpoints").exists()
+    assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "whole")
+    assert len(evaluations(tmp_path / "whole")) == 23

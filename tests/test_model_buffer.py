@@ -100,3 +100,35 @@ def test_restored_by_a_buffer_with_other_limits():
         other.add(imagined([99]))
         other.restore(*full.contents())
         assert list(other.refills) == expected and contents(other) == list(range(40 - sum(expected), 40))
+
+
+def test_a_refill_taken_back_and_repeated():
+    """Whatever part of it was there: after the whole one, the buffer holds what it would have held at once."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        limits = {"retained_rollouts": int(rng.integers(1, 4)), "max_rows": [None, 25][rng.integers(2)]}
+        once, twice = ModelBuffer(3, 2, **limits), ModelBuffer(3, 2, **limits)
+        for i, size in enumerate(rng.integers(0, 20, size=5)):
+            values = list(range(100 * i, 100 * i + size))
+            twice.begin_refill()
+            twice.add(imagined(values[: size // 2]))
+            twice.drop_refill()
+            for buffer in (once, twice):
+                buffer.begin_refill()
+                buffer.add(imagined(values))
+            assert contents(once) == contents(twice)
+            assert list(once.refills) == list(twice.refills)
+
+
+def test_spread_and_rewards():
+    """At even distances in age, whatever the ring has been through; nothing is drawn, nothing changed."""
+    buffer = ModelBuffer(1, 1, retained_rollouts=2)
+    for first in (0, 100, 200):
+        buffer.begin_refill()
+        rows = th.arange(first, first + 100).float().unsqueeze(1)
+        buffer.add(ReplayBufferSamples(rows, rows, rows, rows, -rows))
+    assert buffer.spread(4)[:, 0].tolist() == [149, 199, 249, 299]
+    assert buffer.spread(1000)[:, 0].tolist() == list(range(100, 300)) and buffer.spread(1000).shape == (200, 5)
+    assert buffer.rewards().tolist() == [[-float(i)] for i in range(100, 300)]
+    empty = ModelBuffer(1, 1)
+    assert empty.spread(4).shape == (0, 5) and empty.rewards().shape == (0, 1)

@@ -189,6 +189,26 @@ def test_bounded_work(max_updates, epochs):
     assert metrics["epochs"] == epochs
 
 
+def test_an_epoch_of_much_data():
+    """With a bound on an epoch, it is as many batches of a random part; with fewer than that, all of the data as ever."""
+    data, seen = linear_system(1000), []
+    bounded = ProbabilisticEnsemble(3, 2, max_updates=6, epoch_updates=2, **SMALL)
+    gradient = bounded._gradient()
+
+    def spy(x, y):
+        seen.append(x[0])
+        return gradient(x, y)
+
+    bounded._gradient = lambda: spy
+    metrics = bounded.fit(data)
+    assert (metrics["epochs"], metrics["updates"]) == (3, 6)
+    batches = [{tuple(row) for row in batch.tolist()} for batch in seen]
+    # Drawn anew: the epochs' parts are not one and the same.
+    assert batches[0] | batches[1] != batches[2] | batches[3]
+    wide, unbounded = (ProbabilisticEnsemble(3, 2, max_updates=12, epoch_updates=bound, **SMALL) for bound in (4, None))
+    assert wide.fit(data) == unbounded.fit(data)
+
+
 def test_patience_ends_a_fit():
     metrics = ProbabilisticEnsemble(3, 2, patience=2, min_improvement=0.999, **SMALL).fit(linear_system(100))
     # Nothing after the first epoch improves by so much.

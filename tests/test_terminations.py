@@ -1,6 +1,5 @@
 """Known rules against the real envs, the look-up through wrappers and workers, and the audits."""
 
-import copy
 import dataclasses
 import json
 import pickle
@@ -13,7 +12,6 @@ import mujoco
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.error import DependencyNotInstalled
 from stable_baselines3.common.env_util import make_vec_env
@@ -34,7 +32,6 @@ from sb3_mbpo.terminations import (
     NeverTerminates,
     TipFalls,
     disagreement,
-    dry_run,
     known_termination,
 )
 
@@ -344,73 +341,6 @@ def test_workers_survive_what_cannot_be_pickled_or_printed() -> None:
 
 
 # ---------------------------------------------------------------- audits
-
-OBS = spaces.Box(np.array([-1.0, -np.inf, 0.0]), np.array([1.0, np.inf, np.inf]), dtype=np.float64)
-ACTION = spaces.Box(-2.0, 3.0, (2,))
-
-
-def test_dry_run_hands_out_what_the_spaces_allow() -> None:
-    seen = []
-
-    def fn(obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        seen.extend([obs, actions, next_obs])
-        return obs[:, 0] > 0
-
-    OBS.seed(3)
-    before, space_before = th.get_rng_state(), copy.deepcopy(OBS)
-    dry_run(fn, "termination_fn", OBS, ACTION, "cpu")
-    obs, actions, next_obs = seen
-    assert obs.shape == next_obs.shape == (len(obs), 3) and actions.shape == (len(obs), 2)
-    assert all(x.dtype == th.float32 and x.isfinite().all() for x in seen)
-    assert obs[:, 0].abs().max() <= 1 and obs[:, 2].min() >= 0 and obs[:, 1].abs().max() > 1
-    assert actions.min() >= -2 and actions.max() <= 3 and actions.max() > 1
-    assert th.equal(th.get_rng_state(), before)
-    assert np.array_equal(OBS.sample(), space_before.sample())
-
-
-@pytest.mark.parametrize(
-    ("fn", "returns", "words"),
-    [
-        (lambda o, a, n: o[:, :1] > 0, "bool", "shape (13, 1)"),
-        (lambda o, a, n: (o > 0).all(), "bool", "shape ()"),
-        (lambda o, a, n: o[:, 0], "bool", "torch.float32"),
-        (lambda o, a, n: (o[:, 0] > 0).float(), "bool", "torch.float32"),
-        (lambda o, a, n: (o[:, 0] > 0).numpy(), "bool", "returned ndarray"),
-        (lambda o, a, n: None, "bool", "returned NoneType"),
-        (lambda o, a, n: th.zeros(13, dtype=th.bool, device="meta"), "bool", "on meta"),
-        (lambda o, a, n: o[:, 7] > 0, "bool", "raised IndexError"),
-        (lambda o, a: o[:, 0] > 0, "bool", "raised TypeError"),
-        (lambda o, a, n: o[:, 0] > 0, "float", "torch.bool"),
-        (lambda o, a, n: o, "float", "shape (13, 3)"),
-    ],
-)
-def test_dry_run_refuses(fn: Any, returns: Any, words: str) -> None:
-    name = "termination_fn" if returns == "bool" else "reward_fn"
-    with pytest.raises(ValueError) as error:
-        dry_run(fn, name, OBS, ACTION, "cpu", returns)
-    message = str(error.value)
-    assert message.startswith(f"{name}=test_dry_run") or message.startswith(f"{name}=<lambda>")
-    assert words in message and f"must return a {returns} tensor of shape (B,)" in message
-    assert (error.value.__cause__ is not None) == ("raised" in words)
-
-
-def test_dry_run_and_non_finite_values() -> None:
-    """Refused where any observation may come; made-up ones of an unbounded space may be none the function is made for."""
-
-    def log_of_room(obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        return (obs[:, 0] - 2).log()
-
-    with pytest.raises(ValueError, match="non-finite"):
-        dry_run(log_of_room, "reward_fn", spaces.Box(-1, 1, (3,)), ACTION, "cpu", "float")
-    dry_run(log_of_room, "reward_fn", OBS, ACTION, "cpu", "float")
-
-
-def test_dry_run_accepts() -> None:
-    dry_run(NeverTerminates(), "termination_fn", OBS, ACTION, "cpu")
-    dry_run(lambda o, a, n: a[:, 0] > n[:, 0], "termination_fn", OBS, ACTION, "cpu", "bool")
-    dry_run(lambda o, a, n: o[:, 0].double(), "reward_fn", OBS, ACTION, "cpu", "float")
-    huge = spaces.Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (3,))
-    dry_run(lambda o, a, n: o.square().sum(1), "reward_fn", huge, ACTION, "cpu", "float")
 
 
 def flags(n: int, *true: int) -> th.Tensor:

@@ -1,9 +1,12 @@
 """The commands, as a user types them: each in a process of its own, on tiny budgets."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -114,20 +117,50 @@ def test_search_shared_by_two_processes(tmp_path: Path) -> None:
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     code = f"""
+import json
 import optuna
 from optuna.storages.journal import JournalFileBackend
 study = optuna.load_study(study_name="demo", storage=optuna.storages.JournalStorage(JournalFileBackend({study[1]!r})))
-print(len(study.trials), sorted(trial.state.name for trial in study.trials), len(study.trials[0].intermediate_values))
-print(study.trials[0].params["rollout_schedule"])
+trials = {"COMPLETE": [], "PRUNED": []}
+for trial in study.trials:
+    trials[trial.state.name].append(len(trial.intermediate_values))
+print(json.dumps([trials, study.trials[0].params["rollout_schedule"]]))
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    summary, schedule = result.stdout.splitlines()
-    # Ten evaluations of the first trial, which nothing can prune.
-    assert summary.startswith("3 [") and set(eval(summary[2:-3])) <= {"COMPLETE", "PRUNED"} and summary.endswith(" 10")
+    trials, schedule = json.loads(result.stdout)
+    # Two processes: any trial may be the one that ends first and that nothing can prune. It has ten evaluations.
+    assert len(trials["COMPLETE"] + trials["PRUNED"]) == 3
+    assert trials["COMPLETE"] and set(trials["COMPLETE"]) == {10} and max(trials["PRUNED"], default=0) < 10
     run(tmp_path, *TRAIN, *study, "--trial-id", "0", "--eval-freq", "-1", "-params", *fast)
     *_, folder = sorted((tmp_path / "logs" / "mbpo").glob("Pendulum-v1_?"))
     config = yaml.unsafe_load((folder / "Pendulum-v1" / "config.yml").read_text())
-    assert config["rollout_schedule"] == int(schedule) and config["n_timesteps"] == 2500
+    assert config["rollout_schedule"] == schedule and config["n_timesteps"] == 2500
+
+
+@pytest.mark.expensive
+def test_checkpoints(tmp_path: Path) -> None:
+    """SIGTERM ends a run with a code of its own; the same command goes on and ends where an undisturbed one ends."""
+    command = [*TRAIN, "-n", "1500", "--eval-freq", "500", "--checkpoints"]
+    process = start(tmp_path, *command, "saved", "-params", *TINY)
+    while process.poll() is None and not list(tmp_path.glob("logs/mbpo/*/Pendulum-v1/config.yml")):
+        time.sleep(0.1)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 75 and "SIGTERM: saved in saved; the same command goes on" in output, output
+    output = run(tmp_path, *command, "saved", "-params", *TINY)
+    assert "Resumed at step" in output
+    run(tmp_path, *command, "undisturbed", "-params", *TINY)
+    steps = [np.load(tmp_path / f"logs/mbpo/Pendulum-v1_{i}/evaluations.npz") for i in (2, 3)]
+    assert np.array_equal(steps[0]["timesteps"], steps[1]["timesteps"]) and len(steps[0]["timesteps"]) == 3
+    assert np.array_equal(steps[0]["results"], steps[1]["results"])
+
+
+@pytest.mark.expensive
+def test_checkpoints_of_other_algorithms(tmp_path: Path) -> None:
+    process = start(tmp_path, "train", "--algo", "sac", "--env", "Pendulum-v1", "--checkpoints", "saved")
+    output, _ = process.communicate()
+    assert process.returncode == 1 and "--checkpoints works with mbpo, " in output
 
 
 @pytest.mark.expensive

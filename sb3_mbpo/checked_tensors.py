@@ -1,0 +1,138 @@
+"""Tensors from a file that anyone may have written: those of an agent, exactly, or none."""
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.save_util import recursive_getattr
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VARIABLES = "pytorch_variables"
+
+
+class Bounded(TorchDispatchMode):
+    """
+    Within it, tensors are made only up to a bound: a file may say that a network is larger than the file's own tensors.
+
+    :param n_bytes: of the tensors in the file; as many numbers may be made, and a little more
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        super().__init__()
+        self.left = n_bytes + 2**20
+        # A tensor takes more than a hundred bytes in a file, however small it is; a network makes few that are not in it.
+        self.made_left = 1000 + n_bytes // 128
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], list | tuple) and all(isinstance(size, int) for size in args[0]):
+            self.left -= math.prod(args[0])
+            self.made_left -= 1
+            if min(self.left, self.made_left) < 0:
+                raise ValueError("the described networks are larger than the tensors in the file")
+        return func(*args, **(kwargs or {}))
+
+
+def check_like(expected: Any, given: Any, where: str) -> None:
+    """
+    :param expected: a tensor, a plain value, or a container of them
+    :param given: must have its keys, lengths, types, shapes and dtypes; text, flags and ``None`` must be equal, too
+    :param where: names it in the error
+    :raises ValueError: it has not
+    """
+    if isinstance(expected, th.Tensor):
+        if not isinstance(given, th.Tensor) or given.layout != th.strided or given.is_quantized:
+            raise ValueError(f"{where} must be a tensor")
+        if given.shape != expected.shape or given.dtype != expected.dtype:
+            raise ValueError(
+                f"{where} must be {expected.dtype} of shape {tuple(expected.shape)}, not {given.dtype} of {tuple(given.shape)}"
+            )
+    elif isinstance(expected, Mapping):
+        if not isinstance(given, Mapping) or set(given) != set(expected):
+            _complain_of_keys(set(expected), given, where)
+        for key, value in expected.items():
+            check_like(value, given[key], f"{where}: {key}")
+    elif isinstance(expected, list | tuple):
+        if type(given) is not type(expected) or len(given) != len(expected):
+            raise ValueError(f"{where} must be a {type(expected).__name__} of {len(expected)}")
+        for i, value in enumerate(expected):
+            check_like(value, given[i], f"{where}: {i}")
+    elif isinstance(expected, int | float) and not isinstance(expected, bool):
+        if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+            raise ValueError(f"{where} must be a finite number")
+    elif type(given) is not type(expected) or given != expected:
+        raise ValueError(f"{where} must be {expected!r}, not {str(given)[:50]}")
+
+
+def _complain_of_keys(expected: set[Any], given: Any, where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must be a mapping")
+    missing, unknown = sorted(map(str, expected - set(given))), sorted(map(str, set(given) - expected))
+    raise ValueError(f"{where} lacks {missing[:5]} or has unknown keys {[key[:50] for key in unknown[:5]]}")
+
+
+def check_optimizer(optimizer: th.optim.Optimizer, given: Any, where: str) -> None:
+    """
+    :param optimizer: as it was made
+    :param given: must be a ``state_dict`` of such an optimizer, before or after its first step
+    :param where: names it in the error
+    :raises ValueError: it is not
+    """
+    expected = optimizer.state_dict()
+    if not isinstance(given, Mapping) or set(given) != {"state", "param_groups"}:
+        _complain_of_keys({"state", "param_groups"}, given, where)
+    check_like(expected["param_groups"], given["param_groups"], f"{where}: param_groups")
+    for ours, theirs in zip(expected["param_groups"], given["param_groups"], strict=True):
+        if ours["params"] != theirs["params"]:
+            raise ValueError(f"{where}: param_groups must be of the same parameters")
+    if not isinstance(given["state"], Mapping):
+        raise ValueError(f"{where}: state must be a mapping")
+    if given["state"]:
+        states = _states_after_a_step(optimizer)
+        for key, state in given["state"].items():
+            if isinstance(key, bool) or not isinstance(key, int) or key not in states:
+                raise ValueError(f"{where}: state is of an unknown parameter {str(key)[:50]}")
+            check_like(states[key], state, f"{where}: state: {key}")
+
+
+def _states_after_a_step(optimizer: th.optim.Optimizer) -> dict[int, Any]:
+    """What such an optimizer keeps of each parameter, found by letting a copy of it take a step."""
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = th.zeros_like(parameter)
+    twin.step()
+    return twin.state_dict()["state"]
+
+
+def restore(agent: Any, tensors: dict[str, Any]) -> None:
+    """
+    Put what a file holds into an agent, after all of it was checked.
+
+    :param agent: as it was built, of the same kind as the one that was saved
+    :param tensors: for each state dict of ``_get_torch_save_params``, and ``"pytorch_variables"``, what ``torch.load`` gave
+    :raises ValueError: names, shapes or dtypes are not those of the agent
+    """
+    names, variables = agent._get_torch_save_params()
+    if set(tensors) != {*names, VARIABLES}:
+        _complain_of_keys({*names, VARIABLES}, tensors, "the file")
+    parts = {name: recursive_getattr(agent, name) for name in names}
+    for name, part in parts.items():
+        if isinstance(part, th.optim.Optimizer):
+            check_optimizer(part, tensors[name], name)
+        else:
+            check_like(part.state_dict(), tensors[name], name)
+    check_like({name: recursive_getattr(agent, name) for name in variables}, tensors[VARIABLES], VARIABLES)
+    for name, part in parts.items():
+        if isinstance(part, th.optim.Optimizer):
+            part.load_state_dict(tensors[name])
+        else:
+            # Without the attributes that the file's mapping may have.
+            state = OrderedDict(tensors[name])
+            state._metadata = part.state_dict()._metadata  # type: ignore[attr-defined]
+            part.load_state_dict(state, strict=True)
+    with th.no_grad():
+        for name in variables:
+            recursive_getattr(agent, name).copy_(tensors[VARIABLES][name])

@@ -1,0 +1,300 @@
+"""What values arguments may have. A refusal names the argument, its value, what is valid, and what to do instead."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
+
+# Counts beyond it only ever came from a slip, and would fill the memory or never end.
+MOST = 10**9
+# The square of a larger number overflows float32, and Adam takes squares of what follows from these numbers.
+LARGEST = 1e15
+
+
+def shown(value: Any) -> str:
+    """:return: ``repr(value)``, cut where it is long"""
+    try:
+        text = repr(value)
+    except Exception as error:  # an int of 5000 digits, or a class of the user's
+        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """:return: the end of an error about a name that is none, empty if nothing is near"""
+    guess = get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {guess[0]!r}?" if guess else ""
+
+
+def is_whole(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether it is a whole number in [low, high]; a bool is none, nor is 1.0."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(low <= value <= high)
+
+
+def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether it is a number in [low, high]; a bool and NaN are none."""
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return real and bool(low <= value <= high)
+
+
+def is_flag(value: Any) -> bool:
+    """Whether it is true or false, also as 0 or 1. Any text counts as true in Python, so "false" would be."""
+    return isinstance(value, bool | np.bool_) or is_whole(value, 0, 1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    What is asked of a value.
+
+    :param holds: must not raise, whatever the value
+    :param expected: the end of "must be ..."
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+    def check(self, name: str, value: Any, remedy: str = "") -> None:
+        """:raises ValueError: the rule does not hold"""
+        if not self.holds(value):
+            raise ValueError(f"{name}={shown(value)} must be {self.expected}{remedy}")
+
+
+def whole(low: int, high: int | None = None) -> Rule:
+    """A count from ``low`` to ``high``."""
+    most = "" if high is None else f" and at most {high:,}"
+    return Rule(
+        lambda value: is_whole(value, low, math.inf if high is None else high), f"a whole number of at least {low}{most}"
+    )
+
+
+def number(low: float, high: float, meaning: str = "") -> Rule:
+    """A number from ``low`` to ``high``."""
+    return Rule(lambda value: is_number(value, low, high), meaning or f"a number from {low:g} to {high:g}")
+
+
+def optional(rule: Rule) -> Rule:
+    """The same, or None."""
+    return Rule(lambda value: value is None or rule.holds(value), f"None or {rule.expected}")
+
+
+def unless(text: str, rule: Rule) -> Rule:
+    """The same, or one certain text."""
+    return Rule(lambda value: (isinstance(value, str) and value == text) or rule.holds(value), f"{text!r} or {rule.expected}")
+
+
+FLAG = Rule(is_flag, "true or false")
+POSITIVE = Rule(lambda value: is_number(value, 0, LARGEST) and value > 0, f"a number above 0 and at most {LARGEST:g}")
+# Steps of Adam are about as long as the rate: weights of 1000 are none that anybody trains.
+RATE = number(0, 1e3, "a number from 0 to 1000, such as 3e-4")
+RATIO = number(0, 1, "a number between 0 (all imagined) and 1 (plain model-free learning)")
+MAPPING = Rule(lambda value: isinstance(value, Mapping), "a mapping of keyword arguments")
+CALLABLE = Rule(callable, "a class, or its dotted name")
+# A layer of more units is a slip, and its weights fit nowhere.
+LAYERS = Rule(
+    lambda value: isinstance(value, list | tuple) and all(is_whole(size, 1, 100_000) for size in value),
+    "a list of layer sizes, whole numbers from 1 to 100,000",
+)
+_COEFFICIENT = number(0, LARGEST)
+
+
+def _is_coefficient(value: Any) -> bool:
+    if isinstance(value, str):
+        head, _, start = value.partition("_")
+        try:
+            return value == "auto" or (head == "auto" and POSITIVE.holds(float(start)))
+        except ValueError:
+            return False
+    return _COEFFICIENT.holds(value)
+
+
+def _is_train_freq(value: Any) -> bool:
+    if not isinstance(value, tuple):
+        return is_whole(value, 1, MOST)
+    units = [*TrainFrequencyUnit, *(unit.value for unit in TrainFrequencyUnit)]
+    return len(value) == 2 and is_whole(value[0], 1, MOST) and any(value[1] is unit or value[1] == unit for unit in units)
+
+
+def _is_noise(value: Any) -> bool:
+    return value is None or (callable(value) and callable(getattr(value, "reset", None)) and not isinstance(value, type))
+
+
+# The arguments of SB3's algorithms and of ModelBased. Not here: what is called or built to be checked.
+RULES: dict[str, Rule] = {
+    "buffer_size": whole(1, MOST),
+    "learning_starts": whole(0),
+    "batch_size": whole(1, MOST),
+    # 0 leaves the target networks as they are: SB3's own tests do so.
+    "tau": number(0, 1, "a number between 0 and 1, the share of the networks in a target update"),
+    "gamma": number(0, 1, "a number between 0 and 1, the discount"),
+    "train_freq": Rule(
+        _is_train_freq, f'a whole number of at least 1 and at most {MOST:,}, alone or in a pair with "step" or "episode"'
+    ),
+    "gradient_steps": Rule(
+        lambda value: is_whole(value, -1, MOST),
+        f"a whole number of at least 0 and at most {MOST:,}, or -1 for one for each env transition",
+    ),
+    "action_noise": Rule(_is_noise, "None or an ActionNoise of Stable-Baselines3"),
+    "target_update_interval": whole(1),
+    "policy_delay": whole(1),
+    "top_quantiles_to_drop_per_net": whole(0),
+    "target_policy_noise": number(0, LARGEST),
+    "target_noise_clip": number(0, math.inf, "a number of at least 0, or infinite"),
+    "ent_coef": Rule(
+        _is_coefficient, f'"auto", "auto_" and the positive number it starts from ("auto_0.1"), or {_COEFFICIENT.expected}'
+    ),
+    "target_entropy": unless("auto", number(-LARGEST, LARGEST)),
+    "use_sde": FLAG,
+    "use_sde_at_warmup": FLAG,
+    "sde_sample_freq": Rule(
+        lambda value: is_whole(value, 1) or is_whole(value, -1, -1),
+        "a whole number of at least 1, or -1 for new noise at the start of each rollout only",
+    ),
+    "stats_window_size": whole(1, MOST),
+    "tensorboard_log": Rule(lambda value: value is None or isinstance(value, str | os.PathLike), "None or a folder"),
+    "seed": optional(whole(0, 2**32 - 1)),
+    "verbose": Rule(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
+    "replay_buffer_kwargs": MAPPING,
+    "real_ratio": RATIO,
+    "model_train_freq": whole(1),
+    "rollout_batch_size": whole(1, MOST),
+    "retained_rollouts": whole(1, MOST),
+    "model_buffer_size": optional(whole(1, sys.maxsize)),
+    "imagined_margin": optional(number(0, LARGEST, "a number of at least 0, in ranges of the real data")),
+    "dynamics_kwargs": optional(MAPPING),
+}
+# What SB3's policies take; the policy's own signature says which.
+_POLICY_RULES: dict[str, Rule] = {
+    "net_arch": Rule(
+        lambda value: value is None
+        or (isinstance(value, list) and LAYERS.holds(value))
+        or (isinstance(value, dict) and value.keys() == {"pi", "qf"} and all(map(LAYERS.holds, value.values()))),
+        f'{LAYERS.expected}, or a mapping of such lists with the keys "pi" and "qf"',
+    ),
+    "n_critics": whole(1, 1000),
+    "n_quantiles": whole(1, 100_000),
+    "log_std_init": number(-20, 20),
+    "clip_mean": number(0, LARGEST),
+    **{name: CALLABLE for name in ("activation_fn", "optimizer_class", "features_extractor_class")},
+    **{name: optional(MAPPING) for name in ("optimizer_kwargs", "features_extractor_kwargs")},
+    **{name: FLAG for name in ("use_sde", "use_expln", "normalize_images", "share_features_extractor")},
+}
+_DECAY = number(0, LARGEST)
+ENSEMBLE_RULES: dict[str, Rule] = {
+    "n_members": whole(1, 1000),
+    "n_elites": whole(1),
+    "net_arch": Rule(lambda value: LAYERS.holds(value) and len(value) > 0, LAYERS.expected),
+    "learning_rate": Rule(lambda value: RATE.holds(value) and value > 0, "a number above 0 and at most 1000, such as 1e-3"),
+    "weight_decays": Rule(
+        lambda value: value is None or (isinstance(value, list | tuple) and all(map(_DECAY.holds, value))),
+        "None or numbers >= 0, one per layer",
+    ),
+    "batch_size": whole(1, MOST),
+    "holdout_ratio": Rule(lambda value: is_number(value, 0, 1) and 0 < value < 1, "a number between 0 and 1, both excluded"),
+    "max_holdout": whole(1),
+    "patience": whole(0),
+    "min_improvement": Rule(lambda value: is_number(value, 0, 1) and value < 1, "a number of at least 0 and below 1"),
+    "max_updates": optional(whole(1)),
+    "epoch_updates": optional(whole(1)),
+    "target_mode": Rule(lambda value: isinstance(value, str) and value in ("delta", "next"), "'delta' or 'next'"),
+    "normalize_targets": FLAG,
+}
+_LEARN_RULES: dict[str, Rule] = {
+    "total_timesteps": whole(0),
+    "log_interval": optional(whole(1)),
+    "tb_log_name": optional(Rule(lambda value: isinstance(value, str), "a text")),
+    "reset_num_timesteps": FLAG,
+    "progress_bar": FLAG,
+    "callback": Rule(
+        lambda value: value is None
+        or isinstance(value, BaseCallback)
+        or (isinstance(value, list) and all(isinstance(item, BaseCallback) for item in value))
+        # SB3 would call the class at every step, and see nothing wrong in it.
+        or (callable(value) and not isinstance(value, type)),
+        "None, a BaseCallback, a list of them, or a function of (locals, globals)",
+    ),
+}
+
+
+def check_policy_kwargs(kwargs: Mapping[str, Any], known: Iterable[str] | None) -> None:
+    """
+    :param kwargs: what the policy is made with
+    :param known: the names that it takes; ``None``: any
+    :raises ValueError: an unknown key, or a value that no network can be made of
+    """
+    known = None if known is None else list(known)
+    for key, value in kwargs.items():
+        if known is not None and key not in known:
+            raise ValueError(f"policy_kwargs has no key {key!r}; it takes {', '.join(known)}{did_you_mean(key, known)}")
+        if key in _POLICY_RULES:
+            _POLICY_RULES[key].check(f"policy_kwargs: {key}", value)
+
+
+def check_ensemble(given: Mapping[str, Any]) -> None:
+    """
+    :param given: the arguments of :class:`.ProbabilisticEnsemble` that are in ``ENSEMBLE_RULES``
+    :raises ValueError: one that is out of range
+    """
+    for name, rule in ENSEMBLE_RULES.items():
+        rule.check(f"dynamics_kwargs: {name}", given[name])
+    n_members, n_layers, decays = given["n_members"], len(given["net_arch"]) + 1, given["weight_decays"]
+    whole(1, n_members).check("dynamics_kwargs: n_elites", given["n_elites"], ", which is n_members")
+    if decays is not None and len(decays) != n_layers:
+        raise ValueError(f"dynamics_kwargs: weight_decays={decays!r} must be {n_layers} numbers, one per layer, or None")
+
+
+def check_learn(**arguments: Any) -> None:
+    """
+    :param arguments: those of ``learn``
+    :raises ValueError: one that SB3 could not go by, or would misread
+    """
+    for name, value in arguments.items():
+        _LEARN_RULES[name].check(f"learn: {name}", value)
+
+
+def updates_are_few(gradient_steps: int, n_envs: int) -> str:
+    """
+    :param gradient_steps: the default, which the user has left as it is
+    :param n_envs: of the user's env, several
+    :return: a warning
+    """
+    return (
+        f"gradient_steps is left at its default of {gradient_steps}, which counts per train_freq and not per transition: "
+        f"{n_envs} envs get 1/{n_envs} of the updates per transition that one gets. Pass "
+        f"gradient_steps={gradient_steps * n_envs} for as many, or gradient_steps={gradient_steps} to keep it so"
+    )
+
+
+def check_before_learning(agent: Any) -> Iterable[str]:
+    """
+    :param agent: a ModelBased algorithm that is about to learn, on an env
+    :return: warnings of what works, and is hardly meant
+    :raises ValueError: what works for predicting only
+    """
+    n_envs = agent.env.num_envs
+    if agent.train_freq.unit is TrainFrequencyUnit.EPISODE and n_envs > 1:
+        raise ValueError(
+            f"train_freq={shown(agent.train_freq)} counts episodes, which works with one env only; here are {n_envs}. Count "
+            'steps: train_freq=(1, "step")'
+        )
+    if agent.gradient_steps == 0:
+        return
+    room = max(agent.buffer_size // n_envs, 1) * n_envs
+    if agent.batch_size > room:
+        yield (
+            f"batch_size={agent.batch_size} is larger than the replay buffer, which holds {room}: batches repeat transitions. "
+            "Raise buffer_size"
+        )
+    needed = agent.dynamics.min_transitions
+    if agent.real_ratio < 1 and room < needed:
+        yield (
+            f"buffer_size={agent.buffer_size} holds {room} transitions, and the dynamics needs {needed}: nothing will be "
+            "imagined. Raise buffer_size, or pass real_ratio=1 for learning without a model"
+        )

@@ -1,0 +1,68 @@
+"""What an agent lends to its imagination: policy, dynamics and termination, in the terms of branched rollouts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+
+from sb3_mbpo.arguments import resolve
+from sb3_mbpo.buffers import normalize_obs
+from sb3_mbpo.collecting import Collecting
+from sb3_mbpo.dynamics import DynamicsModel, KnownReward
+from sb3_mbpo.terminations import in_env_terms
+
+
+class Imagining(Collecting):
+    """The part of :class:`ModelBased` that branched rollouts are made with."""
+
+    policy: Any
+    actor: Any
+    reward_fn: str | Callable[..., th.Tensor] | None
+    termination: Any
+    learned_termination: Any
+
+    @property
+    def imagined_dynamics(self) -> DynamicsModel:
+        """What imagined transitions come from: the dynamics, with the rewards of ``reward_fn`` if there is one."""
+        if self.reward_fn is None:
+            return self.dynamics
+        reward_fn = resolve(self.reward_fn, "reward_fn")
+        return KnownReward(self.dynamics, lambda *transition: reward_fn(*self._in_env_terms(transition)))
+
+    @contextmanager
+    def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:
+        """Lends the policy, in evaluation mode, as ``branched_rollout`` wants it."""
+        training = self.policy.training
+        self.policy.set_training_mode(False)
+        try:
+            yield self._imagined_actions
+        finally:
+            self.policy.set_training_mode(training)
+            if self.use_sde:
+                self.actor.reset_noise(self.n_envs)  # type: ignore[operator]
+
+    def _imagined_actions(self, obs: th.Tensor) -> th.Tensor:
+        """
+        :param obs: raw observations ``(B, obs_dim)``
+        :return: actions of the stochastic policy in [-1, 1], ``(B, action_dim)``
+        """
+        if self.use_sde:
+            self.actor.reset_noise(len(obs))  # type: ignore[operator]
+        policy_obs = normalize_obs(obs.reshape(len(obs), *self.observation_space.shape), self._vec_normalize_env)
+        return self.policy._predict(policy_obs, deterministic=False).reshape(len(obs), -1)
+
+    def _in_env_terms(self, transition: tuple[th.Tensor, ...]) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        return in_env_terms(transition, self.observation_space, self.action_space)
+
+    def terminates(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        """
+        Which transitions end an imagined episode.
+
+        :param obs: raw observations ``(B, obs_dim)``
+        :param actions: in [-1, 1], ``(B, action_dim)``
+        :param next_obs: raw observations ``(B, obs_dim)``
+        :return: bool ``(B,)``
+        """
+        function = self.learned_termination if isinstance(self.termination, str) else self.termination
+        return function(*self._in_env_terms((obs, actions, next_obs)))

@@ -1,0 +1,372 @@
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import VecNormalize
+from tiny import FAST
+
+from sb3_mbpo import MBPO, MBTD3, ResumeCallback, resume
+from sb3_mbpo.checkpoint import listed
+from sb3_mbpo.training_state import take_training
+
+
+class Interrupt(BaseCallback):
+    """What a signal does, at a given moment."""
+
+    def __init__(self, resume, step, moment="step"):
+        super().__init__()
+        self.resume, self.step, self.moment = resume, step, moment
+
+    def _at(self, moment):
+        if moment == self.moment and self.num_timesteps >= self.step and self.resume.interrupted is None:
+            self.resume.interrupts.received = signal.SIGTERM
+
+    def _on_step(self):
+        self._at("step")
+        return True
+
+    def _on_rollout_end(self):
+        self._at("rollout end")
+
+
+class Record(Logger):
+    """Keeps what is logged, but for times."""
+
+    def __init__(self, lines):
+        super().__init__(None, [])
+        self.lines = lines
+
+    def dump(self, step=0):
+        values = {key: value for key, value in self.name_to_value.items() if "time" not in key and "seconds" not in key}
+        self.lines.append((step, values))
+        super().dump(step)
+
+
+def run(folder, cut=None, moment="step", kind=MBPO, env_id="Hopper-v5", n_envs=1, normalize=False, total=120, **settings):
+    """Learn, be cut once; the state in the end and what was logged."""
+    env, eval_env = make_vec_env(env_id, n_envs, seed=1), make_vec_env(env_id, 1, seed=5)
+    if normalize:
+        env, eval_env = VecNormalize(env), VecNormalize(eval_env, training=False)
+    settings = {"model_train_freq": 20, "learning_starts": 30, "rollout_schedule": 2, "gradient_steps": 2, **settings}
+    agent = kind("MlpPolicy", env, **{**FAST, **settings})
+    lines: list = []
+    agent.set_logger(Record(lines))
+    resume = ResumeCallback(folder, every=10**9)
+    callbacks = [EvalCallback(eval_env, eval_freq=25 // n_envs, n_eval_episodes=1, verbose=0), resume]
+    agent.learn(total, callbacks + ([] if cut is None else [Interrupt(resume, cut, moment)]), log_interval=1)
+    tensors: dict = {}
+    state = take_training(agent, callbacks[:1], tensors)
+    state = json.loads(json.dumps(state))
+    del state["elapsed"]
+    # Records in the middle of a dump, and the wall-clock in them.
+    state["log"] = None
+    for episode in state["attributes"]["ep_info_buffer"]["$deque"][0]:
+        del episode["t"]
+    return agent, state, tensors, lines
+
+
+def assert_same(ours, theirs):
+    (agent, state, tensors, _), (other, other_state, other_tensors, _) = ours, theirs
+    assert agent.num_timesteps == other.num_timesteps
+    assert tensors.keys() == other_tensors.keys()
+    assert [name for name in tensors if not th.equal(tensors[name], other_tensors[name])] == []
+    assert state == other_state
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalised"])
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_to_the_last_bit(tmp_path, n_envs, normalize):
+    """
+    Cut in the warm-up, in the midst of episodes, right before a fit, in a fit and right after one: each cut is a new process'
+    worth of new objects, and in the end everything is as in the run that was never cut, and so is the log.
+    """
+    settings = {"n_envs": n_envs, "normalize": normalize}
+    whole = run(tmp_path / "whole", **settings)
+    lines, steps = [], []
+    for cut, moment in [(12, "step"), (39 if n_envs == 1 else 57, "step"), (60, "step"), (60, "rollout end"), (83, "step")]:
+        agent, *_, new = run(tmp_path / "cut", cut, moment, **settings)
+        lines += new
+        steps.append(agent.num_timesteps)
+    # Each piece ended where it was cut.
+    assert steps == ([12, 39, 60, 60, 83] if n_envs == 1 else [12, 57, 60, 60, 84])
+    pieces = run(tmp_path / "cut", **settings)
+    assert_same(whole, pieces)
+    assert lines + pieces[-1] == whole[-1] and len(whole[-1]) >= 3
+
+
+def falling(left):
+    return 1e-3 * left
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_sde": True},
+        {"use_sde": True, "sde_sample_freq": 3},
+        {"train_freq": (1, "episode"), "gradient_steps": -1},
+        {"train_freq": 7},
+        {"real_ratio": 1.0},
+        {"fast_update": False, "termination_fn": "learned"},
+        {"ent_coef": 0.1, "learning_rate": falling},
+        {"kind": MBTD3, "env_id": "Pendulum-v1"},
+        {"action_noise": "OU", "env_id": "Pendulum-v1"},
+        {"learning_starts": 0, "buffer_size": 50, "model_buffer_size": 40},
+    ],
+    ids="sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small".split(),
+)
+def test_all_kinds_of_agents(tmp_path, settings):
+    def finished(folder, cut=None):
+        noise = settings.get("action_noise")
+        made = {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))} if noise else {}
+        return run(folder, cut, total=75, **{**settings, **made})
+
+    whole = finished(tmp_path / "whole")
+    cut, *_ = finished(tmp_path / "cut", 52)
+    assert 52 <= cut.num_timesteps < 75
+    assert_same(whole, finished(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("phase", ["fit", "refill", "train"])
+def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
+    """A signal in the midst of a fit, a refill or a long train(): saved at once, and nothing is different in the end."""
+    settings = {"train_freq": 10, "gradient_steps": 120, "rollout_batch_size": 60, "total": 80}
+    monkeypatch.setattr("sb3_mbpo.callbacks.ROLLOUT_BLOCK", {"cpu": 20})
+    whole = run(tmp_path / "whole", **settings)
+    resume_of = {}
+    begin = ResumeCallback.begin
+
+    def spy(self, callback):
+        resume_of["it"] = self
+        begin(self, callback)
+
+    monkeypatch.setattr(ResumeCallback, "begin", spy)
+    calls = {"n": 0}
+
+    def interrupting(function, at):
+        def wrapped(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == at:
+                resume_of["it"].interrupts.received = signal.SIGTERM
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        if phase == "fit":
+            kind = "sb3_mbpo.probabilistic_ensemble.ProbabilisticEnsemble._train_epoch"
+            from sb3_mbpo import ProbabilisticEnsemble
+
+            patch.setattr(kind, interrupting(ProbabilisticEnsemble._train_epoch, 2))
+        elif phase == "refill":
+            from sb3_mbpo import callbacks
+
+            patch.setattr("sb3_mbpo.callbacks.branched_rollout", interrupting(callbacks.branched_rollout, 5))
+        else:
+            from sb3_mbpo import MixedReplayBuffer
+
+            patch.setattr(MixedReplayBuffer, "_check", interrupting(MixedReplayBuffer._check, 3))
+        agent, *_ = run(tmp_path / "cut", **settings)
+    assert calls["n"] >= 2 and agent.num_timesteps in (40, 60)
+    assert_same(whole, run(tmp_path / "cut", **settings))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    def learn(total):
+        agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+        return agent.learn(total, ResumeCallback(tmp_path))
+
+    first, again = learn(40), learn(40)
+    assert again.num_timesteps == 40 and again._n_updates == first._n_updates == 40
+    assert all(th.equal(a, b) for a, b in zip(first.policy.parameters(), again.policy.parameters(), strict=True))
+    # A longer one goes on, to its own end.
+    assert learn(50).num_timesteps == 50 and [one.step for one in listed(tmp_path)] == [50, 40]
+
+
+def test_checkpoints_come_as_often_as_asked(tmp_path):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    agent.resumable = None
+    callback = ResumeCallback(tmp_path, every=10, keep=100)
+    seen = callback._is_due
+    callback._is_due = lambda: (setattr(callback, "_seconds", 0.0), seen())[1]
+    agent.learn(45, callback)
+    assert [one.step for one in listed(tmp_path)] == [45, 40, 30, 20, 10]
+
+
+def test_saving_takes_little_of_the_time(tmp_path, monkeypatch):
+    """Where a save takes long, the next one waits for fifty times as long."""
+    monkeypatch.setattr("sb3_mbpo.resume_callback._PATIENCE", 10**6)
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(45, ResumeCallback(tmp_path, every=10, keep=100))
+    assert [one.step for one in listed(tmp_path)] == [45, 10]
+
+
+def test_the_best_is_kept(tmp_path):
+    class Scores(EvalCallback):
+        def _on_step(self):
+            self.evaluations_timesteps = [self.num_timesteps]
+            self.last_mean_reward = -abs(self.num_timesteps - 20)
+            return True
+
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    callback = ResumeCallback(tmp_path, every=10, keep=2)
+    due = callback._is_due
+    callback._is_due = lambda: (setattr(callback, "_seconds", 0.0), due())[1]
+    agent.learn(60, [Scores(make_vec_env("Pendulum-v1", 1)), callback])
+    assert [(one.step, one.score) for one in listed(tmp_path)] == [(60, -40), (50, -30), (20, 0)]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signals(tmp_path, name):
+    """A real signal: learn() returns, with a checkpoint of that step, and the handlers are what they were."""
+
+    class Kill(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 33:
+                os.kill(os.getpid(), getattr(signal, name))
+            return True
+
+    before = signal.getsignal(getattr(signal, name))
+    callback = ResumeCallback(tmp_path)
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(1000, [callback, Kill()])
+    assert agent.num_timesteps == 33 and callback.interrupted == name
+    assert [one.step for one in listed(tmp_path)] == [33]
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+def test_an_env_that_cannot_be_restored(tmp_path):
+    pytest.importorskip("Box2D")
+
+    def learn(total, cut=None):
+        callback = ResumeCallback(tmp_path)
+        agent = MBPO("MlpPolicy", "LunarLanderContinuous-v3", **FAST)
+        return agent.learn(total, [callback] + ([] if cut is None else [Interrupt(callback, cut)]))
+
+    learn(60, 35)
+    with pytest.warns(UserWarning, match=r"start of an episode.*LunarLander\.world") as warned:
+        agent = learn(60)
+    assert len(warned) == 1 and agent.num_timesteps == 60 and agent.replay_buffer.size() == 60
+
+
+def test_stock_callbacks_go_on(tmp_path):
+    """What they have counted so far counts on."""
+
+    def learn(cut=None):
+        callback = ResumeCallback(tmp_path / "run")
+        episodes = StopTrainingOnMaxEpisodes(1)
+        files = CheckpointCallback(30, str(tmp_path / "files"))
+        stock = [episodes, EveryNTimesteps(50, CheckpointCallback(1, str(tmp_path / "nested"))), files]
+        MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "gradient_steps": 0}).learn(
+            1000, [callback, *stock] + ([] if cut is None else [Interrupt(callback, cut)])
+        )
+        return episodes.n_episodes
+
+    learn(40), learn(110)
+    assert learn() == 1
+    steps = {
+        folder: sorted(int(p.stem.split("_")[2]) for p in (tmp_path / folder).iterdir()) for folder in ("files", "nested")
+    }
+    assert steps == {"files": [30, 60, 90, 120, 150, 180], "nested": [50, 100, 150, 200]}
+
+
+def test_resume_from_the_folder(tmp_path):
+    """Without the agent's arguments: they are in the checkpoint, but for what no file can hold."""
+
+    def learn(folder, cut=None):
+        callback = ResumeCallback(tmp_path / folder)
+        agent = MBPO("MlpPolicy", make_vec_env("Hopper-v5", 1, seed=1), learning_rate=falling, **FAST)
+        return agent.learn(60, [callback] + ([] if cut is None else [Interrupt(callback, cut)]), log_interval=7)
+
+    whole = learn("whole")
+    learn("cut", 42)
+    with pytest.raises(ValueError, match=r"resume: .*00001-step-42.*learning_rate"):
+        resume(tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=1))
+    lines = []
+    agent = resume(
+        tmp_path / "cut", make_vec_env("Hopper-v5", 1, seed=9), lambda *_: lines.append(1) or True, learning_rate=falling
+    )
+    assert agent.num_timesteps == 60 and len(lines) == 18
+    assert all(th.equal(a, b) for a, b in zip(whole.policy.parameters(), agent.policy.parameters(), strict=True))
+    with pytest.raises(ValueError, match="no checkpoints in"):
+        resume(tmp_path / "nowhere", "Hopper-v5")
+
+
+def test_another_class_or_buffer(tmp_path):
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25, ResumeCallback(tmp_path))
+    with pytest.raises(ValueError, match="of MBPO, not of MBTD3"):
+        MBTD3("MlpPolicy", "Pendulum-v1", **FAST).learn(25, ResumeCallback(tmp_path))
+    with pytest.raises(ValueError, match="same buffer_size and as many envs"):
+        MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 2), **FAST).learn(25, ResumeCallback(tmp_path))
+    with pytest.raises(ValueError, match="same buffer_size"):
+        MBPO("MlpPolicy", "Pendulum-v1", buffer_size=20, **FAST).learn(25, ResumeCallback(tmp_path))
+    with pytest.raises(ValueError, match="agents of sb3_mbpo, not with SAC"):
+        SAC("MlpPolicy", "Pendulum-v1").learn(5, ResumeCallback(tmp_path))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("every", 0), ("every", 1.5), ("keep", 0), ("keep", True)])
+def test_arguments(tmp_path, argument, value):
+    with pytest.raises(ValueError, match=rf"ResumeCallback: {argument}={value}"):
+        ResumeCallback(tmp_path, **{argument: value})
+
+
+@pytest.mark.expensive
+def test_a_signal_is_obeyed_within_ten_seconds(tmp_path):
+    """With 100,000 real and 400,000 imagined transitions, and in the midst of a fit on them."""
+    agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=0, seed=0)
+    rng = np.random.default_rng(0)
+    shape = {"observations": 11, "actions": 3, "next_observations": 11}
+    rows = {name: rng.normal(size=(100_000, 1, size)).astype(np.float32) for name, size in shape.items()}
+    rows["actions"] = np.tanh(rows["actions"])
+    rows |= {name: np.zeros((100_000, 1), dtype=np.float32) for name in ("dones", "rewards", "timeouts")}
+    agent.replay_buffer.insert(rows)
+    for _ in range(4):
+        agent.replay_buffer.model_buffer.begin_refill()
+        agent.replay_buffer.model_buffer._append(th.randn(100_000, 27))
+    callback = ResumeCallback(tmp_path)
+    sent = []
+    threading.Timer(20, lambda: (sent.append(time.perf_counter()), os.kill(os.getpid(), signal.SIGTERM))).start()
+    agent.learn(1000, callback)
+    assert time.perf_counter() - sent[0] < 10
+    size = sum(path.stat().st_size for path in next(listed(tmp_path)).path.iterdir())
+    assert size < 1.2 * (agent.replay_buffer.size() * 250 + 400_000 * 27 * 4 + 30e6)
+
+
+@pytest.mark.expensive
+@pytest.mark.timeout(600)
+def test_submitit(tmp_path):
+    """The guide's example for Slurm, on submitit's local executor: pre-empted, queued again, finished."""
+    submitit, cloudpickle = pytest.importorskip("submitit"), pytest.importorskip("cloudpickle")
+    path = Path(__file__).parent.parent / "docs" / "guide" / "slurm.py"
+    spec = importlib.util.spec_from_file_location("slurm_example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    # The job's process cannot import it.
+    sys.modules["slurm_example"] = example
+    cloudpickle.register_pickle_by_value(example)
+    executor = submitit.LocalExecutor(tmp_path / "jobs")
+    executor.update_parameters(timeout_min=30)
+    job = executor.submit(example.Training(), str(tmp_path / "run"), "Pendulum-v1", 250)
+    while not (tmp_path / "run").exists() and not job.paths.stdout.exists():
+        time.sleep(0.5)
+    time.sleep(15)
+    job._interrupt()
+    assert job.result() == 250
+    output = job.paths.stdout.read_text() + job.paths.stderr.read_text()
+    assert "Resumed at step" in output and "Requeued job" in output

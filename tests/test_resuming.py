@@ -1,0 +1,76 @@
+import signal
+import threading
+
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from tiny import FAST
+
+from sb3_mbpo import MBPO, InvalidTransition, ResumeCallback
+from sb3_mbpo.checkpoint import listed, read
+
+
+def test_no_handlers_without_the_callback_nor_off_the_main_thread(tmp_path):
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    class Look(BaseCallback):
+        def _on_step(self):
+            seen.append(signal.getsignal(signal.SIGTERM))
+            return True
+
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    agent.learn(2, Look())
+    thread = threading.Thread(target=agent.learn, args=(2, [ResumeCallback(tmp_path), Look()]))
+    thread.start(), thread.join()
+    assert seen == [before] * 4
+
+
+def test_an_error_leaves_the_handlers_as_they_were(tmp_path):
+    class Fail(BaseCallback):
+        def _on_step(self):
+            raise RuntimeError("mine")
+
+    before = signal.getsignal(signal.SIGTERM)
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    with pytest.raises(RuntimeError, match="mine"):
+        agent.learn(10, [ResumeCallback(tmp_path), Fail()])
+    assert signal.getsignal(signal.SIGTERM) is before and agent.resumable is None
+
+
+def test_tensorboard_goes_on_in_its_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    for total in (35, 60):
+        agent = MBPO("MlpPolicy", "Pendulum-v1", tensorboard_log=str(tmp_path / "tb"), **FAST)
+        agent.learn(total, ResumeCallback(tmp_path / "run"))
+    assert agent.num_timesteps == 60
+    assert [path.name for path in (tmp_path / "tb").iterdir()] == ["MBPO_1"]
+
+
+def test_saving_an_agent_in_the_midst_of_a_run(tmp_path):
+    """Its zip knows nothing of the callback."""
+    callbacks = [ResumeCallback(tmp_path / "run"), CheckpointCallback(30, str(tmp_path), "agent")]
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(40, callbacks)
+    assert MBPO.load(tmp_path / "agent_30_steps.zip").resumable is None
+
+
+def test_an_invalid_transition_leaves_a_checkpoint(tmp_path):
+    """The error passes through; the run goes on from there, at the start of an episode, once the env is mended."""
+
+    class Break(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 33:
+                self.training_env.envs[0].unwrapped.state[1] = float("nan")
+            return True
+
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    with pytest.raises(InvalidTransition, match="after 33 steps"):
+        agent.learn(60, [ResumeCallback(tmp_path), Break()])
+    saved = next(listed(tmp_path))
+    state, tensors = read(saved.path)
+    assert saved.step == 33 and "failed" in state["envs_lost"]
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+    with pytest.warns(UserWarning, match="start of an episode"):
+        agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60, ResumeCallback(tmp_path))
+    assert agent.num_timesteps == 60 and agent.replay_buffer.size() == 60
+    assert all(th.isfinite(parameter).all() for parameter in agent.policy.parameters())
