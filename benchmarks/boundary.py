@@ -1,77 +1,60 @@
 """
-What the boundary costs: ``python benchmarks/boundary.py`` steps Hopper-v5 with and without it, in turns.
-
-Time is the processor's own, the least of many rounds, so that other work on the machine matters little.
+What the boundary costs: ``python benchmarks/boundary.py`` steps Hopper-v5 with and without it, step by step in turns, and
+holds the difference against a step of the env and against one of MBPO.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_mbpo import MBPO
 from sb3_mbpo.boundary import Boundary
-
-
-def seconds(step: Callable[[], object], n: int) -> float:
-    """Processor time of one call."""
-    started = time.process_time()
-    for _ in range(n):
-        step()
-    return (time.process_time() - started) / n
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", default="Hopper-v5")
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=300, help="per round")
+    parser.add_argument("--steps", type=int, default=20_000)
     args = parser.parse_args()
+    th.set_num_threads(1)
 
-    vec_env = DummyVecEnv([lambda: Monitor(gym.make(args.env))])
-    boundary = Boundary(vec_env)
-    vec_env.action_space.seed(0)
-    actions = np.array([vec_env.action_space.sample()])
-    vec_env.reset()
-
-    class Still:
-        """Answers at once, so that what remains is the boundary's part."""
-
-        def __init__(self, answer: object) -> None:
-            self.answer = answer
-
-        def step(self, action: np.ndarray) -> object:
-            return self.answer
-
-    still = DummyVecEnv([lambda: gym.make(args.env)])
-    still.reset()
-    answer = still.envs[0].step(actions[0])
-    still.envs[0] = Still(answer)  # type: ignore[call-overload]
-    beside = Boundary(still)
-
-    def watched(env: DummyVecEnv, door: Boundary) -> None:
-        door.watch("step", 0)
+    env = DummyVecEnv([lambda: Monitor(gym.make(args.env))])
+    boundary = Boundary(env)
+    env.action_space.seed(0)
+    actions = np.array([env.action_space.sample()])
+    env.reset()
+    plain, watched = [], []
+    for _ in range(args.steps):
+        started = time.perf_counter()
         env.step(actions)
+        between = time.perf_counter()
+        boundary.watch("step", 0)
+        env.step(actions)
+        plain.append(between - started)
+        watched.append(time.perf_counter() - between)
 
-    calls: dict[str, Callable[[], object]] = {
-        "env step": lambda: vec_env.step(actions),
-        "env step, watched": lambda: watched(vec_env, boundary),
-        "empty step": lambda: still.step(actions),
-        "empty step, watched": lambda: watched(still, beside),
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(args.rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, args.steps))
-    for name, values in times.items():
-        print(f"{name:22s} least {1e6 * min(values):8.2f} us   median {1e6 * statistics.median(values):8.2f} us")
-    for name, pick in (("least", min), ("median", statistics.median)):
-        added = pick(times["empty step, watched"]) - pick(times["empty step"])
-        print(f"the boundary adds ({name}) {1e6 * added:.2f} us, {100 * added / pick(times['env step']):.2f} % of an env step")
+    model = MBPO("MlpPolicy", args.env, learning_starts=500, seed=0)
+    # Fitting and imagining are left out: they would only make the share less.
+    model.learn(501)
+    model.model_train_freq = 10**9
+    started = time.perf_counter()
+    model.learn(50, reset_num_timesteps=False)
+    learning = (time.perf_counter() - started) / 50
+
+    for name, quarter in (("lower quartile", 0), ("median", 1)):
+        of_plain, of_watched = (statistics.quantiles(times, n=4)[quarter] for times in (plain, watched))
+        added = of_watched - of_plain
+        print(
+            f"{name}: env step {1e6 * of_plain:.1f} us, watched {1e6 * of_watched:.1f} us: {1e6 * added:.1f} us more, "
+            f"{100 * added / of_plain:.1f} % of the env step, {100 * added / learning:.3f} % of a step of MBPO "
+            f"({1e3 * learning:.0f} ms)"
+        )
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def lengths_of(schedule: Any, first_refill: int, model_train_freq: int, retained
     times = [first_refill, *range((first_refill // model_train_freq + 1) * model_train_freq, end, model_train_freq)]
     times += [max(times[-1], end) + i * model_train_freq for i in range(retained_rollouts + 1)]
     known = isinstance(schedule, LinearSchedule)
-    for k, run in groupby(schedule(time if known else first_refill) for time in times):
+    for k, run in groupby(int(schedule(time if known else first_refill)) for time in times):
         for _, _ in zip(run, range(retained_rollouts + 1), strict=False):
             yield k
 
@@ -123,7 +123,8 @@ def estimate(agent: Any) -> MemoryEstimate:
     """
     buffer = agent.replay_buffer
     on_cpu = agent.device.type == "cpu"
-    n_branches, retained = agent.rollout_batch_size, agent.retained_rollouts
+    # Nothing is imagined with the model off.
+    n_branches, retained = agent.rollout_batch_size * (agent.real_ratio < 1), agent.retained_rollouts
     block = min(n_branches, ROLLOUT_BLOCK.get(agent.device.type, n_branches))
     lengths = list(lengths_of(agent.rollout_schedule, max(agent.learning_starts, 0) + 1, agent.model_train_freq, retained))
     course = list(model_buffer_rows(lengths, n_branches, block, retained, agent.model_buffer_size))

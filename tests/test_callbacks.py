@@ -224,6 +224,45 @@ def test_imagined_states_follow_the_policy_and_the_real_states(monkeypatch):
     assert actions[same].std() > 0.3 and len(np.unique(actions[same].numpy())) == same.sum()
 
 
+class Cramped(Recorder):
+    """A dynamics that memory has room for with so many rows."""
+
+    room = 7
+    asked: list[int]
+
+    def sample(self, obs, actions):
+        self.asked.append(len(obs))
+        if len(obs) > self.room:
+            raise th.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().sample(obs, actions)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_memory_that_runs_out_halves_the_block_with_one_warning(monkeypatch, length):
+    monkeypatch.setattr(Cramped, "asked", [], raising=False)
+    model = agent(dynamics_class=Cramped, learning_starts=20, rollout_schedule=length)
+    with pytest.warns(UserWarning, match="rollout of 30 start states; from now on 7 are imagined") as caught:
+        model.learn(40)
+    # 21, 30, 40: the first finds out, the others know.
+    refill = [7] * 4 * length + [2] * length
+    assert len(caught) == 1 and Cramped.asked == [30, 15, *refill * 3]
+    assert list(model.replay_buffer.model_buffer.refills) == [30 * length] * 3
+    assert "rollout_batch_size" in str(caught[0].message) and "model_buffer_size" in str(caught[0].message)
+
+
+def test_no_memory_at_all_says_what_to_lower(monkeypatch):
+    monkeypatch.setattr(Cramped, "asked", [], raising=False)
+    monkeypatch.setattr(Cramped, "room", 0)
+    model = agent(dynamics_class=Cramped, learning_starts=20, model_buffer_size=1234)
+    with pytest.raises(MemoryError, match=r"rollout_batch_size=30.*model_buffer_size=1234"):
+        model.learn(40)
+    # The refill is caught up on when there is room again.
+    assert model.dynamics_fitted_at is None
+    monkeypatch.setattr(Cramped, "room", 30)
+    model.learn(5, reset_num_timesteps=False)
+    assert list(model.replay_buffer.model_buffer.refills) == [0, 30]
+
+
 # ---------------------------------------------------------------------- a model that goes bad
 
 

@@ -1,6 +1,7 @@
 """A bad step in the life of an agent: what is stored, counted and learned, and how it goes on."""
 
 import pickle
+from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
@@ -158,6 +159,16 @@ def test_nobody_sees_the_boundary(train_freq, tmp_path):
     assert unwatched(env)
 
 
+@pytest.mark.parametrize("copy", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_a_boundary_of_its_own(copy):
+    model = agent(DummyVecEnv([lambda: Failing(9)])).learn(3)
+    twin = copy(model)
+    for one in (twin, model):
+        with pytest.raises(InvalidTransition, match="env 0, after 8 steps"):
+            one.learn(20, reset_num_timesteps=False)
+        assert one.env.envs[0].steps == 9 and unwatched(one.env)
+
+
 def test_a_callback_that_stops_and_one_that_raises():
     model_steps: list[int] = []
     env = DummyVecEnv([Failing])
@@ -193,7 +204,10 @@ def test_with_the_model_off_it_is_sac(normalized):
     for cls in (MBPO, SAC):
         env = make_vec_env("Pendulum-v1", 2, seed=1)
         kwargs = {"real_ratio": 1} if cls is MBPO else {}
-        own = {key: FAST[key] for key in ("policy_kwargs", "batch_size", "learning_starts", "gradient_steps", "seed")}
+        # SB3 writes into them.
+        own = {
+            key: deepcopy(FAST[key]) for key in ("policy_kwargs", "batch_size", "learning_starts", "gradient_steps", "seed")
+        }
         agents.append(cls("MlpPolicy", VecNormalize(env) if normalized else env, **own, **kwargs).learn(300))
     assert equal_agents(*agents)
     ours, theirs = (model.replay_buffer.observations[:150] for model in agents)

@@ -37,7 +37,7 @@ def test_line():
     [
         (3, [3] * 3),
         (lambda steps: 1 + steps, [22] * 3),
-        # 1 at 21 and 100, 2 from 200 on: no refill more of each than fill the buffer, and one.
+        # 1 at 21 and 100, 2 from 200 on, ...; of each no more than fill the buffer, and one.
         (GROWING, [1] * 2 + [2, 3, 4] + [5] * 3),
         ({**GROWING, "end": 100}, [1] + [5] * 3),
         ({**GROWING, "end": 10_000_000}, [*[1] * 3, *[2] * 3, *[3] * 3, *[4] * 3, *[5] * 3]),
@@ -66,11 +66,11 @@ def test_course_is_that_of_a_model_buffer(retained, max_rows, block):
 
 
 def test_rows_that_move():
-    """Four refills of 30 rows, in blocks of 10: where 20 rows are, 30 shall be; and so on."""
-    assert (
-        list(model_buffer_rows([1, 1, 1], 30, 10, 4, None)) == [(30, 30, 40, 50), (60, 60, 85, 105), (90, 90, 135, 150)][:0]
-        or True
-    )
+    """
+    By hand: blocks of 10. 20 rows move to 30; then 30 to 45 (half as many again) and 40 of those to 60 (no more will come);
+    then 60 to 90.
+    """
+    assert list(model_buffer_rows([1, 1, 1], 30, 10, 4, None)) == [(30, 30, 40, 50), (60, 60, 85, 105), (90, 90, 120, 150)]
 
 
 def test_estimate_of_an_agent(capsys):
@@ -100,6 +100,8 @@ def test_estimate_follows_the_arguments():
     assert told(retained_rollouts=2).model_buffer == plain.model_buffer / 2
     assert told(rollout_schedule=3).model_buffer == plain.model_buffer * 3
     assert told(rollout_schedule=lambda steps: 3).model_buffer == plain.model_buffer * 3
+    off = told(real_ratio=1)
+    assert off.model_buffer == off.growing == off.rollouts == 0 and off.real_buffer == plain.real_buffer
     assert told(buffer_size=2000).real_buffer == plain.real_buffer * 2
     assert told(dynamics_kwargs={"n_members": 14}).networks > plain.networks
     assert (

@@ -17,7 +17,7 @@ class Short:
 
     def __init__(self, room: int, error: BaseException):
         self.room, self.error = room, error
-        self.asked: list = []
+        self.asked: list[int] = []
 
     def __call__(self, start_obs):
         self.asked.append(len(start_obs))
