@@ -103,6 +103,7 @@ LAYERS = Rule(
     "a list of layer sizes, whole numbers from 1 to 100,000",
 )
 _COEFFICIENT = number(0, LARGEST)
+_CLIP = f"{_COEFFICIENT.expected}, or infinite"
 
 
 def _is_coefficient(value: Any) -> bool:
@@ -142,11 +143,10 @@ RULES: dict[str, Rule] = {
         f"a whole number of at least 0 and at most {MOST:,}, or -1 for one for each env transition",
     ),
     "action_noise": Rule(_is_noise, "None or an ActionNoise of Stable-Baselines3"),
-    "target_update_interval": whole(1),
-    "policy_delay": whole(1),
+    **{name: whole(1) for name in ("target_update_interval", "policy_delay")},
     "top_quantiles_to_drop_per_net": whole(0),
     "target_policy_noise": number(0, LARGEST),
-    "target_noise_clip": number(0, math.inf, "a number of at least 0, or infinite"),
+    "target_noise_clip": Rule(lambda value: is_number(value, 0, LARGEST) or is_number(value, math.inf), _CLIP),
     "ent_coef": Rule(
         _is_coefficient, f'"auto", "auto_" and the positive number it starts from ("auto_0.1"), or {_COEFFICIENT.expected}'
     ),

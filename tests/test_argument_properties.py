@@ -183,7 +183,6 @@ def test_any_arguments(given):
     learns_or_says_why(*given)
 
 
-@pytest.mark.xfail(reason="open: among 3,000 there are still inputs whose error does not name the argument", strict=False)
 @pytest.mark.expensive
 @settings(QUICK, max_examples=3000)
 @given(passed())

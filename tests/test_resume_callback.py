@@ -1,8 +1,11 @@
+import importlib.util
 import json
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,3 +346,29 @@ def test_a_signal_is_obeyed_within_ten_seconds(tmp_path):
     assert time.perf_counter() - sent[0] < 10
     size = sum(path.stat().st_size for path in next(listed(tmp_path)).path.iterdir())
     assert size < 1.2 * (agent.replay_buffer.size() * 250 + 400_000 * 27 * 4 + 30e6)
+
+
+@pytest.mark.expensive
+def test_submitit(tmp_path):
+    """The guide's example for Slurm, on submitit's local executor: saved and queued again by the signal, then finished."""
+    submitit, cloudpickle = pytest.importorskip("submitit"), pytest.importorskip("cloudpickle")
+    path = Path(__file__).parent.parent / "docs" / "guide" / "slurm.py"
+    spec = importlib.util.spec_from_file_location("slurm_example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    # The job's process cannot import it.
+    sys.modules["slurm_example"] = example
+    cloudpickle.register_pickle_by_value(example)
+    executor = submitit.LocalExecutor(tmp_path / "jobs")
+    executor.update_parameters(timeout_min=30)
+    job = executor.submit(example.Training(), str(tmp_path / "run"), "Pendulum-v1", 40_000, gradient_steps=0)
+    while not list(listed(tmp_path / "run")):
+        assert job.state == "RUNNING"
+        time.sleep(0.05)
+    # As Slurm does: the signal goes to the job itself, and not to submitit's local stand-in for Slurm.
+    controller = job._process.pid
+    (child,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+    os.kill(int(child), signal.SIGUSR2)
+    assert job.result() == 40_000
+    output = job.paths.stdout.read_text() + job.paths.stderr.read_text()
+    assert "Requeued job" in output and "Resumed at step" in output

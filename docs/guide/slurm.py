@@ -8,6 +8,7 @@ Train on a Slurm cluster with submitit: a job that is pre-empted, or that runs o
 import argparse
 import os
 import signal
+from typing import Any
 
 import submitit
 
@@ -17,10 +18,10 @@ from sb3_mbpo import MBPO, ResumeCallback
 class Training(submitit.helpers.Checkpointable):
     """A job that may be run again: it goes on where it was cut."""
 
-    def __call__(self, folder: str, env: str, steps: int) -> int:
+    def __call__(self, folder: str, env: str, steps: int, **settings: Any) -> int:
         # The signal that submitit gives a job its last minutes with; it ignores SIGTERM, which Slurm may send along.
         callback = ResumeCallback(folder, signals=["SIGUSR2"], verbose=1)
-        agent = MBPO("MlpPolicy", env).learn(steps, callback)
+        agent = MBPO("MlpPolicy", env, **settings).learn(steps, callback)
         if callback.interrupted is not None:
             # Everything is saved: now it is submitit's turn, whose handler queues the job again and ends the process.
             os.kill(os.getpid(), getattr(signal, callback.interrupted))
