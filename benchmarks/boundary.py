@@ -4,8 +4,10 @@ holds the difference against a step of the env and against one of MBPO.
 """
 
 import argparse
+import csv
 import statistics
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +17,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.boundary import Boundary
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "boundary.csv"
+COLUMNS = ["env", "of_the_times", "step_us", "watched_step_us", "mbpo_step_us", "steps"]
 
 
 def main() -> None:
@@ -47,6 +52,7 @@ def main() -> None:
     model.learn(50, reset_num_timesteps=False)
     learning = (time.perf_counter() - started) / 50
 
+    rows = []
     for name, quarter in (("lower quartile", 0), ("median", 1)):
         of_plain, of_watched = (statistics.quantiles(times, n=4)[quarter] for times in (plain, watched))
         added = of_watched - of_plain
@@ -55,6 +61,9 @@ def main() -> None:
             f"{100 * added / of_plain:.1f} % of the env step, {100 * added / learning:.3f} % of a step of MBPO "
             f"({1e3 * learning:.0f} ms)"
         )
+        rows.append([args.env, name, *(f"{1e6 * value:.2f}" for value in (of_plain, of_watched, learning)), args.steps])
+    with RESULTS.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
 
 
 if __name__ == "__main__":

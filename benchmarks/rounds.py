@@ -39,6 +39,9 @@ def measure(comparison: Comparison, rounds: int, warm_ups: int) -> list[dict[str
             values = {"ours": ours[name], "theirs": theirs[name], "ratio": comparison.ratio(ours[name], theirs[name])}
             line = {"measure": name, "round": i, **{key: float(f"{value:.5g}") for key, value in values.items()}}
             lines.append({**line, "target": comparison.target if name == next(iter(ours)) else ""})
+        if i > 0:
+            name = next(iter(ours))
+            print(f"    round {i}: {name} {ours[name]:.4g} against {theirs[name]:.4g}", flush=True)
     return lines
 
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.noise import VectorizedActionNoise
 
 from sb3_mbpo import checks
 from sb3_mbpo.checks import did_you_mean, shown
 from sb3_mbpo.dry_runs import check_device, check_learning_rate, check_noise
-from sb3_mbpo.unsupported import check_env, check_replay
+from sb3_mbpo.unsupported import check_env, check_replay, check_spaces
 
 # SB3 keeps this one under another name.
 KEPT_AS = {"stats_window_size": "_stats_window_size"}
@@ -167,13 +168,14 @@ def read_learn(total_timesteps: Any, *rest: Any) -> Any:
     return total_timesteps
 
 
-def read_first(policy: Any, env: Any, passed: dict[str, Any]) -> list[str]:
+def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: bool) -> list[str]:
     """
     What SB3's constructor uses at once, read and checked in place, before it can stumble over it.
 
     :param policy: the first argument of the constructor
     :param env: the second; ``None`` is for ``load`` alone
     :param passed: all of them, by name
+    :param default_steps: whether ``gradient_steps`` was left at its default
     :return: warnings
     :raises ValueError: one that is out of range
     """
@@ -193,7 +195,16 @@ def read_first(policy: Any, env: Any, passed: dict[str, Any]) -> list[str]:
             # SB3 writes into these dictionaries; the caller's stay as they are.
             passed[name] = dict(passed[name])
     warning = check_device(passed.get("device", "auto"))
-    return [] if warning is None else [warning]
+    found = [] if warning is None else [warning]
+    if env is not None:
+        # Before SB3 looks at the spaces: its assertions do not say what to do instead.
+        passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
+        check_spaces(env.observation_space, env.action_space)
+        n_envs = getattr(env, "num_envs", 1)
+        # ``load`` gets its gradient_steps from the file.
+        if default_steps and n_envs > 1 and passed.get("_init_setup_model", True):
+            found.append(checks.updates_are_few(passed["gradient_steps"], n_envs))
+    return found
 
 
 def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:

@@ -1,12 +1,8 @@
 """What an agent is beside its tensors, as JSON can say it; and an agent made from that, without trusting who wrote it."""
 
 import inspect
-from pathlib import Path
 from typing import Any
 
-import gymnasium
-import numpy as np
-import stable_baselines3
 import torch as th
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq
@@ -14,7 +10,9 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, chec
 from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedule
 
 from sb3_mbpo.arguments import resolve
+from sb3_mbpo.checks import shown
 from sb3_mbpo.plain_values import decode, decode_box, encode, encode_box, is_a
+from sb3_mbpo.provenance import versions
 from sb3_mbpo.rollouts import LinearSchedule
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS
 from sb3_mbpo.unsupported import check_spaces
@@ -57,21 +55,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _short(value: Any) -> str:
-    return repr(value)[:200]
-
-
 def register(cls: type) -> None:
     """:param cls: an algorithm; one of this package's own can be named in a file from now on"""
     if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
         AGENTS[cls.__name__] = cls
-
-
-def versions() -> dict[str, str]:
-    """:return: of the packages that decide how an agent is built"""
-    ours = (Path(__file__).parent / "version.txt").read_text().strip()
-    found = {package.__name__: package.__version__ for package in (stable_baselines3, th, gymnasium, np)}
-    return {"sb3_mbpo": ours, **{name: str(version) for name, version in found.items()}}
 
 
 def describe(agent: Any) -> dict[str, Any]:
@@ -166,7 +153,7 @@ def _check_description(description: Any) -> None:
     if not isinstance(description, dict):
         raise ValueError("the description of the agent must be a JSON object")
     if description.get("format") != FORMAT or isinstance(description.get("format"), bool):
-        raise ValueError(f"format={_short(description.get('format'))} of the description is unknown; it must be {FORMAT}")
+        raise ValueError(f"format={shown(description.get('format'))} of the description is unknown; it must be {FORMAT}")
     if set(description) != _KEYS:
         raise ValueError(
             f"the description of the agent has unknown keys {sorted(set(description) - _KEYS)[:5]} "
@@ -179,17 +166,17 @@ def _check_description(description: Any) -> None:
         raise ValueError(f"counters of the description must be {', '.join(COUNTERS)}")
     n_envs = description["n_envs"]
     if not is_a(n_envs, (int,)) or not 1 <= n_envs <= 2**20:
-        raise ValueError(f"n_envs={_short(n_envs)} must be a whole number of at least 1")
+        raise ValueError(f"n_envs={shown(n_envs)} must be a whole number of at least 1")
 
 
 def _class(name: Any, cls: type | None) -> Any:
     if cls is not None:
         if name != cls.__name__:
-            raise ValueError(f"it holds an agent of class {_short(name)}, not {cls.__name__}; use that class's own load")
+            raise ValueError(f"it holds an agent of class {shown(name)}, not {cls.__name__}; use that class's own load")
         return cls
     if not isinstance(name, str) or name not in AGENTS:
         raise ValueError(
-            f"class {_short(name)} is not among {', '.join(AGENTS)} (this package's other algorithms have to be imported "
+            f"class {shown(name)} is not among {', '.join(AGENTS)} (this package's other algorithms have to be imported "
             "before one of them can be named)"
         )
     return AGENTS[name]
@@ -199,7 +186,7 @@ def _policy(value: Any, cls: Any) -> str:
     if isinstance(value, dict):
         decode(value, "policy")
     if not isinstance(value, str) or value not in cls.policy_aliases:
-        raise ValueError(f"policy={_short(value)} must be one of {', '.join(cls.policy_aliases)}")
+        raise ValueError(f"policy={shown(value)} must be one of {', '.join(cls.policy_aliases)}")
     return value
 
 
@@ -208,7 +195,7 @@ def _arguments(encoded: dict[str, Any], cls: type, overrides: dict[str, Any]) ->
     known = _argument_names(cls)
     for name in [*encoded, *overrides]:
         if name not in known:
-            raise ValueError(f"{cls.__name__} has no argument {_short(name)}; was it saved by a later version?")
+            raise ValueError(f"{cls.__name__} has no argument {shown(name)}; was it saved by a later version?")
     # An argument that came after the description was written has its default.
     arguments = {name: overrides.get(name, parameters[name].default) for name in known}
     for name in encoded:
@@ -225,17 +212,17 @@ def _check_argument(name: str, value: Any, default: Any) -> None:
         number = isinstance(default, int | float) and not isinstance(default, bool)
         kinds = (int, float) if number else (type(default),)
     if kinds is not None and not is_a(value, kinds):
-        raise ValueError(f"{name}={_short(value)} is of a type that it cannot have in a file")
+        raise ValueError(f"{name}={shown(value)} is of a type that it cannot have in a file")
     if name == "termination_fn" and isinstance(value, str) and value not in _TERMINATION_NAMES:
-        raise ValueError(f"termination_fn={_short(value)} is no name that a file may hold")
+        raise ValueError(f"termination_fn={shown(value)} is no name that a file may hold")
     if name == "policy_kwargs":
         for key, item in (value or {}).items():
             if key in ("activation_fn", "optimizer_class", "features_extractor_class") and not isinstance(item, type):
-                raise ValueError(f"policy_kwargs: {key}={_short(item)} is no class that a file may name")
+                raise ValueError(f"policy_kwargs: {key}={shown(item)} is no class that a file may name")
     if name == "replay_buffer_kwargs":
         for key, item in (value or {}).items():
             if key != "handle_timeout_termination" or not isinstance(item, bool):
-                raise ValueError(f"replay_buffer_kwargs: {_short(key)} is nothing that a file may hold")
+                raise ValueError(f"replay_buffer_kwargs: {shown(key)} is nothing that a file may hold")
 
 
 def _termination(encoded: Any) -> Any:
@@ -244,7 +231,7 @@ def _termination(encoded: Any) -> Any:
         return None
     termination = decode(encoded, "termination")
     if termination != "learned" and not isinstance(termination, KNOWN_TERMINATIONS):
-        raise ValueError(f"termination={_short(termination)} is none that a file may hold")
+        raise ValueError(f"termination={shown(termination)} is none that a file may hold")
     return termination
 
 
@@ -255,7 +242,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")
     if not fine:
-        raise ValueError(f"counters: {name}={_short(value)} is no count")
+        raise ValueError(f"counters: {name}={shown(value)} is no count")
     return value
 
 

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
@@ -16,7 +15,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_mbpo.arguments import check_keywords, check_names, joined_signature, read_arguments, read_first, read_learn, resolve
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
-from sb3_mbpo.checks import check_before_learning, updates_are_few
+from sb3_mbpo.checks import check_before_learning
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run
 from sb3_mbpo.dynamics import DynamicsModel
@@ -27,7 +26,6 @@ from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resuming import Resuming
 from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, known_termination
-from sb3_mbpo.unsupported import check_spaces
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
@@ -81,16 +79,8 @@ class ModelBased(Imagining, Resuming):
             kwargs["gradient_steps"] = 20
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
-        for warning in read_first(policy, env, passed):
+        for warning in read_first(policy, env, passed, as_ever):
             warnings.warn(warning, stacklevel=3)
-        if env is not None:
-            # Before SB3 looks at the spaces: its assertions do not say what to do instead.
-            passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
-            check_spaces(env.observation_space, env.action_space)
-            n_envs = getattr(env, "num_envs", 1)
-            # ``load`` gets its gradient_steps from the file.
-            if as_ever and n_envs > 1 and passed.get("_init_setup_model", True):
-                warnings.warn(updates_are_few(20, n_envs), stacklevel=3)
 
         self.real_ratio = real_ratio
         self.model_train_freq = model_train_freq

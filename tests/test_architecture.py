@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "value_bound": set(),
     "rollouts": {"checks", "dynamics"},
     "plain_values": {"probabilistic_ensemble", "rollouts", "terminations"},
-    "description": {"arguments", "plain_values", "rollouts", "terminations", "unsupported"},
+    "description": {"arguments", "checks", "plain_values", "provenance", "rollouts", "terminations", "unsupported"},
     "packing": set(),
     "interrupts": set(),
     "checkpoint": {"provenance"},

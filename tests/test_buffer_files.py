@@ -1,5 +1,4 @@
 import io
-import os
 import pickle
 
 import gymnasium as gym
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from hostile import Payload
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from tiny import FAST
@@ -112,16 +112,6 @@ def test_a_buffer_that_was_thrown_away(tmp_path):
 
 
 # ---------------------------------------------------------------------- hostile files
-
-
-class Payload:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
 
 
 @pytest.mark.parametrize("name", ["buffer.pkl", "buffer.pt", "buffer"])

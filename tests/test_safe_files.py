@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch as th
+from hostile import Payload
 
 from sb3_mbpo.safe_files import read_bytes, read_json, read_members, read_tensors, write_json
 
@@ -100,18 +101,6 @@ def test_tensors():
     value = {"a": th.ones(3), "b": [1, (2.5, "text", None)]}
     again = read_tensors(saved(value))
     assert th.equal(again.pop("a"), value.pop("a")) and again == value
-
-
-class Payload:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, marker, function):
-        self.marker, self.function = str(marker), function
-
-    def __reduce__(self):
-        return self.function, (
-            (f"touch {self.marker}" if self.function is os.system else f"open({self.marker!r}, 'w').close()"),
-        )
 
 
 @pytest.mark.parametrize("function", [os.system, exec, eval])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import stable_baselines3.common.save_util as save_util
 import torch as th
+from hostile import Payload
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
@@ -156,18 +157,6 @@ def test_sb3_reads_the_zip_as_ever(tmp_path, agent):
 
 
 # ---------------------------------------------------------------------- what acts when it is unpickled
-
-
-class Payload:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, marker, function):
-        self.marker, self.function = str(marker), function
-
-    def __reduce__(self):
-        return self.function, (
-            (f"touch {self.marker}" if self.function is os.system else f"open({self.marker!r}, 'w').close()"),
-        )
 
 
 def hostile_data(members, key, payload):

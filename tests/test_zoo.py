@@ -142,9 +142,8 @@ def test_checkpoints(tmp_path: Path) -> None:
     """SIGTERM ends a run with a code of its own; the same command goes on and ends where an undisturbed one ends."""
     command = [*TRAIN, "-n", "1500", "--eval-freq", "500", "--checkpoints"]
     process = start(tmp_path, *command, "saved", "-params", *TINY)
-    while process.poll() is None and not list(tmp_path.glob("logs/mbpo/*/Pendulum-v1/config.yml")):
-        time.sleep(0.1)
-    time.sleep(4)
+    while process.poll() is None and not list(tmp_path.glob("saved/*-step-*")):
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 75 and "SIGTERM: saved in saved; the same command goes on" in output, output
