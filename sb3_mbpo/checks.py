@@ -19,9 +19,10 @@ LARGEST = 1e15
 
 
 def shown(value: Any) -> str:
-    """:return: ``repr(value)``, cut where it is long"""
+    """:return: ``repr(value)``, or a function's dotted name, cut where it is long"""
+    is_function = callable(value) and hasattr(value, "__qualname__") and not isinstance(value, type)
     try:
-        text = repr(value)
+        text = f"{value.__module__}.{value.__qualname__}" if is_function else repr(value)
     except Exception as error:  # an int of 5000 digits, or a class of the user's
         text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
     return text if len(text) <= 300 else f"{text[:300]}..."
@@ -151,8 +152,7 @@ RULES: dict[str, Rule] = {
         _is_coefficient, f'"auto", "auto_" and the positive number it starts from ("auto_0.1"), or {_COEFFICIENT.expected}'
     ),
     "target_entropy": unless("auto", number(-LARGEST, LARGEST)),
-    "use_sde": FLAG,
-    "use_sde_at_warmup": FLAG,
+    **{name: FLAG for name in ("use_sde", "use_sde_at_warmup")},
     "sde_sample_freq": Rule(
         lambda value: is_whole(value, 1) or is_whole(value, -1, -1),
         "a whole number of at least 1, or -1 for new noise at the start of each rollout only",

@@ -119,7 +119,7 @@ def _dry_run_on(
     returns: str,
 ) -> None:
     n, device = len(transition[0]), transition[0].device
-    who = f"{name}={getattr(fn, '__qualname__', None) or shown(fn)}"
+    who = f"{name}={shown(fn)}"
     expected = f"from (obs, actions, next_obs) it must return a {returns} tensor of shape (B,), here ({n},), on {device}"
     before = [part.clone() for part in transition]
     try:

@@ -107,7 +107,7 @@ def ends_badly(progress):
         (True, "learning_rate=True must be"),
         (None, "learning_rate=None must be"),
         ([1e-3], r"learning_rate=\[0.001\] must be"),
-        (ends_badly, "learning_rate=<function ends_badly.*> gives nan at progress_remaining=0, where it must give a number"),
+        (ends_badly, "learning_rate=.*ends_badly gives nan at progress_remaining=0, where it must give a number"),
         (lambda progress: progress - 0.5, "gives -0.5 at progress_remaining=0"),
         (lambda progress: "fast", "learning_rate=.* raised ValueError: .* at progress_remaining=1"),
         (lambda: 1e-3, "learning_rate=.* raised TypeError"),
