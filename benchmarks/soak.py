@@ -13,6 +13,7 @@ import argparse
 import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mbpo import MBPO, ResumeCallback
-from sb3_mbpo.checkpoint import read
+from sb3_mbpo.checkpoint import newest
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "soak.csv"
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL]
@@ -74,8 +75,16 @@ def start(folder: Path, steps: int) -> subprocess.Popen[bytes]:
 
 
 def last_tensors(folder: Path, steps: int) -> dict[str, th.Tensor]:
-    (path,) = (folder / "checkpoints").glob(f"*-step-{steps}")
-    return read(path)[1]
+    found = newest(folder / "checkpoints")
+    assert found is not None and found[2].step == steps
+    return found[1]
+
+
+def growth(folder: Path) -> float:
+    """Resident memory in the last quarter of a run over that in its second quarter, the largest of each."""
+    megabytes = [float(line.split()[1]) for line in (folder / "memory.txt").read_text().splitlines()]
+    quarter = len(megabytes) // 4
+    return max(megabytes[-quarter:]) / max(megabytes[quarter : 2 * quarter])
 
 
 def main() -> None:
@@ -86,6 +95,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         return learn(args.folder, args.steps)
+    if args.folder.exists():
+        # A finished run would not be run again.
+        shutil.rmtree(args.folder)
     chance, ends, started = random.Random(0), [], time.perf_counter()
     undisturbed = start(args.folder / "undisturbed", args.steps)
     while True:
@@ -113,7 +125,9 @@ def main() -> None:
             lines = (args.folder / name / "memory.txt").read_text().split("\n")
             writer.writerows([name, *line.split(), ""] for line in lines if line)
         writer.writerow(["disturbed", args.steps, "", " ".join(map(str, ends))])
-    sys.exit(1 if different else 0)
+    grown = growth(args.folder / "undisturbed")
+    print(f"resident memory of the undisturbed run, last quarter over second quarter: {grown:.3f}")
+    sys.exit(1 if different or grown > 1.05 or len(set(ends)) < 3 else 0)
 
 
 if __name__ == "__main__":
