@@ -126,6 +126,9 @@ def words_of(value):
         yield from (word for item in [*value.keys(), *value.values()] for word in words_of(item))
     if callable(value):
         yield getattr(value, "__qualname__", "")
+    if isinstance(value, str) and "." in value:
+        # A function by its dotted name: read as that function, which errors show without quotation marks.
+        yield value
     read = numbers_in(value)
     for form in (value, read, tuple(read) if isinstance(read, list) else read):
         try:
