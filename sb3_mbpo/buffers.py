@@ -246,6 +246,17 @@ class MixedReplayBuffer(ReplayBuffer):
         """All real transitions, raw, flat, float32."""
         return ReplayBufferSamples(*self._real_rows(slice(None)).split(self.model_buffer.widths, dim=1))
 
+    def newest(self, n: int) -> ReplayBufferSamples:
+        """
+        The last real steps in order of time, raw and flat, float32; unlike SB3's samples, dones are those of time limits too.
+
+        :param n: steps of each env, if there are so many
+        :return: each part ``(n, n_envs, dim)``
+        """
+        rows = np.arange(self.pos - min(n, self.size()), self.pos)
+        parts = (getattr(self, name)[rows].reshape(len(rows), self.n_envs, -1) for name in ROWS[:-1])
+        return ReplayBufferSamples(*map(self._tensor, parts))
+
     def start_states(self, n: int) -> th.Tensor:
         """:return: observations of ``n`` real transitions, uniform with replacement, raw ``(n, obs_dim)``, float32"""
         rows = th.randint(self.size() * self.n_envs, (n,), generator=self.generator, device=self.device).cpu().numpy()

@@ -10,14 +10,18 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.buffers import normalize_obs, normalize_rewards
+from sb3_mbpo.drift import drift
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.plausible import Plausible
 from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
-from sb3_mbpo.rollouts import branched_rollout, rollout_length
+from sb3_mbpo.rollouts import LONGEST_AUTO, branched_rollout
+from sb3_mbpo.trust import imagined_share, reliable_length
 from sb3_mbpo.value_bound import breach, entropy_bonus, q_values, return_bounds
 
 # Real and imagined rows, each, whose Q-values are looked at after a fit.
 VALUED_ROWS = 500
+# Real steps that an imagined trajectory must have begun at, for its error to count.
+FEWEST_STARTS = 20
 
 
 class RolloutCallback(BaseCallback):
@@ -42,8 +46,10 @@ class RolloutCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         if self._due():
             with nullcontext() if self.model.resumable is None else self.model.resumable.undoing():
+                if self.model.rollout_schedule == "auto":
+                    self._measure_length()
                 transitions = self._fit()
-                if self.model.dynamics.usable:
+                if self.model.dynamics.usable and self.model.imagined_share > 0:
                     self._refill(transitions)
                 else:
                     # An empty one: the next attempt comes with the next fit, not with the next step.
@@ -51,6 +57,7 @@ class RolloutCallback(BaseCallback):
             self._judge_values(transitions)
             self.model.dynamics_fitted_at = self.model.lifetime_timesteps
             self._show("")
+        self._mix()
         self._record_state()
 
     def _due(self) -> bool:
@@ -74,12 +81,24 @@ class RolloutCallback(BaseCallback):
         frequency = agent.model_train_freq
         return agent.lifetime_timesteps // frequency > agent.dynamics_fitted_at // frequency
 
+    def _measure_length(self) -> None:
+        """Set k by how the dynamics predicts the newest real steps, which it has not seen before the fit that comes now."""
+        agent = self.model
+        if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
+            return
+        steps = agent.replay_buffer.newest((agent.lifetime_timesteps - agent.dynamics_fitted_at) // agent.n_envs)
+        errors = drift(agent.dynamics, steps, LONGEST_AUTO, FEWEST_STARTS)
+        if errors:
+            variance = agent.replay_buffer.real_transitions().observations.var(dim=0)
+            agent.trusted_length = reliable_length(errors, variance)
+
     def _fit(self) -> ReplayBufferSamples:
         """Fit dynamics and, where it is learned, termination, on all real transitions, and return these."""
         started = time.perf_counter()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
         metrics = agent.dynamics.fit(transitions, progress=self._say)
+        agent.imagined_share = imagined_share(metrics, agent.min_explained_variance, agent.reward_fn is not None)
         metrics |= agent.fit_termination(transitions)
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
@@ -94,7 +113,7 @@ class RolloutCallback(BaseCallback):
         """
         started = time.perf_counter()
         agent = self.model
-        length = rollout_length(agent.rollout_schedule, agent.lifetime_timesteps)
+        length = agent.rollout_length
         model_buffer = agent.replay_buffer.model_buffer
         model_buffer.begin_refill(agent.rollout_batch_size * length)
         if transitions is None:
@@ -171,6 +190,11 @@ class RolloutCallback(BaseCallback):
         if of not in self.model._warned_of:
             self.model._warned_of.append(of)
             warnings.warn(warning, stacklevel=2)
+
+    def _mix(self) -> None:
+        """The gate: as much of a batch is imagined as the dynamics has earned, at most what ``real_ratio`` leaves."""
+        agent = self.model
+        agent.replay_buffer.real_ratio = agent.real_ratio + (1 - agent.real_ratio) * (1 - agent.imagined_share)
 
     def _record_state(self) -> None:
         agent = self.model

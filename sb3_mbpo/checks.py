@@ -164,10 +164,10 @@ RULES: dict[str, Rule] = {
     "replay_buffer_kwargs": MAPPING,
     "real_ratio": RATIO,
     "model_train_freq": whole(1),
-    "rollout_batch_size": whole(1, MOST),
-    "retained_rollouts": whole(1, MOST),
+    **{name: whole(1, MOST) for name in ("rollout_batch_size", "retained_rollouts")},
     "model_buffer_size": optional(whole(1, sys.maxsize)),
     "imagined_margin": optional(number(0, LARGEST, "a number of at least 0, in ranges of the real data")),
+    "min_explained_variance": optional(number(1e-6, 1)),
     "dynamics_kwargs": optional(MAPPING),
 }
 # What SB3's policies take; the policy's own signature says which.

@@ -13,7 +13,7 @@ from sb3_mbpo.arguments import resolve
 from sb3_mbpo.checks import shown
 from sb3_mbpo.plain_values import decode, decode_box, encode, encode_box, is_a
 from sb3_mbpo.provenance import versions
-from sb3_mbpo.rollouts import LinearSchedule
+from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS
 from sb3_mbpo.unsupported import check_spaces
 
@@ -23,18 +23,19 @@ AGENTS: dict[str, type] = {}
 #: What counts the agent's life, and is restored.
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
-    *("_episode_num", "_n_updates", "_current_progress_remaining"),
+    *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share"),
 )
 
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}
 _KEYS |= {"counters"}
 # Given by the caller, or by the description under a key of its own.
 _NO_ARGUMENTS = {"policy", "env", "device", "_init_setup_model"}
-_TERMINATION_NAMES = ("learned", "never")
+_WORDS = {"termination_fn": ("learned", "never"), "rollout_schedule": ("auto",)}
 _NOTHING = type(None)
 # What a description may say of an argument; of the others, what their default is. Text that `resolve` would import is none.
 _TYPES: dict[str, tuple[type, ...]] = {
     "imagined_margin": (int, float, type(None)),
+    "min_explained_variance": (int, float, type(None)),
     "learning_rate": (int, float, ConstantSchedule, LearningRateSchedule, FloatSchedule),
     "train_freq": (int, tuple),
     "action_noise": (_NOTHING, ActionNoise),
@@ -46,7 +47,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "seed": (_NOTHING, int),
     "ent_coef": (int, float, str),
     "target_entropy": (int, float, str),
-    "rollout_schedule": (int, dict, LinearSchedule),
+    "rollout_schedule": (int, dict, LinearSchedule, str),
     "model_buffer_size": (_NOTHING, int),
     "termination_fn": (_NOTHING, str, *KNOWN_TERMINATIONS),
     "reward_fn": (_NOTHING,),
@@ -97,7 +98,7 @@ def _argument(agent: Any, name: str) -> Any:
         value = (value.frequency, value.unit.value)
     if isinstance(value, str) and name == "dynamics_class":
         value = resolve(value, name)
-    if isinstance(value, str) and name in ("termination_fn", "reward_fn") and value not in _TERMINATION_NAMES:
+    if isinstance(value, str) and name in ("termination_fn", "reward_fn") and value not in _WORDS["termination_fn"]:
         # A dotted name: to import it is the caller's decision.
         return {":yours:": value}
     return encode(value)
@@ -213,8 +214,8 @@ def _check_argument(name: str, value: Any, default: Any) -> None:
         kinds = (int, float) if number else (type(default),)
     if kinds is not None and not is_a(value, kinds):
         raise ValueError(f"{name}={shown(value)} is of a type that it cannot have in a file")
-    if name == "termination_fn" and isinstance(value, str) and value not in _TERMINATION_NAMES:
-        raise ValueError(f"termination_fn={shown(value)} is no name that a file may hold")
+    if name in _WORDS and isinstance(value, str) and value not in _WORDS[name]:
+        raise ValueError(f"{name}={shown(value)} is no name that a file may hold")
     if name == "policy_kwargs":
         for key, item in (value or {}).items():
             if key in ("activation_fn", "optimizer_class", "features_extractor_class") and not isinstance(item, type):
@@ -239,6 +240,10 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
     value = decode(encoded[name], name)
     if name == "_current_progress_remaining":
         fine = is_a(value, (int, float))
+    elif name == "imagined_share":
+        fine = is_a(value, (int, float)) and 0 <= value <= 1
+    elif name == "trusted_length":
+        fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")
     if not fine:

@@ -10,7 +10,7 @@ from typing import Any
 from sb3_mbpo.buffers import ROWS
 from sb3_mbpo.model_buffer import grown
 from sb3_mbpo.refill import ROLLOUT_BLOCK
-from sb3_mbpo.rollouts import LinearSchedule, make_schedule
+from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule, make_schedule
 
 # Bytes of a float32 and of an index.
 NUMBER, INDEX = 4, 8
@@ -76,6 +76,9 @@ def lengths_of(schedule: Any, first_refill: int, model_train_freq: int, retained
     :param model_train_freq: env transitions from one refill to the next
     :param retained_rollouts: refills kept
     """
+    if schedule == "auto":
+        # At the least, then at the most.
+        schedule = LinearSchedule(1, LONGEST_AUTO, first_refill + 1, first_refill + 1)
     schedule = make_schedule(schedule)
     end = schedule.end if isinstance(schedule, LinearSchedule) else first_refill
     times = [first_refill, *range((first_refill // model_train_freq + 1) * model_train_freq, end, model_train_freq)]

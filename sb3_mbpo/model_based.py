@@ -41,7 +41,8 @@ class ModelBased(Imagining, Resuming):
     :param model_train_freq: env transitions from one fit of the dynamics to the next
     :param rollout_batch_size: real states that imagined rollouts start from after each fit
     :param rollout_schedule: the rollout length k: a number; or ``min_length``, ``max_length``, ``start`` and ``end`` (env
-        transitions) of a linear growth; or a callable from env transitions to k
+        transitions) of a linear growth; or ``"auto"``: as far as the dynamics predicts the newest real steps, see
+        :func:`.trust.reliable_length`; or a callable from env transitions to k
     :param retained_rollouts: imagined are the transitions of so many last fits
     :param model_buffer_size: most imagined transitions kept; ``None``: what schedule and retention imply
     :param termination_fn: when imagined episodes end: ``None``: as in this env where that is known, else learned;
@@ -50,6 +51,9 @@ class ModelBased(Imagining, Resuming):
     :param reward_fn: ``None``: learned; or a function of the same inputs, ``-> float (B,)`` (or its dotted name)
     :param imagined_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges on
         either side; ``None``: unbounded. A reward of ``reward_fn`` is not bounded
+    :param min_explained_variance: share of the variance of held-out rewards, and of held-out next observations, that the
+        dynamics must explain for batches to have all their imagined rows; with less they have fewer, and with half of it
+        none. ``None``: all of them always (the paper)
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
@@ -62,12 +66,13 @@ class ModelBased(Imagining, Resuming):
         real_ratio: float = 0.05,
         model_train_freq: int = 250,
         rollout_batch_size: int = 100_000,
-        rollout_schedule: int | dict[str, int] | Callable[[int], int] = 1,
+        rollout_schedule: int | str | dict[str, int] | Callable[[int], int] = 1,
         retained_rollouts: int = 4,
         model_buffer_size: int | None = None,
         termination_fn: str | Callable[..., th.Tensor] | None = None,
         reward_fn: str | Callable[..., th.Tensor] | None = None,
         imagined_margin: float | None = 1.0,
+        min_explained_variance: float | None = 0.1,
         dynamics_class: str | type[DynamicsModel] = ProbabilisticEnsemble,
         dynamics_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -91,12 +96,17 @@ class ModelBased(Imagining, Resuming):
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
         self.imagined_margin = imagined_margin
+        self.min_explained_variance = min_explained_variance
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
         #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
         self.termination: Any = None
         #: ``lifetime_timesteps`` at the last fit.
         self.dynamics_fitted_at: int | None = None
+        #: k under ``rollout_schedule="auto"``, measured before each fit but the first.
+        self.trusted_length = 1
+        #: Of the imagined rows that ``real_ratio`` leaves room for, the part that the dynamics has earned in its last fit.
+        self.imagined_share = 1.0
         self._earlier_timesteps = 0
         super().__init__(*bound.args, **bound.kwargs)
 
@@ -107,7 +117,8 @@ class ModelBased(Imagining, Resuming):
 
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, MixedReplayBuffer))
-        rollout_length(self.rollout_schedule, 0)
+        if self.rollout_schedule != "auto":
+            rollout_length(self.rollout_schedule, 0)
         if self.replay_buffer is None:
             self.replay_buffer_class = MixedReplayBuffer
             self.replay_buffer = self._make_replay_buffer()
@@ -164,6 +175,17 @@ class ModelBased(Imagining, Resuming):
     def lifetime_timesteps(self) -> int:
         """Env transitions of the agent's whole life: ``num_timesteps`` that no ``learn`` sets back. What is due goes by it."""
         return self._earlier_timesteps + self.num_timesteps
+
+    @property
+    def rollout_length(self) -> int:
+        """
+        The rollout length k of a refill now.
+
+        :raises ValueError: the schedule is none, or says something else than a whole number of at least 1
+        """
+        if self.rollout_schedule == "auto":
+            return self.trusted_length
+        return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
 
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """

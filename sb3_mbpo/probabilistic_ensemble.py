@@ -11,6 +11,7 @@ from sb3_mbpo.divergence import LastGood
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
 from sb3_mbpo.likelihood_gradient import Gradient, LikelihoodGradient, autograd_of
+from sb3_mbpo.trust import explained
 
 
 class ProbabilisticEnsemble(DynamicsModel):
@@ -199,8 +200,17 @@ class ProbabilisticEnsemble(DynamicsModel):
         # A thousandth of a standard deviation is good enough: a constant dimension must not keep a fit going.
         return errors.add(1e-6).log().mean(dim=1).exp()
 
-    def _split(self, transitions: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """:return: standardised training inputs and targets, then those held out; the standardisers see the training part"""
+    @th.no_grad()
+    def _elites_mean(self, transitions: ReplayBufferSamples) -> th.Tensor:
+        """:return: the elites' mean prediction of reward and next observation, ``(B, 1 + obs_dim)``, in the env's units"""
+        parts = zip(transitions.observations.split(1000), transitions.actions.split(1000), strict=True)
+        return th.cat([self.predict(obs, actions)[0][self.elites].mean(dim=0) for obs, actions in parts])
+
+    def _split(self, transitions: ReplayBufferSamples) -> tuple[th.Tensor, ...]:
+        """
+        :return: standardised training inputs and targets, then those held out, and their rows; the standardisers see the
+            training part
+        """
         obs, next_obs = transitions.observations, transitions.next_observations
         inputs = th.cat([obs, transitions.actions], dim=-1)
         targets = th.cat([transitions.rewards, next_obs - obs if self.target_mode == "delta" else next_obs], dim=-1)
@@ -210,7 +220,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         if self.normalize_targets:
             self.target_standardizer.fit(targets[train])
         x, y = self.input_standardizer(inputs), self.target_standardizer(targets)
-        return x[train], y[train], x[held_out], y[held_out]
+        return x[train], y[train], x[held_out], y[held_out], held_out
 
     def _gradient(self) -> Gradient:
         own = [getattr(type(self), name) for name in ("negative_log_likelihood", "_distribution")]
@@ -245,12 +255,13 @@ class ProbabilisticEnsemble(DynamicsModel):
 
         :param transitions: see ``DynamicsModel.fit``; at least ``min_transitions``
         :param progress: called with a few words after each epoch
-        :return: ``train_loss``, ``holdout_error`` (mean over elites), ``epochs``, ``updates``, ``elites``, ``diverged``
+        :return: ``train_loss``, ``holdout_error`` (mean over elites), ``explained_reward`` and ``explained_obs`` (see
+            :func:`.trust.explained`; of the held-out rows), ``epochs``, ``updates``, ``elites``, ``diverged``
         :raises ValueError: too few transitions
         """
         if (n := len(transitions.observations)) < self.min_transitions:
             raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {n}")
-        before, (x, y, x_holdout, y_holdout) = LastGood(self), self._split(transitions)
+        before, (x, y, x_holdout, y_holdout, held_out) = LastGood(self), self._split(transitions)
         bootstrap = th.randint(len(x), (len(self.holdout_errors), len(x)), generator=self.generator, device=x.device)
         # A loaded optimizer brings the settings of its time along.
         for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
@@ -276,9 +287,12 @@ class ProbabilisticEnsemble(DynamicsModel):
                 weight.copy_(kept)
             self.holdout_errors.copy_(self._holdout_error(x_holdout, y_holdout).nan_to_num(nan=float("inf")))
         diverged = float(before.settle(finite, y, x_holdout, y_holdout))
+        shares = explained(self._elites_mean(rows := ReplayBufferSamples(*(part[held_out] for part in transitions[:5]))), rows)
         return {
             "train_loss": th.stack(losses).mean().item(),
             "holdout_error": self.holdout_errors[self.elites].mean().item(),
+            "explained_reward": shares[0],
+            "explained_obs": shares[1],
             "epochs": epochs,
             "updates": updates,
             "diverged": diverged,

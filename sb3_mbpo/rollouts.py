@@ -11,6 +11,8 @@ from sb3_mbpo.dynamics import DynamicsModel
 
 # Longer than any time limit, and a slip.
 MOST_STEPS = 10_000
+# k of ``rollout_schedule="auto"``, at most: the end of the paper's schedule for Hopper.
+LONGEST_AUTO = 15
 
 RolloutSchedule = Callable[[int], int]
 
@@ -96,7 +98,7 @@ class LinearSchedule:
         return self.min_length + grown // max(self.end - self.start, 1)
 
 
-def make_schedule(spec: int | dict[str, int] | RolloutSchedule) -> RolloutSchedule:
+def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> RolloutSchedule:
     """
     The schedule that the argument ``rollout_schedule`` stands for.
 
@@ -114,12 +116,12 @@ def make_schedule(spec: int | dict[str, int] | RolloutSchedule) -> RolloutSchedu
     if callable(spec):
         return spec
     raise ValueError(
-        f"rollout_schedule={shown(spec)} must be a length, a whole number of at least 1 and at most {MOST_STEPS:,}; a mapping "
-        f"with {', '.join(keys)}; or a callable from env transitions to a length"
+        f"rollout_schedule={shown(spec)} must be a length, a whole number of at least 1 and at most {MOST_STEPS:,}; 'auto'; a "
+        f"mapping with {', '.join(keys)}; or a callable from env transitions to a length"
     )
 
 
-def rollout_length(spec: int | dict[str, int] | RolloutSchedule, num_timesteps: int) -> int:
+def rollout_length(spec: int | str | dict[str, int] | RolloutSchedule, num_timesteps: int) -> int:
     """
     The rollout length k after so many env transitions.
 

@@ -30,7 +30,10 @@ from sb3_mbpo.unsupported import check_env
 SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
 # What ModelBased keeps beside its arguments and networks.
-_COUNTERS = ("termination", "dynamics_fitted_at", "_earlier_timesteps", "_warned_of_termination", "_warned_of")
+_COUNTERS = (
+    *("termination", "dynamics_fitted_at", "_earlier_timesteps", "trusted_length", "imagined_share"),
+    *("_warned_of_termination", "_warned_of"),
+)
 # Arguments that say which networks and optimizers there are.
 _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 

@@ -9,6 +9,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
+from tiny import TruePendulum
 
 from sb3_mbpo import MBPO, DynamicsModel
 
@@ -19,6 +20,8 @@ FAST: dict[str, Any] = {
     "rollout_batch_size": 30,
     "gradient_steps": 1,
     "dynamics_kwargs": {"net_arch": [8], "max_updates": 3},
+    # What is learned here in a few updates explains nothing yet.
+    "min_explained_variance": None,
     "seed": 0,
 }
 
@@ -177,7 +180,7 @@ def test_what_is_logged(tmp_path):
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     expected = "train_loss holdout_error epochs elites fit_seconds rollout_seconds rollout_length real_buffer_size "
     expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement "
-    expected += "updates diverged dropped clipped q_mean q_max q_bound"
+    expected += "updates diverged dropped clipped q_mean q_max q_bound explained_obs explained_reward"
     assert {f"dynamics/{name}" for name in expected.split()} == {name for name in header if name.startswith("dynamics/")}
     assert all(len(name) <= 33 for name in header)
     values = model.logger.name_to_value
@@ -329,3 +332,98 @@ def test_a_model_that_is_not_usable_yet():
     model.dynamics.usable = True
     model.learn(10, reset_num_timesteps=False)
     assert list(model.replay_buffer.model_buffer.refills) == [0, 0, 30]
+
+
+# ---------------------------------------------------------------------- trust
+
+
+class Says(Recorder):
+    """A dynamics whose fits explain what they are told to."""
+
+    explained: list[float]
+
+    def fit(self, transitions, progress=None):
+        return super().fit(transitions) | {"explained_obs": self.explained.pop(0), "explained_reward": 1.0}
+
+
+def test_the_gate_follows_what_the_fits_explain():
+    """Of a batch of 16 with 4 real rows, 12, 6 and none are imagined, and 12 again."""
+    model = agent(dynamics_class=Says, real_ratio=0.25, min_explained_variance=0.1)
+    model.dynamics.explained = [0.9, 0.075, 0.0, 0.6]
+    real = []
+    model.learn(55, callback=lambda locals_, globals_: real.append(model.replay_buffer.real_rows(16)) or True)
+    assert model.dynamics.fits == [21, 30, 40, 50]
+    # What is seen at a step was set at the end of the one before.
+    assert [real[step - 1] for step in (22, 30, 31, 40, 41, 50, 51, 55)] == [4, 4, 10, 10, 16, 16, 4, 4]
+    # Nothing is imagined that nobody would learn from.
+    assert list(model.replay_buffer.model_buffer.refills) == [30, 30, 0, 30]
+
+
+def test_the_gate_is_logged_and_saved(tmp_path):
+    model = agent(dynamics_class=Says, real_ratio=0.25, min_explained_variance=0.1)
+    model.dynamics.explained = [0.075]
+    model.learn(22)
+    assert model.logger.name_to_value["dynamics/real_share"] == 10 / 16
+    model.save(tmp_path / "agent")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    assert loaded.imagined_share == pytest.approx(0.5) and loaded.real_ratio == 0.25
+
+
+class NoPast(gym.Env):
+    """The next observation has nothing to do with this one; the reward is for the action."""
+
+    observation_space = gym.spaces.Box(-10, 10, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.normal(size=2).astype(np.float32), {}
+
+    def step(self, action):
+        return self.np_random.normal(size=2).astype(np.float32), -abs(float(action[0]) - 0.3), False, False, {}
+
+
+LEARNING: dict[str, Any] = {**FAST, "learning_starts": 300, "dynamics_kwargs": {"net_arch": [32, 32]}}
+del LEARNING["min_explained_variance"]
+
+
+def test_dynamics_that_cannot_be_learned_are_not_learned_from():
+    model = MBPO(env=gym.wrappers.TimeLimit(NoPast(), 50), **LEARNING).learn(310)
+    assert model.imagined_share == 0 and model.replay_buffer.real_rows(100) == 100
+
+
+def test_dynamics_that_can_be_learned_lose_nothing():
+    model = MBPO(env="Pendulum-v1", **LEARNING).learn(310)
+    assert model.imagined_share == 1 and model.replay_buffer.real_rows(100) == 5
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_auto_goes_as_far_as_the_true_system_would(n_envs):
+    """With nothing measured yet k is 1; the truth holds to the cap."""
+    model = agent(
+        make_vec_env("Pendulum-v1", n_envs), dynamics_class=TruePendulum, rollout_schedule="auto", model_train_freq=120
+    )
+    lengths = []
+    model.learn(130, callback=lambda locals_, globals_: lengths.append(model.rollout_length) or True)
+    assert lengths[0] == lengths[110 // n_envs] == 1 and model.rollout_length == 15
+
+
+def test_auto_stays_at_one_step_with_a_bad_dynamics():
+    model = agent(rollout_schedule="auto", model_train_freq=50).learn(200)
+    assert len(model.dynamics.fits) == 5 and model.rollout_length == 1
+
+
+def test_auto_is_never_measured_on_what_was_fitted():
+    """Each time the steps since the last fit, no others."""
+    seen = []
+
+    class Spy(Recorder):
+        def sample(self, obs, actions):
+            seen.append(obs.clone())
+            return super().sample(obs, actions)
+
+    model = agent(dynamics_class=Spy, rollout_schedule="auto", rollout_batch_size=1, model_train_freq=30).learn(80)
+    real = model.replay_buffer.real_transitions().observations
+    measured = [obs for obs in seen if len(obs) > 1]
+    assert model.dynamics.fits == [21, 30, 60]
+    assert th.equal(measured[0], real[30:60])

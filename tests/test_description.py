@@ -83,6 +83,7 @@ VALUES: dict[str, list[Any]] = {
     "retained_rollouts": [2],
     "model_buffer_size": [50],
     "imagined_margin": [None, 0.5],
+    "min_explained_variance": [0.5],
     "termination_fn": ["learned", "never", TipFalls(0.5)],
     "dynamics_kwargs": [{"net_arch": [4, 4], "n_members": 3, "n_elites": 2, "weight_decays": [0.0, 1e-4, 0.1]}],
     "fast_update": [False, True],

@@ -93,6 +93,7 @@ def test_entry_trains(file: str, env_id: str, monkeypatch: pytest.MonkeyPatch) -
     assert dimension == (TRUNCATED if file == "mbpo_truncated_obs" else DIMENSIONS).get(env_id, dimension)
     settings = {key: value for key, value in entry.items() if key not in OF_THE_ZOO}
     settings["dynamics_kwargs"] = {"net_arch": [8], "max_updates": 2}
+    settings["min_explained_variance"] = None
     settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "net_arch": [8]}
     tiny = {"learning_starts": 20, "gradient_steps": 2, "batch_size": 32, "rollout_batch_size": 20, "model_train_freq": 10}
     agent = getattr(sb3_mbpo, CLASSES[file])(env=env, seed=0, **{**settings, **tiny, "buffer_size": 100}).learn(35)

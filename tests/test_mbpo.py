@@ -9,9 +9,9 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
-from tiny import FAST, equal_agents
+from tiny import FAST, TruePendulum, equal_agents
 
-from sb3_mbpo import MBPO, DynamicsModel, MixedReplayBuffer
+from sb3_mbpo import MBPO, MixedReplayBuffer
 
 # SB3 writes into the policy_kwargs it is given.
 SHARED = copy.deepcopy(
@@ -135,20 +135,6 @@ def test_a_subclass_may_change_the_update():
 
 
 # ---------------------------------------------------------------------- learning
-
-
-class TruePendulum(DynamicsModel):
-    """Pendulum-v1 itself, from its source: g = 10, m = l = 1, dt = 0.05."""
-
-    def fit(self, transitions, progress=None):
-        return {}
-
-    def sample(self, obs, actions):
-        angle, speed, torque = th.atan2(obs[:, 1], obs[:, 0]), obs[:, 2], 2 * actions[:, 0]
-        rewards = -(angle**2 + 0.1 * speed**2 + 0.001 * torque**2)
-        speed = (speed + (15 * angle.sin() + 3 * torque) * 0.05).clamp(-8, 8)
-        angle = angle + speed * 0.05
-        return th.stack([angle.cos(), angle.sin(), speed], dim=1), rewards
 
 
 def test_the_oracle_is_pendulum():

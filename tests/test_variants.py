@@ -8,7 +8,12 @@ from stable_baselines3 import TD3
 import sb3_mbpo
 
 KWARGS = {"batch_size": 16, "learning_starts": 20, "seed": 0}
-OURS = {"rollout_batch_size": 50, "model_train_freq": 5, "dynamics_kwargs": {"net_arch": [8], "max_updates": 3}}
+OURS = {
+    "min_explained_variance": None,
+    "rollout_batch_size": 50,
+    "model_train_freq": 5,
+    "dynamics_kwargs": {"net_arch": [8], "max_updates": 3},
+}
 
 
 @pytest.mark.parametrize("name", ["MBTD3", "MBTQC", "MBCrossQ"])

@@ -1,0 +1,34 @@
+"""How a dynamics model drifts from real trajectories when it is left to itself under the same actions."""
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mbpo.dynamics import DynamicsModel
+
+
+@th.no_grad()
+def drift(dynamics: DynamicsModel, steps: ReplayBufferSamples, length: int, fewest: int = 1) -> list[th.Tensor]:
+    """
+    Mean squared error of the observation after 1, 2, ... ``length`` predicted steps, from every real step on.
+
+    Each prediction is fed with the one before it and with the real action; it ends where the real episode does.
+
+    :param dynamics: draws the next observations, see ``DynamicsModel.sample``
+    :param steps: consecutive real steps of some envs, ``(T, n_envs, dim)``; dones of any kind
+    :param length: most steps
+    :param fewest: starts that a number of steps must leave room for, to be measured
+    :return: of each number of steps ``(obs_dim,)``
+    """
+    n_steps, n_envs = steps.dones.shape[:2]
+    # SB3 stores the observation after a reset as the next step's, and so does a dataset whose rows are joined.
+    goes_on = (steps.dones[:-1, :, 0] < 0.5) & (steps.next_observations[:-1] == steps.observations[1:]).all(dim=2)
+    goes_on = th.cat([goes_on, goes_on.new_zeros(1, n_envs)]).flatten()
+    obs, actions, truth = (part.flatten(0, 1) for part in (steps.observations, steps.actions, steps.next_observations))
+    rows = th.arange(n_steps * n_envs, device=obs.device)
+    errors: list[th.Tensor] = []
+    while len(errors) < length and len(rows) >= fewest:
+        predicted, _ = dynamics.sample(obs, actions[rows])
+        errors.append(((predicted - truth[rows]) ** 2).mean(dim=0))
+        alive = goes_on[rows]
+        obs, rows = predicted[alive], rows[alive] + n_envs
+    return errors

@@ -1,0 +1,72 @@
+"""How far the dynamics may be believed: what share of a batch may be imagined, and how long a branch may be."""
+
+from collections.abc import Mapping, Sequence
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+# Rewards that vary by less than this part of their magnitude are as good as constant: there a constant does no harm.
+SMALL = 0.1
+# Mean squared error after k steps that is small beside the variance of the observations.
+NEGLIGIBLE = 0.01
+# Beside its magnitude a spread this small is rounding of float32, and the dimension constant.
+ROUNDING = 1e-6
+
+
+def imagined_share(metrics: Mapping[str, float | str], enough: float | None, known_reward: bool) -> float:
+    """
+    Which part of the imagined rows a dynamics has earned: 2 explained / enough - 1, within 0 and 1.
+
+    :param metrics: of a fit; the lesser of ``explained_obs`` and ``explained_reward`` counts, see :func:`explained`
+    :param enough: a share of variance explained that earns all of them, and half of it none: luck explains a little as well;
+        ``None``: all of them whatever is explained
+    :param known_reward: rewards do not come from the dynamics
+    :return: 1 also for a dynamics that does not say
+    """
+    if enough is None:
+        return 1.0
+    names = ["explained_obs"] if known_reward else ["explained_obs", "explained_reward"]
+    least = min(float(metrics.get(name, enough)) for name in names)
+    return min(1.0, max(0.0, 2 * least / enough - 1))
+
+
+def reliable_length(errors: Sequence[th.Tensor], variance: th.Tensor) -> int:
+    """
+    k: the most steps over which every prediction errs by little, its mean squared error over the dimensions that vary, each at
+    most 1, below ``NEGLIGIBLE`` of their variance.
+
+    :param errors: mean squared errors after 1, 2, ... steps, each ``(obs_dim,)``, see :func:`.drift.drift`
+    :param variance: of the real observations ``(obs_dim,)``
+    :return: at least 1
+    """
+    varies = variance > 0
+    length = 0
+    for error in errors:
+        # A comparison with nan says no.
+        if not (error / variance)[varies].clamp(max=1).mean() <= NEGLIGIBLE:
+            break
+        length += 1
+    return max(length, 1)
+
+
+def explained(prediction: th.Tensor, transitions: ReplayBufferSamples) -> tuple[float, float]:
+    """
+    Which share of the variance a prediction explains, against a constant: 1 - E|y - prediction|^2 / E|y - constant|^2.
+
+    For an observation the constant is the mean of the next one, or of its change, whichever errs less. A dimension that does
+    not vary, or a reward that hardly does, is left out, and one that is predicted worse than by the constant counts as 0.
+
+    :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics that has not seen the transitions
+    :param transitions: what came instead, raw and flat
+    :return: for the reward, and the mean over the dimensions of the observation; 1 where nothing varies
+    """
+    obs, next_obs = transitions.observations.double(), transitions.next_observations.double()
+    truth = th.cat([transitions.rewards.double(), next_obs], dim=1)
+    unexplained = ((prediction - truth) ** 2).mean(dim=0)
+    by_constant = truth.var(dim=0, correction=0)
+    by_constant[1:] = th.minimum(by_constant[1:], (next_obs - obs).var(dim=0, correction=0))
+    varies = by_constant.sqrt() > ROUNDING * truth.abs().amax(dim=0)
+    varies[0] &= by_constant[0] > SMALL**2 * (truth[:, 0] ** 2).mean()
+    shares = th.where(varies, 1 - unexplained / by_constant, 1.0).nan_to_num(nan=0.0).clamp(min=0)
+    # The mean of nothing is not a number.
+    return shares[0].item(), shares[1:][varies[1:]].mean().nan_to_num(nan=1.0).item()

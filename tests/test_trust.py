@@ -1,0 +1,127 @@
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mbpo.trust import explained, imagined_share, reliable_length
+
+
+def transitions(obs, next_obs, rewards):
+    obs, next_obs, rewards = (th.as_tensor(np.array(part), dtype=th.float32) for part in (obs, next_obs, rewards))
+    return ReplayBufferSamples(obs, th.zeros(len(obs), 1), next_obs, th.zeros(len(obs), 1), rewards.reshape(-1, 1))
+
+
+def prediction(next_obs, rewards):
+    return th.as_tensor(np.column_stack([rewards, next_obs]), dtype=th.float32)
+
+
+# ---------------------------------------------------------------------- explained
+
+
+def test_table():
+    """By hand: rewards 0, 2 vary by 1; next observations 1, 3 by 1, their changes 1, 1 by 0."""
+    data = transitions([[0.0], [2.0]], [[1.0], [4.0]], [0.0, 2.0])
+    # Changes are 1 and 2, of variance 1/4; the next observations 1 and 4 vary by 9/4.
+    assert explained(prediction([[1.0], [4.0]], [0.0, 2.0]), data) == (1, 1)
+    assert explained(prediction([[1.25], [4.25]], [0.5, 2.5]), data) == pytest.approx((0.75, 0.75))
+    assert explained(prediction([[1.5], [3.5]], [1.0, 1.0]), data) == (0, 0)
+    assert explained(prediction([[100.0], [-100.0]], [50.0, -50.0]), data) == (0, 0)
+
+
+def test_against_numpy():
+    rng = np.random.default_rng(0)
+    obs, noise = rng.normal(size=(500, 3)), rng.normal(size=(500, 3))
+    next_obs = obs * [1.0, 0.0, 0.5] + noise * [0.1, 1.0, 0.5]
+    rewards = rng.normal(size=500)
+    guess, guessed_rewards = obs * [1.0, 0.0, 0.5] + 0.01, 0.5 * rewards
+    shares = []
+    for d in range(3):
+        constant = min(np.var(next_obs[:, d]), np.var(next_obs[:, d] - obs[:, d]))
+        shares.append(max(0.0, 1 - np.mean((guess[:, d] - next_obs[:, d]) ** 2) / constant))
+    reward, observation = explained(prediction(guess, guessed_rewards), transitions(obs, next_obs, rewards))
+    assert reward == pytest.approx(1 - np.mean((rewards / 2) ** 2) / np.var(rewards), rel=1e-5)
+    assert observation == pytest.approx(np.mean(shares), rel=1e-4)
+    # Independent of the past: the mean is as good.
+    assert shares[1] < 0.01
+
+
+def test_what_does_not_vary_is_left_out():
+    rng = np.random.default_rng(0)
+    obs = np.column_stack([rng.normal(size=50), np.full(50, 1e6)])
+    next_obs = obs + [[1.0, 0.0]] * rng.normal(size=(50, 1))
+    wrong = prediction(next_obs + np.array([0.0, 5.0]), np.full(50, 0.9))
+    assert explained(wrong, transitions(obs, next_obs, np.ones(50))) == (1, 1)
+    standing = transitions(obs[:, 1:], obs[:, 1:], np.ones(50))
+    assert explained(prediction(obs[:, 1:], np.ones(50)), standing) == (1, 1)
+
+
+@pytest.mark.parametrize(("rare", "share"), [(1, 1), (3, 0)])
+def test_a_reward_that_hardly_varies_is_left_out(rare, share):
+    """1 but in ``rare`` of 200 steps, predicted to be 1 always: a constant says as much, and errs by a tenth or not."""
+    obs = np.random.default_rng(0).normal(size=(200, 1))
+    rewards = np.ones(200)
+    rewards[:rare] = 0
+    assert explained(prediction(obs, np.ones(200)), transitions(obs, obs + 1, rewards))[0] == share
+
+
+def test_nothing_is_explained_by_what_is_not_finite():
+    data = transitions([[0.0], [1.0]], [[1.0], [4.0]], [0.0, 2.0])
+    assert explained(prediction([[math.nan], [4.0]], [math.inf, 2.0]), data) == (0, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_units_do_not_matter(scale):
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(100, 2))
+    next_obs = obs + 0.1 * rng.normal(size=(100, 2))
+    guess = prediction(scale * (next_obs + 0.05), np.zeros(100))
+    reward, observation = explained(guess, transitions(scale * obs, scale * next_obs, scale * obs[:, 0]))
+    assert reward == pytest.approx(0, abs=0.02) and observation == pytest.approx(0.75, abs=0.03)
+
+
+# ---------------------------------------------------------------------- imagined_share
+
+
+@pytest.mark.parametrize(
+    ("obs", "reward", "share"),
+    [(1, 1, 1), (0.1, 0.9, 1), (0.075, 1, 0.5), (1, 0.06, 0.2), (0.05, 1, 0), (0, 1, 0), (1, 0, 0), (0.07, 0.08, 0.4)],
+)
+def test_share(obs, reward, share):
+    metrics = {"explained_obs": obs, "explained_reward": reward}
+    assert imagined_share(metrics, 0.1, known_reward=False) == pytest.approx(share)
+    assert imagined_share(metrics, None, known_reward=False) == 1
+
+
+def test_a_known_reward_is_not_judged():
+    assert imagined_share({"explained_obs": 0.075, "explained_reward": 0.0}, 0.1, known_reward=True) == pytest.approx(0.5)
+
+
+def test_a_dynamics_that_says_nothing_is_believed():
+    assert imagined_share({"elites": "1 2"}, 0.1, known_reward=False) == 1
+
+
+# ---------------------------------------------------------------------- reliable_length
+
+
+def of_steps(*errors, dims=1):
+    return [th.full((dims,), error) for error in errors]
+
+
+@pytest.mark.parametrize(
+    ("errors", "length"),
+    [((0.5,), 1), ((0.0, 0.0, 0.0), 3), ((0.001, 0.009, 0.02, 0.001), 2), ((0.5, 0.001), 1), ((0.001, math.nan), 1)],
+)
+def test_length(errors, length):
+    assert reliable_length(of_steps(*errors), th.ones(1)) == length
+
+
+def test_errors_are_measured_by_the_variance_of_each_dimension():
+    errors = [th.tensor([0.005, 5000.0]), th.tensor([0.009, 9000.0]), th.tensor([0.02, 9000.0])]
+    assert reliable_length(errors, th.tensor([1.0, 1e6])) == 2
+    assert reliable_length(errors, th.tensor([1e-3, 1e6])) == 1
+
+
+def test_a_dimension_that_stands_still_says_nothing_of_the_length():
+    assert reliable_length([th.tensor([0.001, 1.0])] * 4, th.tensor([1.0, 0.0])) == 4
