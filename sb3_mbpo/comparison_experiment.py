@@ -19,6 +19,8 @@ COLUMNS = (
     *("env", "algorithm", "seed", "step", "episode", "return", "length", "seconds"),
     *(f"{phase}_seconds" for phase in PHASES),
 )
+# Beside the evaluations: what was logged under dynamics/ at each fit, a row for each number.
+FITS = "fits.csv"
 # Evaluation episodes start elsewhere than the training ones, and in the same states for every algorithm.
 EVALUATION_SEED = 1_000_000
 
@@ -52,8 +54,13 @@ class EvaluationRecorder(BaseCallback):
                 csv.writer(file).writerow(COLUMNS)
 
     def on_resume(self) -> None:
-        """After the state of a checkpoint was put back: what was evaluated after it is evaluated again."""
+        """After the state of a checkpoint was put back: what was evaluated and fitted after it comes again."""
         self._mark = time.perf_counter()
+        fits = self.path.with_name(FITS)
+        if fits.exists():
+            with fits.open(newline="", encoding="utf-8") as file:
+                known = [row for row in csv.reader(file) if len(row) == 3 and int(row[0]) <= self.num_timesteps]
+            _replace(fits, known)
         with self.path.open(newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         step, episode = COLUMNS.index("step"), COLUMNS.index("episode")
@@ -62,10 +69,7 @@ class EvaluationRecorder(BaseCallback):
             # The first of several: each process evaluates at step 0. One that was cut may be half a row.
             if len(row) == len(COLUMNS) and int(row[step]) not in self.due:
                 kept.setdefault((row[step], row[episode]), row)
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *kept.values()])
-        os.replace(part, self.path)
+        _replace(self.path, [header, *kept.values()])
 
     def _lap(self) -> float:
         """Seconds since the last call."""
@@ -94,7 +98,17 @@ class EvaluationRecorder(BaseCallback):
             for phase, key in (("fits", "dynamics/fit_seconds"), ("rollouts", "dynamics/rollout_seconds")):
                 self.seconds[phase] += self.logger.name_to_value[key]
                 self._mark += self.logger.name_to_value[key]
+            self._record_fit()
         self.seconds["env_and_policy"] += self._lap()
+
+    def _record_fit(self) -> None:
+        values = {
+            key.removeprefix("dynamics/"): value for key, value in self.logger.name_to_value.items() if "dynamics/" in key
+        }
+        with self.path.with_name(FITS).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(
+                [self.num_timesteps, key, f"{value:.6g}"] for key, value in values.items() if isinstance(value, int | float)
+            )
 
     def _on_training_end(self) -> None:
         self.seconds["updates"] += self._lap()
@@ -115,6 +129,14 @@ class EvaluationRecorder(BaseCallback):
                     [*self.origin.values(), step, i, round(float(result), 6), int(length), *times]
                     for i, (result, length) in enumerate(zip(returns, lengths, strict=True))
                 )
+
+
+def _replace(path: Path, rows: list[list[str]]) -> None:
+    """Another content for a CSV, whole or not at all."""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    os.replace(part, path)
 
 
 class ComparisonExperiment(Experiment):

@@ -156,6 +156,10 @@ def test_run(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), int(row["episode"])) for row in rows] == [(s, i) for s in (0, 20, 30) for i in (0, 1)]
     assert {row["algorithm"] for row in rows} == {"mbpo:tau=0.01"}
+    # The first fit comes right before the first update.
+    with (folder / "fits.csv").open(newline="") as file:
+        fits = {(step, name): float(value) for step, name, value in csv.reader(file)}
+    assert {step for step, _ in fits} == {"21"} and fits["21", "updates"] == 2 and ("21", "explained_obs") in fits
     # Where the Zoo's other commands find it.
     assert (folder / "mbpo" / "Pendulum-v1_1" / "Pendulum-v1.zip").is_file()
 
@@ -175,6 +179,10 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         with (folder / "evaluations.csv").open(newline="") as file:
             return [row[:7] for row in csv.reader(file)]
 
+    def fits(folder: Path) -> list[list[str]]:
+        with (folder / "fits.csv").open(newline="") as file:
+            return [row for row in csv.reader(file) if not row[1].endswith("seconds")]
+
     for name in ("whole", "cut"):
         run.begin(tmp_path / name)
         process = start(tmp_path / name)
@@ -193,3 +201,4 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         assert not (tmp_path / name / "checkpoints").exists()
     assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "whole")
     assert len(evaluations(tmp_path / "whole")) == 23
+    assert fits(tmp_path / "cut") == fits(tmp_path / "whole")
