@@ -250,7 +250,7 @@ def overhead(steps: int) -> Iterator[Comparison]:
 
 
 def experienced_agent(n_real: int) -> MBPO:
-    """A mixed agent whose dynamics has been fitted twenty times, as bounded as ever, each time to a twentieth more of the data."""
+    """A mixed agent whose dynamics has had twenty fits, as bounded as ever, each to a twentieth more of the data."""
     agent = mixed_agent(n_real, learning_starts=0)
     transitions = agent.replay_buffer.real_transitions()[:5]
     for part in range(1, 21):

@@ -1,0 +1,124 @@
+"""
+How long should imagined branches be, and which filter helps? Arms of one study, three seeds each, by ``sb3_mbpo compare``.
+
+    python benchmarks/trust.py pendulum              # every arm and seed; finished runs are not made again, others go on
+    python benchmarks/trust.py pendulum --collect    # only collect what there is, and draw
+
+Runs are in logs/trust/ENV. What they have measured goes to docs/benchmarks/trust: STUDY.csv has the mean return of each
+evaluation, STUDY_fits.csv what was logged at each fit, STUDY.png shows both. Runs that are not finished are there as far as
+they went, with finished = 0.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from sb3_mbpo import compare
+from sb3_mbpo.comparison_experiment import FITS
+from sb3_mbpo.comparison_run import EVALUATIONS, FINISHED, as_file_name
+from sb3_mbpo.plots import look
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "benchmarks" / "trust"
+LOGGED = ("rollout_length", "branch_length", "filtered", "explained_obs", "explained_reward", "holdout_error", "real_share")
+
+# As many imagined transitions as with k = 1.
+LONG = "rollout_schedule=10,rollout_batch_size=10000"
+SMALL_ARMS = {
+    "k = 1 (the paper's)": "mbpo",
+    "auto": "mbpo:rollout_schedule=auto",
+    "k = 10": f"mbpo:{LONG}",
+    "macura": f"mbpo:{LONG},rollout_filter=macura",
+    "infoprop": f"mbpo:{LONG},rollout_filter=infoprop",
+    "m2ac": f"mbpo:{LONG},rollout_filter=m2ac",
+}
+HOPPER_ARMS = {
+    "k = 1 (the paper's until 25,000)": "mbpo",
+    "1 to 15, from 5,000 to 20,000": "mbpo:rollout_schedule=dict(min_length=1,max_length=15,start=5000,end=20000)",
+    **{arm: spec for arm, spec in SMALL_ARMS.items() if spec != "mbpo"},
+}
+# study -> env, steps, steps between evaluations, seeds, arms
+STUDIES = {
+    "pendulum": ("Pendulum-v1", 2_500, 250, 3, SMALL_ARMS),
+    "inverted_pendulum": ("InvertedPendulum-v5", 3_000, 250, 3, SMALL_ARMS),
+    "hopper": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
+}
+
+
+def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """
+    :return: a row per evaluation, ``arm seed step return seconds finished``; a row per fit, ``arm seed step`` and ``LOGGED``
+    """
+    env, _, _, seeds, arms = STUDIES[study]
+    returns, fits = [], []
+    for arm, spec in arms.items():
+        for seed in range(seeds):
+            folder = ROOT / "logs" / "trust" / env / as_file_name(env) / as_file_name(spec) / f"seed_{seed}"
+            if not (folder / FITS).exists():
+                continue
+            rows = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[["return", "seconds"]].mean()
+            returns.append(rows.assign(arm=arm, seed=seed, finished=int((folder / FINISHED).exists())))
+            with (folder / FITS).open(newline="") as file:
+                logged = pd.DataFrame(csv.reader(file), columns=["step", "name", "value"]).astype(
+                    {"step": int, "value": float}
+                )
+            table = logged.pivot_table("value", "step", "name").reindex(columns=LOGGED).reset_index()
+            fits.append(table.assign(arm=arm, seed=seed))
+    return pd.concat(returns).round(3), pd.concat(fits).round(4)
+
+
+def draw(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:
+    """Return, k or its realised mean, and what the dynamics explains, against env steps; means over seeds, each seed thin."""
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    fits = fits.assign(length=fits["branch_length"].fillna(fits["rollout_length"]))
+    fits["unexplained"] = 1 - fits["explained_obs"]
+    shown = (
+        (returns, "return", "return"),
+        (fits, "length", "mean length of a branch"),
+        (fits, "unexplained", "unexplained share"),
+    )
+    for axes, (rows, column, label) in zip(panels, shown, strict=True):
+        for i, arm in enumerate(STUDIES[study][4]):
+            mine = rows[rows["arm"] == arm].pivot_table(column, "step", "seed")
+            if len(mine):
+                axes.plot(mine.index, mine, **{**look(i), "linestyle": "-"}, linewidth=0.7, alpha=0.4)
+                axes.plot(mine.index, mine.mean(axis=1), label=f"{arm} ({mine.shape[1]})", **look(i), linewidth=2)
+        axes.set(xlabel="env steps", ylabel=label)
+        axes.grid(alpha=0.25)
+    panels[2].set_yscale("log")
+    panels[0].set_title(STUDIES[study][0])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(RESULTS / f"{study}.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--arms", nargs="+", help="some of them; default: all")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--collect", action="store_true", help="start nothing")
+    args = parser.parse_args()
+    env, steps, eval_freq, seeds, arms = STUDIES[args.study]
+    if not args.collect:
+        specs = [arms[arm] for arm in args.arms or arms]
+        numbers = {"seeds": seeds, "steps": steps, "eval-freq": eval_freq, "workers": args.workers}
+        options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+        compare.main(["--env", env, "--algo", *specs, *options, "--folder", str(ROOT / "logs" / "trust" / env)])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    returns, fits = collect(args.study)
+    first = ["arm", "seed", "step"]
+    returns[[*first, "return", "seconds", "finished"]].to_csv(RESULTS / f"{args.study}.csv", index=False)
+    fits[[*first, *LOGGED]].to_csv(RESULTS / f"{args.study}_fits.csv", index=False)
+    draw(args.study, returns, fits)
+    last = returns.groupby(["arm", "seed"], sort=False).tail(1)
+    print(last.groupby("arm", sort=False)[["step", "return", "seconds"]].agg(["mean", "min", "max"]).round(1).to_string())
+
+
+if __name__ == "__main__":
+    main()
