@@ -3,10 +3,12 @@ What the rules of sb3_mbpo/filters.py keep, against the true simulator: how long
 
 An agent learns without a model for some steps; its dynamics is fitted to what it has seen; branches of at most ten steps start
 from real states, under its policy. Each is followed in the simulator with the same actions from the same state. Errors are
-root mean squares over the dimensions of the observation, in standard deviations of the observations (k-step: where the branch is
-against where the simulator is; one-step: against the simulator set to where the branch was, in those of the change).
+root mean squares over the dimensions of the observation. k-step: where the branch is against where the simulator is, in
+standard deviations of the observations; one-step: against the simulator set to where the branch was, in those of the change.
 
     python benchmarks/filters.py --out docs/benchmarks/filters.csv
+
+It prints a table: transitions a branch, and the k-step error as a share of that of a fixed length with as many transitions.
 """
 
 import argparse
@@ -129,16 +131,35 @@ def measure(name: str, n_steps: int, seed: int) -> Iterator[dict[str, Any]]:
                 }
 
 
+def table(path: str) -> None:
+    """Print, for each env and size, the means over seeds: branch length, and the k-step error beside that of a fixed k."""
+    with open(path, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for rule in RULES:
+        cells = [rule]
+        for name, n_steps in ((name, n_steps) for name, sizes in SIZES.items() for n_steps in sizes):
+            found = []
+            for seed in sorted({row["seed"] for row in rows}):
+                here = [r for r in rows if (r["env"], r["steps"], r["seed"]) == (name, str(n_steps), seed)]
+                numbers = {r["rule"]: (float(r["branch_length"]), float(r["k_step"])) for r in here}
+                if rule in numbers:
+                    lengths, errors = zip(*sorted(numbers[key] for key in numbers if key[:2] in ("k=", "no")), strict=True)
+                    length, error = numbers[rule]
+                    found.append((length, error / np.interp(length, lengths, errors)))
+            cells.append("{:.1f}, {:.2f}".format(*np.mean(found, axis=0)))
+        print("| " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     with open(arguments.out, "w", newline="", encoding="utf-8") as file:
         writer = None
-        for name, sizes in SIZES.items():
-            for n_steps in sizes:
-                for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
+            for name, sizes in SIZES.items():
+                for n_steps in sizes:
                     for row in measure(name, n_steps, seed):
                         row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
                         writer = writer or csv.DictWriter(file, row)
@@ -146,6 +167,7 @@ def main() -> None:
                             writer.writeheader()
                         writer.writerow(row)
                         file.flush()
+    table(arguments.out)
 
 
 if __name__ == "__main__":

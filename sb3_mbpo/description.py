@@ -253,7 +253,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
     elif name == "trusted_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
     elif name == "filter_memory":
-        fine = isinstance(value, list) and all(is_a(item, (int, float)) for item in value)
+        fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")
     if not fine:

@@ -30,8 +30,8 @@ def geometric_jsd(mean: th.Tensor, var: th.Tensor) -> th.Tensor:
 
 def one_vs_rest_kl(mean: th.Tensor, var: th.Tensor, chosen: th.Tensor) -> th.Tensor:
     """
-    KL(N(mu_i, S_i) || N(mu_-i, S_-i)) of one member against a Gaussian with the moments of the others' mixture: mu_-i is the
-    mean of the others' mu_j, S_-i that of S_j + (mu_j - mu_-i)^2 (Pan et al., 2020).
+    KL(N(mu_i, S_i) || N(m, V)) of one member against a Gaussian with the moments of the others' mixture: m is the mean of the
+    others' mu_j, V that of S_j + (mu_j - m)^2 (Pan et al., 2020).
 
     :param mean: ``(members, B, dims)``, at least two members
     :param var: the same shape

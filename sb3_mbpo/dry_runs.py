@@ -143,6 +143,7 @@ def _dry_run_on(
         raise ValueError(f"{who} returned non-finite values for observations and actions inside the spaces; {expected}")
 
 
+@th.no_grad()
 def dry_run_filter(begin: Callable[[ReplayBufferSamples], Any], value: Any, dynamics: DynamicsModel) -> None:
     """
     Let a ``rollout_filter`` judge two steps from made-up observations, by what the dynamics predicts before its first fit.

@@ -69,8 +69,9 @@ class Macura:
     A branch ends before the first step with ``geometric_jsd >= kappa`` (Frauenknecht et al., 2024).
 
     kappa is the running mean over the refills of xi times a percentile of the divergence at real transitions. The original
-    takes the percentile at the first imagined step, over all members instead of the elites, and tunes xi per task from 0.3 to
-    30; here the actions are those that were really taken there, and xi is 1.
+    takes the percentile (90 or 95) at the first imagined step, over all members instead of the elites, and tunes xi per task
+    from 0.3 to 30; here the actions are those that were really taken, xi is 1, and the percentile one that did no harm on any
+    task where it was measured (docs/guide/trust.md).
 
     :param xi: factor of the threshold
     :param zeta: percentile, from 0 to 100
@@ -78,7 +79,7 @@ class Macura:
     """
 
     xi: float = 1.0
-    zeta: float = 95.0
+    zeta: float = 99.0
     window: int = 2000
 
     def __post_init__(self) -> None:
@@ -128,7 +129,8 @@ class Infoprop:
     def begin(self, mean: th.Tensor, var: th.Tensor, memory: list[float]) -> tuple[tuple[th.Tensor, th.Tensor], list[float]]:
         """:return: lambda_1 and lambda_2, each ``(1 + obs_dim,)``; nothing to remember"""
         loss = information_loss(information_fusion(mean, var)[2])
-        return (loss.quantile(self.step_quantile, dim=0), self.horizon * loss.quantile(self.budget_quantile, dim=0)), []
+        at_once, cheapest = (loss.nanquantile(q, dim=0) for q in (self.step_quantile, self.budget_quantile))
+        return (at_once, self.horizon * cheapest), []
 
     def __call__(self, mean: th.Tensor, var: th.Tensor, branches: Branches) -> Filtered:
         """See :data:`Rule`; the state is the loss since the start, ``(B, 1 + obs_dim)``."""
@@ -148,7 +150,8 @@ class M2AC:
     Of the transitions in step h of k, those with the least ``one_vs_rest_kl`` of the drawn member are stored, a share of
     (k - h) / (2 (k + 1)), or half if k = 1; the others' branches go on all the same (Pan et al., 2020).
 
-    The original ranks over all members instead of the elites, and counts terminated branches in the share.
+    Ranked are the branches that are imagined together, see ``refill.py``. The original takes all members instead of the
+    elites, and counts terminated branches in the share.
 
     :param alpha: the stored reward is less by alpha times the divergence, in standard deviations of the real rewards
     """

@@ -297,6 +297,7 @@ def argument(name, value):
         (set_in("counters", "_current_progress_remaining", to=None), "is no count"),
         (set_in("counters", "filter_memory", to=["os.system"]), "filter_memory=.* is no count"),
         (set_in("counters", "filter_memory", to=3), "filter_memory=3 is no count"),
+        (set_in("counters", "filter_memory", to=[{":float:": "nan"}, 1]), "filter_memory=.* is no count"),
         (set_in("n_envs", to=0), "n_envs=0"),
         (set_in("n_envs", to=10**15), "n_envs"),
         (set_in("n_envs", to="1"), "n_envs"),

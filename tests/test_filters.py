@@ -74,6 +74,15 @@ def test_infoprop_limits_are_quantiles_of_each_dimension():
     np.testing.assert_allclose(in_all, 7 * np.quantile(loss, 0.2, axis=0), rtol=1e-5)
 
 
+def test_infoprop_is_not_blinded_by_one_broken_row():
+    mean, var = spread(th.linspace(0, 3, 50))
+    expected = Infoprop().begin(mean[:, 1:], var[:, 1:], [])
+    mean = mean.clone()
+    mean[:, 0] = math.nan
+    for ours, theirs in zip(Infoprop().begin(mean, var, [])[0], expected[0], strict=True):
+        assert th.equal(ours, theirs)
+
+
 def test_infoprop_cuts_at_once_or_in_all():
     mean, var = spread([1.0, 10.0])
     loss = information_loss(information_fusion(mean, var)[2])
