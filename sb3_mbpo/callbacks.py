@@ -119,17 +119,22 @@ class RolloutCallback(BaseCallback):
         if transitions is None:
             transitions = agent.replay_buffer.real_transitions()
         plausible = Plausible(transitions, agent.imagined_margin)
-        dynamics = plausible.within(agent.imagined_dynamics)
+        dynamics, filtering = plausible.within(agent.imagined_dynamics), agent.filtering(transitions)
         start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size)
+        stored: list[int] = []
         lost: list[int] = []
         block = self.lowered_block or ROLLOUT_BLOCK.get(agent.device.type, 100_000)
         with agent.imagining() as policy:
 
+            def let_through() -> int:
+                return plausible.rows - (0 if filtering is None else filtering.left_out)
+
             def imagine(start_obs: th.Tensor) -> ReplayBufferSamples:
-                before = plausible.rows
-                imagined = branched_rollout(dynamics, policy, agent.terminates, start_obs, length)
-                # Every predicted row comes back, or is not finite.
-                lost.append(plausible.rows - before - len(imagined.rewards))
+                before = let_through()
+                imagined = branched_rollout(dynamics, policy, agent.terminates, start_obs, length, filtering)
+                # Every predicted row comes back, unless a rule left it out or it is not finite.
+                stored.append(len(imagined.rewards))
+                lost.append(let_through() - before - stored[-1])
                 return imagined
 
             try:
@@ -138,7 +143,11 @@ class RolloutCallback(BaseCallback):
                 model_buffer.drop_refill()
                 raise
         self._lower_block(min(block, len(start_obs)), fitted)
+        if filtering is not None:
+            agent.filter_memory = filtering.memory
+            self.logger.record("dynamics/filtered", filtering.left_out / max(plausible.rows, 1))
         self.logger.record("dynamics/rollout_length", length)
+        self.logger.record("dynamics/branch_length", sum(stored) / len(start_obs))
         self.logger.record("dynamics/dropped", dropped := sum(lost))
         self.logger.record("dynamics/clipped", plausible.clipped)
         self.logger.record("dynamics/rollout_seconds", time.perf_counter() - started)

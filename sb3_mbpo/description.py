@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedul
 
 from sb3_mbpo.arguments import resolve
 from sb3_mbpo.checks import shown
+from sb3_mbpo.filters import FILTERS
 from sb3_mbpo.plain_values import decode, decode_box, encode, encode_box, is_a
 from sb3_mbpo.provenance import versions
 from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule
@@ -23,14 +24,20 @@ AGENTS: dict[str, type] = {}
 #: What counts the agent's life, and is restored.
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
-    *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share"),
+    *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share", "filter_memory"),
 )
 
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}
 _KEYS |= {"counters"}
 # Given by the caller, or by the description under a key of its own.
 _NO_ARGUMENTS = {"policy", "env", "device", "_init_setup_model"}
-_WORDS = {"termination_fn": ("learned", "never"), "rollout_schedule": ("auto",)}
+# Text that these arguments may be in a file; any other would be a function's name, to be imported.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "termination_fn": ("learned", "never"),
+    "reward_fn": (),
+    "rollout_schedule": ("auto",),
+    "rollout_filter": tuple(FILTERS),
+}
 _NOTHING = type(None)
 # What a description may say of an argument; of the others, what their default is. Text that `resolve` would import is none.
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -51,6 +58,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "model_buffer_size": (_NOTHING, int),
     "termination_fn": (_NOTHING, str, *KNOWN_TERMINATIONS),
     "reward_fn": (_NOTHING,),
+    "rollout_filter": (_NOTHING, str, *FILTERS.values()),
     "dynamics_class": (type,),
     "fast_update": (_NOTHING, bool),
 }
@@ -98,7 +106,7 @@ def _argument(agent: Any, name: str) -> Any:
         value = (value.frequency, value.unit.value)
     if isinstance(value, str) and name == "dynamics_class":
         value = resolve(value, name)
-    if isinstance(value, str) and name in ("termination_fn", "reward_fn") and value not in _WORDS["termination_fn"]:
+    if isinstance(value, str) and value not in _WORDS.get(name, (value,)):
         # A dotted name: to import it is the caller's decision.
         return {":yours:": value}
     return encode(value)
@@ -214,7 +222,7 @@ def _check_argument(name: str, value: Any, default: Any) -> None:
         kinds = (int, float) if number else (type(default),)
     if kinds is not None and not is_a(value, kinds):
         raise ValueError(f"{name}={shown(value)} is of a type that it cannot have in a file")
-    if name in _WORDS and isinstance(value, str) and value not in _WORDS[name]:
+    if isinstance(value, str) and value not in _WORDS.get(name, (value,)):
         raise ValueError(f"{name}={shown(value)} is no name that a file may hold")
     if name == "policy_kwargs":
         for key, item in (value or {}).items():
@@ -244,6 +252,8 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
         fine = is_a(value, (int, float)) and 0 <= value <= 1
     elif name == "trusted_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
+    elif name == "filter_memory":
+        fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")
     if not fine:

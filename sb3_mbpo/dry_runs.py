@@ -7,8 +7,11 @@ from typing import Any, Literal
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.checks import RATE, shown
+from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.filters import FILTERS, Branches, Filtered
 
 
 def check_learning_rate(value: Any) -> None:
@@ -138,3 +141,56 @@ def _dry_run_on(
     bounded = bool(np.isfinite(observation_space.low).all() and np.isfinite(observation_space.high).all())
     if bounded and not result.isfinite().all():
         raise ValueError(f"{who} returned non-finite values for observations and actions inside the spaces; {expected}")
+
+
+@th.no_grad()
+def dry_run_filter(begin: Callable[[ReplayBufferSamples], Any], value: Any, dynamics: DynamicsModel) -> None:
+    """
+    Let a ``rollout_filter`` judge two steps from made-up observations, by what the dynamics predicts before its first fit.
+
+    :param begin: real transitions -> a :class:`.filters.Filtering`
+    :param value: what the user has passed, for the message
+    :param dynamics: nobody's random numbers are used up
+    :raises ValueError: the dynamics does not predict as two members or more, the rule raises, or returns what does not fit
+    """
+    who = f"rollout_filter={shown(value)}"
+    if not callable(getattr(dynamics, "predict", None)):
+        kind = type(dynamics).__name__
+        raise ValueError(f"{who} goes by what members predict, and {kind} has no method predict. Give it one, or pass None")
+    before, generator = dynamics.generator.get_state(), th.Generator().manual_seed(0)
+    obs_dim, device = dynamics.obs_dim, dynamics.generator.device
+    try:
+        # A lone row as well, as above.
+        for n in (13, 1):
+            sizes = (obs_dim, dynamics.action_dim, obs_dim, 1, 1)
+            made_up = ReplayBufferSamples(*(th.randn(n, size, generator=generator).clamp(-1, 1).to(device) for size in sizes))
+            filtering, state = begin(made_up), None
+            for step in range(2):
+                mean, var = filtering.predict(*made_up[:2])
+                if len(mean) < 2 or any(part.shape[1:] != (n, 1 + obs_dim) for part in (mean, var)):
+                    raise ValueError(f"predict gives {tuple(mean.shape)}, not (2 members or more, {n}, {1 + obs_dim})")
+                filtered = filtering.rule(mean, var, Branches(step, 2, filtering.limits, state, dynamics.generator))
+                _check_filtered(filtered, n, 1 + obs_dim)
+                state = filtered.state
+    except Exception as error:
+        raise ValueError(
+            f"{who} must be None, {', '.join(map(repr, FILTERS))}, or a rule (mean, var, branches) -> Filtered, see "
+            f"sb3_mbpo.filters; a dry run said {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        dynamics.generator.set_state(before)
+
+
+def _check_filtered(filtered: Any, n: int, width: int) -> None:
+    if not isinstance(filtered, Filtered):
+        raise ValueError(f"it returned {type(filtered).__name__}")
+    if filtered.prediction.shape != (n, width):
+        raise ValueError(f"its prediction has shape {tuple(filtered.prediction.shape)}, not {(n, width)}")
+    if not filtered.prediction.dtype.is_floating_point:
+        raise ValueError(f"its prediction is no floating point number, but {filtered.prediction.dtype}")
+    for name in ("stored", "onward"):
+        mask = getattr(filtered, name)
+        if mask.dtype != th.bool or mask.shape != (n,):
+            raise ValueError(f"{name} is {mask.dtype} of shape {tuple(mask.shape)}, not bool of shape {(n,)}")
+    if filtered.state is not None and len(filtered.state) != n:
+        raise ValueError(f"its state has {len(filtered.state)} rows, not {n}")

@@ -16,7 +16,8 @@ class DynamicsModel(nn.Module, ABC):
 
     Observations are raw (never normalised) and flat, actions scaled to [-1, 1] and flat, as in SB3's replay buffer; float32.
     A subclass may offer ``predict(obs, actions) -> (mean, var)``, each ``(members, B, 1 + obs_dim)`` with the reward first,
-    for filters and diagnosis. If it has an ``optimizer``, that is saved with the agent.
+    for filters and diagnosis, and ``elites``, the indices of the members that filters go by. If it has an ``optimizer``, that
+    is saved with the agent.
 
     :param obs_dim: size of a flat observation
     :param action_dim: size of a flat action
@@ -63,6 +64,20 @@ class DynamicsModel(nn.Module, ABC):
         :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
 
+    def finish(
+        self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        What is made of a draw from ``predict``: a model around another does to it what it does to that one's ``sample``.
+
+        :param obs: ``(B, obs_dim)``
+        :param actions: ``(B, action_dim)``
+        :param next_obs: ``(B, obs_dim)``
+        :param rewards: ``(B,)``
+        :return: next observations and rewards
+        """
+        return next_obs, rewards
+
 
 class KnownReward(DynamicsModel):
     """
@@ -87,4 +102,11 @@ class KnownReward(DynamicsModel):
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """See ``DynamicsModel.sample``; the rewards are those of ``reward_fn``."""
         next_obs, _ = self.dynamics.sample(obs, actions)
+        return next_obs, self.reward_fn(obs, actions, next_obs)
+
+    def finish(
+        self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """See ``DynamicsModel.finish``; the rewards are those of ``reward_fn``."""
+        next_obs, _ = self.dynamics.finish(obs, actions, next_obs, rewards)
         return next_obs, self.reward_fn(obs, actions, next_obs)

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.arguments import resolve
 from sb3_mbpo.buffers import normalize_obs
 from sb3_mbpo.collecting import Collecting
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
+from sb3_mbpo.filters import FILTERS, Filtering, Rule
 from sb3_mbpo.terminations import in_env_terms
 
 
@@ -19,6 +21,8 @@ class Imagining(Collecting):
     policy: Any
     actor: Any
     reward_fn: str | Callable[..., th.Tensor] | None
+    rollout_filter: str | Rule | None
+    filter_memory: list[float]
     termination: Any
     learned_termination: Any
 
@@ -29,6 +33,17 @@ class Imagining(Collecting):
             return self.dynamics
         reward_fn = resolve(self.reward_fn, "reward_fn")
         return KnownReward(self.dynamics, lambda *transition: reward_fn(*self._in_env_terms(transition)))
+
+    def filtering(self, transitions: ReplayBufferSamples) -> Filtering | None:
+        """
+        :param transitions: all real transitions
+        :return: what ``rollout_filter`` stands for, at work in the next refill
+        """
+        if self.rollout_filter is None:
+            return None
+        name = self.rollout_filter if isinstance(self.rollout_filter, str) else ""
+        rule = FILTERS.get(name) or resolve(self.rollout_filter, "rollout_filter")
+        return Filtering(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_memory)
 
     @contextmanager
     def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:

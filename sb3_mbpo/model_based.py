@@ -17,8 +17,9 @@ from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.checks import check_before_learning
 from sb3_mbpo.denormals import flush_denormals
-from sb3_mbpo.dry_runs import dry_run
+from sb3_mbpo.dry_runs import dry_run, dry_run_filter
 from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.filters import Rule
 from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.memory import estimate
@@ -54,6 +55,9 @@ class ModelBased(Imagining, Resuming):
     :param min_explained_variance: share of the variance of held-out rewards, and of held-out next observations, that the
         dynamics must explain for batches to have all their imagined rows; with less they have fewer, and with half of it
         none. ``None``: all of them always (the paper)
+    :param rollout_filter: which imagined transitions are learned from and which branches end early, by how far the members of
+        the dynamics disagree: ``None``: all and none (the paper); ``"macura"``, ``"infoprop"``, ``"m2ac"``; or a rule, see
+        ``filters.py`` (or its dotted name)
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
@@ -73,6 +77,7 @@ class ModelBased(Imagining, Resuming):
         reward_fn: str | Callable[..., th.Tensor] | None = None,
         imagined_margin: float | None = 1.0,
         min_explained_variance: float | None = 0.1,
+        rollout_filter: str | Rule | None = None,
         dynamics_class: str | type[DynamicsModel] = ProbabilisticEnsemble,
         dynamics_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -97,6 +102,7 @@ class ModelBased(Imagining, Resuming):
         self.reward_fn = reward_fn
         self.imagined_margin = imagined_margin
         self.min_explained_variance = min_explained_variance
+        self.rollout_filter = rollout_filter
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
         #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
@@ -107,6 +113,8 @@ class ModelBased(Imagining, Resuming):
         self.trusted_length = 1
         #: Of the imagined rows that ``real_ratio`` leaves room for, the part that the dynamics has earned in its last fit.
         self.imagined_share = 1.0
+        #: What the rule of ``rollout_filter`` remembers of the refills so far.
+        self.filter_memory: list[float] = []
         self._earlier_timesteps = 0
         super().__init__(*bound.args, **bound.kwargs)
 
@@ -136,6 +144,8 @@ class ModelBased(Imagining, Resuming):
         if self.reward_fn is not None:
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
+        if self.rollout_filter is not None:
+            dry_run_filter(self.filtering, self.rollout_filter, self.dynamics)
         if self.verbose >= 1:
             print(estimate(self))
 

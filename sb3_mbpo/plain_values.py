@@ -20,6 +20,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedule
 from torch import nn, optim
 
+from sb3_mbpo.filters import M2AC, Infoprop, Macura
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.rollouts import LinearSchedule
 from sb3_mbpo.terminations import HealthyRange, LeavesHealthyRange, NeverTerminates, TipFalls
@@ -88,6 +89,9 @@ _KINDS: dict[type, _Kind] = {
         (LearningRateSchedule, LearningRateSchedule, dict.fromkeys(("start", "end", "end_fraction"), _NUMBER)),
         (FloatSchedule, FloatSchedule, {"value_schedule": (ConstantSchedule, LearningRateSchedule)}),
         (LinearSchedule, LinearSchedule, dict.fromkeys(("min_length", "max_length", "start", "end"), (int,))),
+        (Macura, Macura, {"xi": _NUMBER, "zeta": _NUMBER, "window": (int,)}),
+        (Infoprop, Infoprop, {"step_quantile": _NUMBER, "budget_quantile": _NUMBER, "horizon": (int,)}),
+        (M2AC, M2AC, {"alpha": _NUMBER}),
         (NeverTerminates, NeverTerminates, {}),
         (TipFalls, TipFalls, dict.fromkeys(("height", "link"), _NUMBER)),
         (LeavesHealthyRange, LeavesHealthyRange, {"ranges": (tuple,), "closed": (bool,), "finite": (bool,)}),

@@ -80,6 +80,11 @@ class _Held(DynamicsModel):
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         return self.plausible.hold(*self.dynamics.sample(obs, actions))
 
+    def finish(
+        self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        return self.plausible.hold(*self.dynamics.finish(obs, actions, next_obs, rewards))
+
 
 def bounds(parts: list[th.Tensor], margin: float | None) -> tuple[th.Tensor, th.Tensor]:
     """

@@ -8,6 +8,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.checks import is_number, is_whole, shown, whole
 from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.filters import Filtering
 
 # Longer than any time limit, and a slip.
 MOST_STEPS = 10_000
@@ -24,32 +25,48 @@ def branched_rollout(
     termination: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
     start_obs: th.Tensor,
     length: int,
+    filtering: Filtering | None = None,
 ) -> ReplayBufferSamples:
     """
     Follow the policy for ``length`` steps in the dynamics from every start state.
 
     A terminal transition is kept and ends its branch. A transition with a non-finite number is left out and ends its branch.
+    With a rule, transitions come from ``DynamicsModel.predict``, and the rule says which are kept and which branches go on.
 
     :param dynamics: see ``DynamicsModel.sample``
     :param policy: raw observations ``(B, obs_dim)`` -> actions in [-1, 1] ``(B, action_dim)``
     :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``, same conventions
     :param start_obs: ``(N, obs_dim)``, float32
     :param length: the rollout length k, at least 1
+    :param filtering: a rule of ``filters.py`` at work; ``None``: ``DynamicsModel.sample``, and everything is kept
     :return: the transitions in order of their step, at most ``N * length`` rows; rewards and dones are ``(rows, 1)``
     """
-    obs = start_obs
+    obs, state = start_obs, None
     steps: list[tuple[th.Tensor, ...]] = []
-    for _ in range(length):
-        actions = policy(obs)
-        next_obs, rewards = dynamics.sample(obs, actions)
-        finite = next_obs.isfinite().all(dim=1) & rewards.isfinite()
-        if not finite.all():
-            obs, actions, next_obs, rewards = (part[finite] for part in (obs, actions, next_obs, rewards))
+    for step in range(length):
+        actions, filtered = policy(obs), None
+        if filtering is None:
+            next_obs, rewards = dynamics.sample(obs, actions)
+        else:
+            filtered = filtering(obs, actions, step, length, state)
+            next_obs, rewards = dynamics.finish(obs, actions, filtered.prediction[:, 1:], filtered.prediction[:, 0])
+        going = next_obs.isfinite().all(dim=1) & rewards.isfinite()
+        if filtered is not None:
+            going &= filtered.stored | filtered.onward
+            filtered = filtered.of(going)
+        if not going.all():
+            obs, actions, next_obs, rewards = (part[going] for part in (obs, actions, next_obs, rewards))
         if len(obs) == 0:
             break
         dones = termination(obs, actions, next_obs)
-        steps.append((obs, actions, next_obs, dones.float().unsqueeze(1), rewards.unsqueeze(1)))
-        obs = next_obs[~dones]
+        rows: tuple[th.Tensor, ...] = (obs, actions, next_obs, dones.float().unsqueeze(1), rewards.unsqueeze(1))
+        going = ~dones
+        if filtered is not None:
+            rows = tuple(part[filtered.stored] for part in rows)
+            going &= filtered.onward
+            state = filtered.of(going).state
+        steps.append(rows)
+        obs = next_obs[going]
         if len(obs) == 0:
             break
     if not steps:

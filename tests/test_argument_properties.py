@@ -79,7 +79,7 @@ ANYTHING = st.one_of(
         ]
     ),
     st.sampled_from(
-        ["", "auto", "auto_0.1", "auto_x", "many", "nan", "inf", "0.5", "3", "-1", "false", "math.sqrt", "no.such"]
+        ["", "auto", "auto_0.1", "auto_x", "many", "nan", "inf", "0.5", "3", "-1", "false", "math.sqrt", "no.such", "macura"]
     ),
     st.sampled_from(
         [(1, "step"), (2, "episode"), (0, "step"), (1, "day"), [3, "step"], [], [4], [4, 4], [0], (), {}, {"a": 1}]

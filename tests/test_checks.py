@@ -51,6 +51,7 @@ def test_what_is():
 # Checked elsewhere: what is built, called, tried out or not supported.
 ELSEWHERE = {"policy", "env", "learning_rate", "policy_kwargs", "device", "replay_buffer_class", "n_steps"}
 ELSEWHERE |= {"optimize_memory_usage", "rollout_schedule", "termination_fn", "reward_fn", "dynamics_class", "fast_update"}
+ELSEWHERE |= {"rollout_filter"}
 
 
 @pytest.mark.parametrize("cls", [MBPO, MBTD3, MBTQC, MBCrossQ])
@@ -122,6 +123,11 @@ REFUSED = [
     *((MBPO, {"dynamics_kwargs": value}, "dynamics_kwargs=.* must be None or a mapping") for value in (0, "x", [1])),
     *((MBPO, {"termination_fn": value}, "termination_fn=") for value in (3, True, "sometimes", np.zeros(2), lambda o: o)),
     *((MBPO, {"reward_fn": value}, "reward_fn=") for value in (3, True, "learned", lambda o, a, n: o * NAN)),
+    *(
+        (MBPO, {"rollout_filter": value}, "rollout_filter=.* must be None, 'macura', 'infoprop', 'm2ac', or a rule")
+        for value in (3, True, "maccura", "os.nothing", object, lambda o, a, n: o)
+    ),
+    (MBPO, {"rollout_filter": "macura", "dynamics_kwargs": {"n_elites": 1}}, "rollout_filter='macura' .*2 members or more"),
     (MBPO, {"fast_update": "no"}, "fast_update='no' must be"),
     (MBPO, {"env": 3}, "env=3 must be an env"),
     (MBPO, {"env": None}, "env=None must be an env"),
@@ -195,6 +201,7 @@ TAKEN = [
     (MBPO, {"policy_kwargs": {"net_arch": {"pi": [8], "qf": []}, "optimizer_kwargs": {"eps": 1e-5}}}),
     (MBPO, {"action_noise": NormalActionNoise(np.zeros(1), np.ones(1))}),
     (MBPO, {"rollout_schedule": 2.0, "real_ratio": np.float32(0.5)}),
+    (MBPO, {"rollout_filter": "sb3_mbpo.filters.M2AC", "rollout_schedule": 2}),
     (MBTD3, {"target_policy_noise": 0, "target_noise_clip": INF, "policy_delay": 1}),
     (MBTQC, {"top_quantiles_to_drop_per_net": 0}),
     (MBTQC, {"top_quantiles_to_drop_per_net": 24}),

@@ -15,6 +15,7 @@ from tiny import FAST
 
 from sb3_mbpo import MBPO, MBTD3, DynamicsModel, LinearSchedule
 from sb3_mbpo.description import AGENTS, build, describe
+from sb3_mbpo.filters import M2AC, Infoprop, Macura
 from sb3_mbpo.plain_values import encode_box
 from sb3_mbpo.terminations import TipFalls
 from sb3_mbpo.variants import MBTQC, MBCrossQ
@@ -84,6 +85,7 @@ VALUES: dict[str, list[Any]] = {
     "model_buffer_size": [50],
     "imagined_margin": [None, 0.5],
     "min_explained_variance": [0.5],
+    "rollout_filter": ["macura", "infoprop", "m2ac", Macura(xi=2, zeta=80.0), Infoprop(0.99, 0.1, 50), M2AC(alpha=0.1)],
     "termination_fn": ["learned", "never", TipFalls(0.5)],
     "dynamics_kwargs": [{"net_arch": [4, 4], "n_members": 3, "n_elites": 2, "weight_decays": [0.0, 1e-4, 0.1]}],
     "fast_update": [False, True],
@@ -167,6 +169,10 @@ def pays(obs, actions, next_obs):
     return next_obs[:, 0]
 
 
+class Cautious(Macura):
+    pass
+
+
 class Extractor(th.nn.Module):
     def __init__(self, space, features_dim=3):
         super().__init__()
@@ -198,6 +204,8 @@ class OtherPolicy(SACPolicy):
         ("termination_fn", "test_description.falls"),
         ("reward_fn", pays),
         ("reward_fn", "test_description.pays"),
+        ("rollout_filter", Cautious()),
+        ("rollout_filter", "test_description.Cautious"),
         ("policy_kwargs", {"net_arch": [8], "features_extractor_class": Extractor}),
         ("policy_kwargs", {"net_arch": [8], "features_extractor_class": "test_description.Extractor"}),
     ],
@@ -287,6 +295,9 @@ def argument(name, value):
         (set_in("counters", "num_timesteps", to=True), "is no count"),
         (set_in("counters", "_n_updates", to="3"), "is no count"),
         (set_in("counters", "_current_progress_remaining", to=None), "is no count"),
+        (set_in("counters", "filter_memory", to=["os.system"]), "filter_memory=.* is no count"),
+        (set_in("counters", "filter_memory", to=3), "filter_memory=3 is no count"),
+        (set_in("counters", "filter_memory", to=[{":float:": "nan"}, 1]), "filter_memory=.* is no count"),
         (set_in("n_envs", to=0), "n_envs=0"),
         (set_in("n_envs", to=10**15), "n_envs"),
         (set_in("n_envs", to="1"), "n_envs"),
@@ -306,6 +317,9 @@ def argument(name, value):
         (argument("termination_fn", "os.system"), "termination_fn="),
         (argument("termination_fn", "__import__"), "termination_fn="),
         (argument("reward_fn", "os.system"), "reward_fn="),
+        (argument("rollout_filter", "os.system"), "rollout_filter="),
+        (argument("rollout_filter", {":class:": "torch.nn.ReLU"}), "rollout_filter="),
+        (argument("rollout_filter", {":object:": "sb3_mbpo.filters.M2AC", "arguments": {"alpha": -1}}), "M2AC: alpha=-1"),
         (argument("dynamics_class", "os.system"), "dynamics_class="),
         (argument("dynamics_class", {":class:": "torch.nn.ReLU"}), "dynamics_class="),
         (argument("replay_buffer_class", "os.system"), "replay_buffer_class="),

@@ -8,7 +8,10 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 
-from sb3_mbpo.dry_runs import check_device, check_learning_rate, check_noise, dry_run
+from sb3_mbpo.dry_runs import check_device, check_learning_rate, check_noise, dry_run, dry_run_filter
+from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.filters import Filtered, Filtering, Macura
+from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.terminations import NeverTerminates
 
 OBS = spaces.Box(np.array([-1.0, -np.inf, 0.0]), np.array([1.0, np.inf, np.inf]), dtype=np.float64)
@@ -144,6 +147,77 @@ def test_noise_is_tried_on_a_copy():
 def test_noise_that_fits_no_action(noise, words):
     with pytest.raises(ValueError, match=f"(?s)action_noise=.*{words}"):
         check_noise(noise, 1, (2,))
+
+
+# ---------------------------------------------------------------- filters
+
+
+def keeps(**other):
+    """A rule that keeps everything, with some of what it returns replaced."""
+
+    def rule(mean, var, branches):
+        everything = th.ones(mean.shape[1], dtype=th.bool)
+        return Filtered(mean[0], everything, everything)._replace(
+            **{key: value(mean) if callable(value) else value for key, value in other.items()}
+        )
+
+    return rule
+
+
+def tried(rule, **kwargs):
+    dynamics = ProbabilisticEnsemble(3, 1, seed=0, net_arch=[4], **{"n_members": 3, "n_elites": 2, **kwargs})
+    before = dynamics.generator.get_state()
+    try:
+        dry_run_filter(lambda transitions: Filtering(rule, dynamics, transitions, []), rule, dynamics)
+    finally:
+        assert th.equal(dynamics.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("rule", [Macura(), keeps(), keeps(state=lambda mean: mean[0])], ids=["macura", "plain", "with state"])
+def test_rules_that_fit(rule):
+    tried(rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (3, "'int' object is not callable"),
+        (print, "it returned NoneType"),
+        (lambda mean, var: None, "TypeError"),
+        (lambda mean, var, branches: 1 / 0, "ZeroDivisionError"),
+        (lambda mean, var, branches: (mean[0], None, None, None), "it returned tuple"),
+        (keeps(prediction=lambda mean: mean[0, :, :1]), r"its prediction has shape \(13, 1\), not \(13, 4\)"),
+        (keeps(prediction=lambda mean: mean[0].long()), "its prediction is no floating point"),
+        (keeps(stored=lambda mean: mean[0, :, :1] > 0), r"stored is torch.bool of shape \(13, 1\), not bool of shape \(13,\)"),
+        (keeps(onward=lambda mean: mean[0, :, 0]), "onward is torch.float32"),
+        (keeps(stored=True), "AttributeError"),
+        # A lone row loses its dimension.
+        (keeps(stored=lambda mean: (mean[0, :, 0] < 9).squeeze()), r"stored is torch.bool of shape \(\)"),
+        (keeps(state=th.zeros(2, 3)), "its state has 2 rows, not 13"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_rules_that_do_not_fit(rule, words):
+    with pytest.raises(
+        ValueError, match=f"(?s)rollout_filter=.* must be None, 'macura', 'infoprop', 'm2ac', or a rule.*{words}"
+    ):
+        tried(rule)
+
+
+def test_a_dynamics_that_no_rule_can_go_by():
+    class NoMembers(DynamicsModel):
+        def fit(self, transitions, progress=None):
+            return {}
+
+        def sample(self, obs, actions):
+            return obs, obs[:, 0]
+
+    with pytest.raises(
+        ValueError, match="rollout_filter='macura' goes by what members predict, and NoMembers has no method pre"
+    ):
+        dry_run_filter(lambda transitions: None, "macura", NoMembers(3, 1))
+    with pytest.raises(ValueError, match=r"predict gives \(1, 13, 4\), not \(2 members or more, 13, 4\)"):
+        tried(keeps(), n_elites=1)
 
 
 # ---------------------------------------------------------------- devices

@@ -92,6 +92,7 @@ def test_everything_from_yaml():
         model_buffer_size: 1e3
         termination_fn: {own("falls")}
         reward_fn: {own("pays")}
+        rollout_filter: sb3_mbpo.filters.Macura
         dynamics_class: sb3_mbpo.ProbabilisticEnsemble
         dynamics_kwargs: {{learning_rate: 1e-2, max_updates: 1e1, net_arch: ["8"], weight_decays: [1e-4, 1e-5]}}
         """)

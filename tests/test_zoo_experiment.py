@@ -136,6 +136,7 @@ default:
   rollout_batch_size: 20
   dynamics_kwargs: "dict(net_arch=[8], max_updates=2)"
   rollout_schedule: dict(min_length=1, max_length=2, start=1e1, end=3e1)
+  rollout_filter: macura
   normalize: true
 """)
     train(zoo, "--env", "Pendulum-v1", "-conf", "mine.yml", n=30, tiny=[])
@@ -144,6 +145,7 @@ default:
     assert config["n_timesteps"] == 100 and agent.lr_schedule(1) == 1e-3
     assert agent.model_buffer_size is None and agent.dynamics_kwargs == {"net_arch": [8], "max_updates": 2}
     assert agent.rollout_schedule == {"min_length": 1, "max_length": 2, "start": 10, "end": 30}
+    assert agent.rollout_filter == "macura" and len(agent.filter_memory) == 2
 
 
 def test_bare_words_stand_for_themselves(zoo: ModuleType) -> None:
