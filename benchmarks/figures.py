@@ -23,6 +23,7 @@ TITLES = {
     "hopper_paper": "Hopper-v5, settings of the paper",
     "targets_pendulum": "Pendulum-v1, other targets",
     "targets_inverted_pendulum": "InvertedPendulum-v5, other targets",
+    "rollouts_pendulum": "Pendulum-v1, 100,000 imagined transitions a refill",
     "bound_pendulum": "Pendulum-v1, other bounds on a fit",
     "bound_inverted_pendulum": "InvertedPendulum-v5, other bounds on a fit",
 }
