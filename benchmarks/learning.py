@@ -72,7 +72,6 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
         "250 updates": (f"{POLE} {BOUND}=250", 2),
     },
     "rollouts_pendulum": {
-        "1 step from visited states": (PENDULUM, 3),
         "200 steps from starts of episodes": (f"{PENDULUM} {WHOLE} --episode-starts", 3),
         "200 steps from visited states": (f"{PENDULUM} {WHOLE}", 3),
     },

@@ -74,7 +74,7 @@ def start_with_episodes(agent: MBPO, env: gym.Env, seed: int) -> None:
         return th.as_tensor(np.array([env.reset()[0] for _ in range(n)]), dtype=th.float32, device=agent.device)
 
     assert agent.replay_buffer is not None
-    agent.replay_buffer.start_states = start_states  # type: ignore[attr-defined]
+    agent.replay_buffer.start_states = start_states  # type: ignore[method-assign]
 
 
 class EvaluationCsv(BaseCallback):
