@@ -245,7 +245,7 @@ def draw_horizons(axes: Any, error: float = 1e-5) -> None:
         bounds = [theory.branched_return_gap_on_policy(k=k, **kwargs) for kwargs in known]
         axes.plot(horizons, bounds, f"{colour}--", label=f"k = {k}, Theorem 4.3")
         axes.plot(horizons, exact(pairs, partial(Pairs.branched_return_gap, k=k)), colour, label=f"k = {k}, exact")
-    axes.set(xscale="log", yscale="log", xlabel="horizon 1 / (1 - discount)")
+    axes.set(xscale="log", yscale="log", xlabel="horizon 1 / (1 - discount)", ylabel="gap between returns")
     axes.set_title(f"two states, model error {error:g}", fontsize="medium")
 
 
@@ -260,7 +260,7 @@ def draw_trade(axes: Any, error: float = 1e-3, shift: float = 5e-3, gamma: float
     axes.plot(ks, [theory.quoted_branched_return_gap(k=k, **known) for k in ks], "C2-.", label="as often quoted")
     axes.plot(ks, [theory.sharp_branched_return_gap(k=k, **known) for k in ks], "C0:", label="sharp")
     axes.plot(ks, [leaky(error, shift, gamma).branched_return_gap(k)[0] for k in ks], "C0", label="two states, exact")
-    axes.set(xlabel="k", ylim=(0, None))
+    axes.set(xlabel="k", ylabel="gap between returns", ylim=(0, None))
     axes.set_title(f"model error {error:g}, policy shift {shift:g}, discount {gamma:g}", fontsize="medium")
 
 
@@ -270,7 +270,7 @@ def draw() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure, panels = plt.subplots(3, figsize=(7, 12.6), layout="constrained")
     draw_lengths(panels[0])
     draw_horizons(panels[1])
     draw_trade(panels[2])

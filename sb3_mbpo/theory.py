@@ -1,18 +1,18 @@
-r"""
+"""
 How far a model may be believed: the bounds of Janner et al., 2019 (arXiv 1906.08253), as functions.
 
-All of them compare discounted returns, :math:`\eta = E \sum_t \gamma^t r_t`, from the same distribution of first states:
-:math:`\eta[\pi]` of the policy in the true MDP, :math:`\hat\eta[\pi]` in the model, and :math:`\eta_k`, what k-branched
-rollouts predict: steps of the data's policy :math:`\pi_D` in the true MDP, then the last k of :math:`\pi` in the model.
+All compare discounted returns, eta = E sum over t of gamma^t r_t, from the same distribution of first states: eta[pi] of the
+policy in the true MDP, eta_hat[pi] in the model, and eta_k, what k-branched rollouts predict: steps of the data's policy pi_D
+in the true MDP, then the last k of pi in the model.
 
 ``k``
     steps in the model
 ``model_error``
-    :math:`\epsilon_m`, the total variation (half the L1 distance) between true and predicted outcomes of a state and action,
-    in the mean over what the policy named in the theorem meets at a time t of the true MDP, at the worst t. The maximum over
-    all states and actions is never less, so it may be passed instead.
+    eps_m, the total variation (half the L1 distance) between true and predicted outcomes of a state and action, in the mean
+    over what the policy named with the theorem meets at a time t of the true MDP, at the worst t. The maximum over all states
+    and actions is never less, so it may be passed instead.
 ``policy_shift``
-    :math:`\epsilon_\pi = \max_s D_{TV}(\pi(\cdot|s), \pi_D(\cdot|s))`
+    eps_pi = max over s of TV(pi(.|s), pi_D(.|s))
 ``gamma``
     the discount factor, below 1
 ``r_max``
@@ -49,11 +49,11 @@ def _check(**arguments: Any) -> None:
 
 
 def visitation_gap(*, model_error: float, gamma: float) -> float:
-    r"""
-    The simulation lemma. Total variation between the discounted visits of states, :math:`\sum_t \gamma^t d_t`, of one policy
-    in the true MDP and in the model:
+    """
+    The simulation lemma. Total variation between the discounted visits of states, sum over t of gamma^t d_t, of one policy
+    in the true MDP and in the model::
 
-    .. math:: \tfrac12 \Big\| \sum_t \gamma^t (d_t - \hat d_t) \Big\|_1 \le \frac{\gamma \epsilon_m}{(1-\gamma)^2}
+        1/2 || sum over t of gamma^t (d_t - d_hat_t) ||_1  <=  gamma eps_m / (1 - gamma)^2
 
     :param model_error: of next states, under that policy
     :param gamma: discount factor
@@ -63,15 +63,13 @@ def visitation_gap(*, model_error: float, gamma: float) -> float:
 
 
 def return_gap(*, model_error: float, policy_shift: float = 0, gamma: float, r_max: float) -> float:
-    r"""
-    Theorem 4.1, full rollouts. If true MDP and model share the rewards r(s, a),
+    """
+    Theorem 4.1, full rollouts. If true MDP and model share the rewards r(s, a)::
 
-    .. math::
-        |\eta[\pi] - \hat\eta[\pi]| \le
-        \frac{2 r_{max} \gamma (\epsilon_m + 2 \epsilon_\pi)}{(1-\gamma)^2} + \frac{4 r_{max} \epsilon_\pi}{1-\gamma}
+        |eta[pi] - eta_hat[pi]|  <=  2 r_max gamma (eps_m + 2 eps_pi) / (1 - gamma)^2  +  4 r_max eps_pi / (1 - gamma)
 
-    Without policy shift this is :math:`2 r_{max}` times :func:`visitation_gap`. Rewards that depend on the next state, or that
-    the model predicts, need :math:`2 r_{max} \epsilon_m / (1-\gamma)` more.
+    Without policy shift this is 2 r_max times :func:`visitation_gap`. Rewards that depend on the next state, or that the model
+    predicts, need 2 r_max eps_m / (1 - gamma) more.
 
     :param model_error: under the data's policy
     :param policy_shift: 0: the policy is the data's
@@ -84,12 +82,12 @@ def return_gap(*, model_error: float, policy_shift: float = 0, gamma: float, r_m
 
 
 def branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
-    r"""
-    Theorem 4.2, branched rollouts, with the model's error where the data are:
+    """
+    Theorem 4.2, branched rollouts, with the model's error where the data are::
 
-    .. math::
-        |\eta[\pi] - \eta_k| \le 2 r_{max} \Big[ \frac{\gamma^{k+1} \epsilon_\pi}{(1-\gamma)^2}
-        + \frac{(\gamma^k + 2) \epsilon_\pi}{1-\gamma} + \frac{k (\epsilon_m + 2 \epsilon_\pi)}{1-\gamma} \Big]
+        |eta[pi] - eta_k|  <=  2 r_max [  gamma^(k+1) eps_pi / (1 - gamma)^2
+                                        + (gamma^k + 2) eps_pi / (1 - gamma)
+                                        + k (eps_m + 2 eps_pi) / (1 - gamma) ]
 
     It never falls with k: by this bound no model is worth using.
 
@@ -105,14 +103,14 @@ def branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamm
 
 
 def branched_return_gap_on_policy(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
-    r"""
-    Theorem 4.3, branched rollouts, with the model's error where the current policy goes:
+    """
+    Theorem 4.3, branched rollouts, with the model's error where the current policy goes::
 
-    .. math::
-        |\eta[\pi] - \eta_k| \le 2 r_{max} \Big[ \frac{\gamma^{k+1} \epsilon_\pi}{(1-\gamma)^2}
-        + \frac{\gamma^k \epsilon_\pi}{1-\gamma} + \frac{k \epsilon_m}{1-\gamma} \Big]
+        |eta[pi] - eta_k|  <=  2 r_max [  gamma^(k+1) eps_pi / (1 - gamma)^2
+                                        + gamma^k eps_pi / (1 - gamma)
+                                        + k eps_m / (1 - gamma) ]
 
-    The first two terms together are :math:`\gamma^k \epsilon_\pi / (1-\gamma)^2`.
+    The first two terms together are gamma^k eps_pi / (1 - gamma)^2.
 
     :param k: steps in the model
     :param model_error: under the current policy
@@ -126,15 +124,15 @@ def branched_return_gap_on_policy(*, k: int, model_error: float, policy_shift: f
 
 
 def quoted_branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
-    r"""
-    Theorem 4.3 as it is often quoted, with the model's error in the second term as well:
+    """
+    Theorem 4.3 as it is often quoted, with the model's error in the second term as well::
 
-    .. math::
-        2 r_{max} \Big[ \frac{\gamma^{k+1} \epsilon_\pi}{(1-\gamma)^2}
-        + \frac{\gamma^k \epsilon_m}{1-\gamma} + \frac{k \epsilon_m}{1-\gamma} \Big]
+        2 r_max [  gamma^(k+1) eps_pi / (1 - gamma)^2
+                 + gamma^k eps_m / (1 - gamma)
+                 + k eps_m / (1 - gamma) ]
 
-    **No bound** where :math:`\epsilon_m < \epsilon_\pi`: docs/theory has an MDP of one state. Where the model errs no less
-    than the policy has moved, it is one, and looser than Theorem 4.3.
+    **No bound** where eps_m < eps_pi: docs/theory has an MDP of one state. Where the model errs no less than the policy has
+    moved, it is one, and looser than Theorem 4.3.
 
     :param k: steps in the model
     :param model_error: under the current policy
@@ -148,13 +146,11 @@ def quoted_branched_return_gap(*, k: int, model_error: float, policy_shift: floa
 
 
 def sharp_branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
-    r"""
+    """
     What the proof of Theorem 4.3 gives before it is rounded up; shown in docs/theory, where an MDP of two states attains it to
-    first order:
+    first order::
 
-    .. math::
-        |\eta[\pi] - \eta_k| \le
-        2 r_{max} \frac{\gamma^k \epsilon_\pi + (1 - \gamma^k) \epsilon_m}{(1-\gamma)^2}
+        |eta[pi] - eta_k|  <=  2 r_max [gamma^k eps_pi + (1 - gamma^k) eps_m] / (1 - gamma)^2
 
     k counts imagined transitions, rewards included. From k = 0, the data's own return, it goes evenly to full rollouts, so it
     is least at one of these ends, whichever error is smaller: an optimum between them comes of the rounding.
@@ -170,16 +166,15 @@ def sharp_branched_return_gap(*, k: int, model_error: float, policy_shift: float
 
 
 def optimal_rollout_length(*, model_error: float, policy_shift: float, gamma: float, longest: int = 10_000) -> int:
-    r"""
+    """
     k*: the rollout length for which :func:`branched_return_gap_on_policy` is least.
 
-    One step more changes that bound by :math:`2 r_{max} (\epsilon_m - \gamma^k \epsilon_\pi) / (1-\gamma)`, so k* is the
-    smallest k for which :math:`\gamma^k \epsilon_\pi \le \epsilon_m`. With k continuous it would be
+    One step more changes that bound by 2 r_max (eps_m - gamma^k eps_pi) / (1 - gamma), so k* is the smallest k for which
+    gamma^k eps_pi <= eps_m. With k continuous it would be::
 
-    .. math:: k^* = \ln \frac{\epsilon_m (1-\gamma)}{\epsilon_\pi \ln(1/\gamma)} \Big/ \ln \gamma
-        \approx \frac{\ln(\epsilon_\pi / \epsilon_m)}{1 - \gamma}
+        k* = ln( eps_m (1 - gamma) / (eps_pi ln(1 / gamma)) ) / ln(gamma)  ~  ln(eps_pi / eps_m) / (1 - gamma)
 
-    0 where the model errs no less than the policy has moved, also if neither does: by this bound nothing is gained from it.
+    0 where the model errs no less than the policy has moved, also if both are 0: by this bound nothing is gained from it.
 
     :param model_error: under the current policy
     :param policy_shift: between the policy and the data's
