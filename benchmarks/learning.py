@@ -29,6 +29,8 @@ PAPER = "--env Hopper-v5 --steps 20000 --eval-freq 1000"
 RAW = "--set dynamics_kwargs.normalize_targets=false"
 NEXT = "--set dynamics_kwargs.target_mode=next"
 BOUND = "--set dynamics_kwargs.max_updates"
+# 100,000 imagined transitions a refill, as ever; an episode has 200 steps.
+WHOLE = "--set rollout_batch_size=500 --set rollout_schedule=200"
 
 # study -> arm -> (arguments of train.py, seeds)
 STUDIES: dict[str, dict[str, tuple[str, int]]] = {
@@ -68,6 +70,10 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
     "bound_inverted_pendulum": {
         "no bound": (f"{POLE} {BOUND}=null", 2),
         "250 updates": (f"{POLE} {BOUND}=250", 2),
+    },
+    "rollouts_pendulum": {
+        "200 steps from starts of episodes": (f"{PENDULUM} {WHOLE} --episode-starts", 3),
+        "200 steps from visited states": (f"{PENDULUM} {WHOLE}", 3),
     },
     "hopper_paper": {
         "MBPO": (PAPER, 1),

@@ -61,6 +61,22 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], env_wrapper: str | None) -
     return env if env_wrapper is None else resolve(env_wrapper, "env_wrapper")(env)
 
 
+def start_with_episodes(agent: MBPO, env: gym.Env, seed: int) -> None:
+    """
+    Imagined rollouts start where episodes do, not where the agent has been.
+
+    :param env: asked for as many first observations as there are branches; no step is taken in it
+    :param seed: of these
+    """
+    env.reset(seed=seed)
+
+    def start_states(n: int) -> th.Tensor:
+        return th.as_tensor(np.array([env.reset()[0] for _ in range(n)]), dtype=th.float32, device=agent.device)
+
+    assert agent.replay_buffer is not None
+    agent.replay_buffer.start_states = start_states  # type: ignore[method-assign]
+
+
 class EvaluationCsv(BaseCallback):
     """
     After each evaluation, adds a line per episode to a CSV; the mean alone would hide an agent that falls now and then.
@@ -106,6 +122,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="env steps; default: n_timesteps of hyperparams/mbpo.yml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--episode-starts", action="store_true", help="imagined rollouts start where episodes do")
     parser.add_argument("--eval-freq", type=int, default=250, help="env steps from one evaluation to the next")
     parser.add_argument("--eval-episodes", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="default: logs/ALGO/ENV_SEED")
@@ -141,6 +158,9 @@ def main() -> None:
     agent = algorithm(
         env=make_env(args.env, **env_settings), seed=args.seed, tensorboard_log=str(folder / "tensorboard"), **settings
     )
+    if args.episode_starts:
+        assert isinstance(agent, MBPO), "--episode-starts is about imagined rollouts"
+        start_with_episodes(agent, make_env(args.env, **env_settings), args.seed + 20_000)
     started = time.perf_counter()
     agent.learn(steps, callback=evaluation, progress_bar=not args.quiet)
     minutes = (time.perf_counter() - started) / 60

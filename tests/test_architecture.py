@@ -108,6 +108,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workers": {"comparison_run"},
     "progress": {"comparison_run"},
     "aggregates": set(),
+    "theory": set(),
     "plots": {"aggregates", "comparison_run"},
     "report": {"aggregates"},
     "compare": {"comparison_run", "plots", "progress", "provenance", "report", "specs", "workers", "zoo"},
