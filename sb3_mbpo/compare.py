@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ try:
     from sb3_mbpo.progress import RunProgress
     from sb3_mbpo.report import default_thresholds, markdown, summarise, write_report
     from sb3_mbpo.specs import read_specs
+    from sb3_mbpo.zoo_experiment import read_settings, settings_file
 except ImportError as error:
     # Those of zoo.py and plots.py say themselves what to install.
     MISSING = str(error)
@@ -57,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True, help="env steps of each run")
     parser.add_argument("--eval-freq", type=int, help="env steps between evaluations (default: a twentieth of --steps)")
     parser.add_argument("--eval-episodes", type=int, default=5, help="episodes of an evaluation (default: 5)")
-    parser.add_argument("--baseline", help="what the table is against (default: sac, if it is there)")
+    parser.add_argument("--baseline", help="what the table is against (default: sac, or the first sac:...)")
     parser.add_argument(
         "--threshold",
         nargs="+",
@@ -108,16 +109,40 @@ def check(args: argparse.Namespace) -> None:
         if env not in gym.registry and not env.startswith("dm_control/"):
             near = difflib.get_close_matches(env, gym.registry, n=1)
             raise ValueError(f"there is no environment {env!r}" + (f"; you maybe meant {near[0]}" if near else ""))
-    if args.baseline is None and "sac" in args.algo:
-        args.baseline = "sac"
+    if args.baseline is None:
+        # The plain one, else the first with settings.
+        labels = (spec.label for spec in args.specs if spec.algo == "sac")
+        args.baseline = min(labels, key=lambda label: ":" in label, default=None)
     if args.baseline not in (None, *args.algo):
         raise ValueError(f"--baseline {args.baseline} is not among --algo {' '.join(args.algo)}")
     if args.threshold is not None and len(args.threshold) != len(args.env):
         raise ValueError(f"--threshold needs a number for each of the {len(args.env)} environments")
-    args.conf_files = dict(item.partition("=")[::2] for item in args.conf_file)
-    for algo, file in args.conf_files.items():
-        if algo not in {spec.algo for spec in args.specs} or not file:
+    args.conf_files = read_conf_files(args.conf_file, {spec.algo for spec in args.specs}, args.env)
+
+
+def read_conf_files(items: Sequence[str], algorithms: Collection[str], envs: Sequence[str]) -> dict[str, str]:
+    """
+    :param items: each ``ALGO=FILE``
+    :param algorithms: those that take part
+    :return: by algorithm, the file with its whole path, or the name of one that comes with the package, or of a module
+    :raises ValueError: an item cannot be read, or its file has no settings for one of the envs
+    """
+    files = dict(item.partition("=")[::2] for item in items)
+    for algo, file in files.items():
+        if algo not in algorithms or not file:
             raise ValueError(f"--conf-file {algo}={file}: write ALGO=FILE, with an algorithm that takes part")
+        try:
+            entries = read_settings(settings_file(file, algo) or file)
+        except Exception as error:
+            # What is in it is the user's, and may raise anything.
+            raise ValueError(f"--conf-file {algo}={file} cannot be read: {error}") from error
+        for env in envs:
+            entry = entries.get(env, entries.get("default")) if isinstance(entries, dict) else None
+            # Which the Zoo wants although --steps decides.
+            if not isinstance(entry, dict) or "n_timesteps" not in entry:
+                raise ValueError(f"--conf-file {algo}={file} has no settings for {env} with n_timesteps, and no such default")
+    # Processes of a cluster are in other folders.
+    return {algo: str(Path(file).resolve()) if Path(file).exists() else file for algo, file in files.items()}
 
 
 def grid(args: argparse.Namespace) -> list[Run]:

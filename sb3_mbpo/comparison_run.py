@@ -12,7 +12,6 @@ import re
 import shutil
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import partial
@@ -158,7 +157,6 @@ def end_with_parent() -> None:
 
 def main() -> None:
     end_with_parent()
-    started = time.perf_counter()
     folder = Path(sys.argv[1])
     run = Run.read(folder)
     # Late: the driver and the machines of a cluster need what is above alone, and the Zoo takes seconds to import.
@@ -179,7 +177,7 @@ def main() -> None:
     result = {
         "run": asdict(run),
         "settings": recorder.settings,
-        "seconds": {**recorder.seconds, "total": time.perf_counter() - started},
+        "seconds": {**recorder.seconds, "total": sum(recorder.seconds.values())},
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **provenance(),
     }

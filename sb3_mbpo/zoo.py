@@ -137,7 +137,9 @@ def prepare(
 
             stack.enter_context(replaced(repocard, "metadata_save", partial(save_card, repocard.metadata_save)))
         if command in ("enjoy", "record_video"):
-            # Watching needs no room for data, and the Zoo knows this of its own algorithms only.
+            # Watching needs no room for data, and the Zoo knows this of its own algorithms only. push_to_hub would publish
+            # such an agent; what it does not write to takes no memory anyway.
+            stack.callback(register)
             ALGOS[given.algo] = SimpleNamespace(load=partial(ALGORITHMS[given.algo].load, buffer_size=1))  # type: ignore[assignment]
         if command in ("enjoy", "record_video", "record_training") and given.folder is None:
             # The Zoo's default is its collection of trained agents, which has none of ours.

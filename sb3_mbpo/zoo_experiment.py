@@ -4,14 +4,17 @@ import argparse
 import difflib
 import inspect
 import math
+import runpy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import optuna
 import rl_zoo3.exp_manager
+import yaml
 from rl_zoo3.callbacks import ParallelTrainCallback
 from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -60,6 +63,18 @@ def settings_file(config: str | None, algo: str) -> str | None:
         ours = hyperparams_folder() / config
         return str(ours) if ours.is_file() else config
     return config
+
+
+def read_settings(file: str) -> Any:
+    """
+    As the Zoo does it.
+
+    :param file: YAML, or Python with a dictionary ``hyperparams``, the latter by its path or as a module
+    :return: settings by env, if it is a proper file
+    """
+    if file.endswith((".yml", ".yaml")):
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    return runpy.run_path(file)["hyperparams"] if file.endswith(".py") else import_module(file).hyperparams
 
 
 def sample(algorithm: type, trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "theory": set(),
     "plots": {"aggregates", "comparison_run"},
     "report": {"aggregates"},
-    "compare": {"comparison_run", "plots", "progress", "provenance", "report", "specs", "workers", "zoo"},
+    "compare": {"comparison_run", "plots", "progress", "provenance", "report", "specs", "workers", "zoo", "zoo_experiment"},
     "__main__": {"compare", "zoo"},
 }
 # The front door shows everything.

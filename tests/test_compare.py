@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -204,10 +206,11 @@ def test_several_envs(compare: ModuleType, made: list[Run]) -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
+    Path("mine.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 9}")
     compare.main(
         [*OPTIONS.split(), "--conf-file", "sac=mine.yml", "--env-kwargs", "g:1.0", "--device", "cpu", "--threads", "2"]
     )
-    assert [run.conf_file for run in made[:3]] == [None, "mine.yml", "mine.yml"]
+    assert [run.conf_file for run in made[:3]] == [None, *[str(Path("mine.yml").resolve())] * 2]
     assert made[0].env_kwargs == ["g:1.0"] and made[0].device == "cpu" and made[0].threads == 2
 
 
@@ -223,6 +226,12 @@ def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
         (("--steps 40", "--steps 40 --threshold 1 2"), "--threshold needs a number for each of the 1"),
         (("--steps 40", "--steps 40 --conf-file tqc=a.yml"), "write ALGO=FILE"),
         (("--steps 40", "--steps 40 --conf-file a.yml"), "write ALGO=FILE"),
+        (("--steps 40", "--steps 40 --conf-file sac=a.yml"), "--conf-file sac=a.yml cannot be read: .*No such file"),
+        (("--steps 40", "--steps 40 --conf-file sac=a.module"), "--conf-file sac=a.module cannot be read: No module"),
+        (("--steps 40", "--steps 40 --conf-file sac=text.yml"), "--conf-file sac=text.yml has no settings for Pendulum-v1"),
+        (("--steps 40", "--steps 40 --conf-file sac=broken.yml"), "--conf-file sac=broken.yml cannot be read: while"),
+        (("--steps 40", "--steps 40 --conf-file sac=other.py"), "--conf-file sac=other.py has no settings for Pendulum-v1"),
+        (("--steps 40", "--steps 40 --conf-file mbpo=mbpo_truncated_obs.yml"), "obs.yml has no settings for Pendulum-v1"),
         (("--steps 40", "--steps 0"), "--steps must be at least 1"),
         (("--steps 40", "--steps 40 --workers 0"), "--workers must be at least 1"),
         (("--eval-freq 20", "--eval-freq -1"), "--eval-freq must be at least 1"),
@@ -232,9 +241,19 @@ def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
 def test_what_no_run_would_survive_is_refused(
     compare: ModuleType, made: list[Run], capsys: Any, change: tuple[str, str], message: str
 ) -> None:
+    for name, text in {"text.yml": "hello", "broken.yml": "a: [", "other.py": "hyperparams = {'default': {}}"}.items():
+        Path(name).write_text(text)
     with pytest.raises(SystemExit) as caught:
         compare.main(OPTIONS.replace(*change).split())
     assert caught.value.code == 2 and re.search(message, capsys.readouterr().err) and made == []
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "baseline"),
+    [("mbpo sac:tau=1e-2 sac", "sac"), ("mbpo sac:tau=1e-2 sac:tau=1e-3", "sac:tau=1e-2"), ("mbpo tqc", None)],
+)
+def test_baseline(compare: ModuleType, algorithms: str, baseline: str | None) -> None:
+    assert compare.parse(OPTIONS.replace("mbpo sac sac:tau=1e-2", algorithms).split()).baseline == baseline
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -262,7 +281,8 @@ def test_interrupt_keeps_what_is_finished(compare: ModuleType, made: list[Run], 
 
 
 def command(folder: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
-    quiet = {"MPLBACKEND": "Agg", "MUJOCO_GL": "disable", "PYTHONPATH": str(folder)}
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    quiet = {"MPLBACKEND": "Agg", "MUJOCO_GL": "disable", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     line = [sys.executable, "-m", "sb3_mbpo.compare", *options]
     return subprocess.Popen(line, cwd=folder, env=os.environ | quiet | environment, **pipes)  # type: ignore[call-overload]
@@ -365,3 +385,32 @@ def test_killed_run_on_ray_is_tried_again(tmp_path: Path, which: str) -> None:
     assert keys == [(seed, step, episode) for seed in "01" for step in ("0", "25", "50") for episode in "01"]
     # The run of the dead worker did not go on by itself.
     assert not is_alive(own)
+
+
+@pytest.mark.expensive
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
+def test_cluster_that_is_there_already(tmp_path: Path) -> None:
+    """Its processes are in another folder; they find the settings file all the same, and what they leave comes back."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "mine.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 9, learning_starts: 7}")
+    options = f"--env Pendulum-v1 --algo sac:{TINY.partition(',')[2]} --conf-file sac=mine.yml --seeds 2 --steps 20"
+    options += " --eval-freq 10 --eval-episodes 1 --folder out --ray-address auto"
+    # In a short path: the cluster has sockets there.
+    with tempfile.TemporaryDirectory(prefix="ray") as elsewhere:
+        start = f"start --head --block --node-ip-address 127.0.0.1 --port {port} --num-cpus 2 --temp-dir {elsewhere}"
+        start += " --include-dashboard=false --disable-usage-stats"
+        ray = [str(Path(sys.executable).with_name("ray")), *start.split()]
+        with subprocess.Popen(ray, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
+            try:
+                assert head.stdout is not None and any("block forever" in line for line in head.stdout)
+                process = command(tmp_path, *options.split(), RAY_ADDRESS=f"127.0.0.1:{port}")
+                output, _ = process.communicate()
+            finally:
+                head.terminate()
+                head.communicate()
+    assert process.returncode == 0 and "2 of 2 runs" in output, output
+    assert [row["seed"] for row in rows(str(tmp_path / "out" / "results.csv"))] == list("000111")
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["Pendulum-v1"]
+    assert [one["learning_starts"] for one in settings.values()] == [7]

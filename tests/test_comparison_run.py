@@ -199,6 +199,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         process.communicate()
         assert process.returncode == 0 and run.is_finished(tmp_path / name)
         assert not (tmp_path / name / "checkpoints").exists()
+        # Of all processes: what the last evaluation says, and the update after it.
+        with (tmp_path / name / "evaluations.csv").open(newline="") as file:
+            *_, last = csv.DictReader(file)
+        seconds = record(tmp_path / name)["seconds"]
+        until_then = float(last["seconds"]) + float(last["evaluation_seconds"])
+        assert until_then - 0.01 < seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"])
     assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "whole")
     assert len(evaluations(tmp_path / "whole")) == 23
     assert fits(tmp_path / "cut") == fits(tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 import sb3_mbpo
+from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.rollouts import rollout_length
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +48,44 @@ def test_every_task_of_the_paper_is_there() -> None:
     assert set(FILES["mbpo_truncated_obs"]) == {"Ant-v5", "Humanoid-v5"}
     for name in ("mbpo", "mbtd3", "mbtqc", "mbcrossq"):
         assert {"default", "Pendulum-v1", *(f"{task}-v5" for task in tasks)} <= set(FILES[name])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_entry_says_where_it_comes_from(file: str) -> None:
+    """In a comment of its own, or by the entry whose settings it takes."""
+    text = (ROOT / "hyperparams" / f"{file}.yml").read_text(encoding="utf-8")
+    found = re.findall(r"^(#.*\n)?([^#\s].*?):(?: .*)?\n(.*)", text, re.MULTILINE)
+    assert {name for _, name, _ in found} == set(FILES[file])
+    assert [name for comment, name, first_line in found if not comment and "<<: *" not in first_line] == []
+
+
+# jannerm/mbpo, examples/config: n_train_repeat, target_entropy, model_train_freq, refills in the model pool (its epochs of 250
+# steps hold one, those of 1,000 four, of Humanoid five epochs with one each), n_initial_exploration_steps, hidden_dim.
+PAPER = {
+    ("mbpo", "InvertedDoublePendulum"): (20, -0.5, 250, 1, 500, 200),
+    ("mbpo", "Hopper"): (20, -1, 250, 4, 5000, 200),
+    ("mbpo", "Walker2d"): (20, -3, 250, 4, 5000, 200),
+    ("mbpo", "HalfCheetah"): (40, -3, 250, 4, 5000, 200),
+    ("mbpo", "Ant"): (20, -4, 250, 4, 5000, 200),
+    ("mbpo", "Humanoid"): (20, -2, 1000, 5, 5000, 400),
+    ("mbpo_truncated_obs", "Ant"): (20, -4, 250, 4, 5000, 200),
+    ("mbpo_truncated_obs", "Humanoid"): (20, -2, 1000, 5, 5000, 400),
+    # Four refills where the paper has one: as the committed runs had it.
+    ("mbpo", "InvertedPendulum"): (10, -0.05, 250, 4, 500, 200),
+}
+
+
+@pytest.mark.parametrize(("file", "task"), PAPER)
+def test_values_of_the_paper(file: str, task: str) -> None:
+    defaults = {name: item.default for name, item in inspect.signature(sb3_mbpo.MBPO).parameters.items()}
+    for env_id in {f"{task}-v4", f"{task}-v5"} & set(FILES[file]):
+        entry = {**defaults, **FILES[file][env_id]}
+        dynamics = ProbabilisticEnsemble(3, 1, **(entry["dynamics_kwargs"] or {}))
+        *values, width = PAPER[file, task]
+        names = ("gradient_steps", "target_entropy", "model_train_freq", "retained_rollouts", "learning_starts")
+        assert [entry[name] for name in names] == values
+        *hidden, _ = (weight.shape[2] for name, weight in dynamics.mlp.named_parameters() if name.endswith("weight"))
+        assert hidden == [width] * 4
 
 
 # jannerm/mbpo: epochs of 1,000 steps after 5,000 random ones; k is first 2 at epoch 30 (Hopper), 24 (Ant), 32 (Humanoid).

@@ -65,7 +65,10 @@ def test_installed_copy_learns_away_from_the_checkout(wheel: Path, tmp_path: Pat
 
 
 # What other tests are skipped without.
-OPTIONAL = "dm_control matplotlib minari pandas pygame ray rich rl_zoo3 rliable sb3_contrib seaborn".split()
+OPTIONAL = (
+    "Box2D dm_control matplotlib minari mujoco pandas pygame ray rich rl_zoo3 rliable sb3_contrib seaborn shimmy submitit "
+    "tensorboard"
+).split()
 
 
 def test_the_locked_environment_skips_nothing() -> None:

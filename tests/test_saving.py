@@ -1,5 +1,6 @@
 import copy
 import io
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -250,7 +251,7 @@ def test_what_is_left_out_and_what_is_put_in(tmp_path):
 
 
 @pytest.mark.parametrize(("cls", "base", "method"), [(MBPO, SAC, "to_sac"), (MBTD3, TD3, "to_td3")], ids=["MBPO", "MBTD3"])
-def test_the_model_free_agent(tmp_path, cls, base, method):
+def test_the_model_free_agent(tmp_path, cls, base, method, monkeypatch):
     """Of SB3's own class, equal in all that both have, independent, and saved as one that never heard of us."""
     agent = cls("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
     plain = getattr(agent, method)()
@@ -263,7 +264,11 @@ def test_the_model_free_agent(tmp_path, cls, base, method):
     obs = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
     assert np.array_equal(plain.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
     plain.save(tmp_path / "plain")
-    loaded = base.load(tmp_path / "plain", env=gym.make("Pendulum-v1"))
+    with monkeypatch.context() as patch:
+        # As where sb3_mbpo is not installed.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sb3_mbpo"]:
+            patch.setitem(sys.modules, name, None)
+        loaded = base.load(tmp_path / "plain", env=gym.make("Pendulum-v1"))
     before = copy.deepcopy(agent.policy.state_dict())
     loaded.learn(40)
     plain.learn(40, reset_num_timesteps=False)

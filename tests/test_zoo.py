@@ -262,6 +262,7 @@ def test_agents_are_looked_for_where_train_puts_them(
 
     with ExitStack() as stack:
         assert zoo.prepare(command, options, stack) == expected
+    assert {name: zoo.ALGOS[name] for name in zoo.ALGORITHMS} == zoo.ALGORITHMS
 
 
 def test_missing_dm_control(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
