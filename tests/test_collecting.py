@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from tiny import FAST, equal_agents
 
-from sb3_mbpo import MBPO, InvalidTransition
+from sb3_mbpo import MBPO, MBTD3, InvalidTransition
 
 
 class Failing(gym.Env):
@@ -214,3 +214,12 @@ def test_with_the_model_off_it_is_sac(normalized):
     assert np.array_equal(ours, theirs)
     if normalized:
         assert all(np.array_equal(agents[0].env.obs_rms.mean, model.env.obs_rms.mean) for model in agents)
+
+
+@pytest.mark.filterwarnings("ignore:The critic expects")
+@pytest.mark.parametrize("cls", [MBPO, MBTD3])
+def test_learning_that_diverges(cls):
+    """The error is about that, and not about a distribution or an env that was given NaN for an action."""
+    model = cls("MlpPolicy", "Pendulum-v1", **{**FAST, "learning_rate": 1e3})
+    with pytest.raises(ValueError, match=r"Learning has diverged: after \d+ steps .*Lower learning_rate=1000"):
+        model.learn(300)
