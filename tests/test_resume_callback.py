@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
 from tiny import FAST
@@ -453,10 +453,17 @@ def test_arguments(tmp_path, argument, value):
         ResumeCallback(tmp_path, **{argument: value})
 
 
+# Settings under which it is long, and what tells that it has begun.
 LONG = {
-    "fit": {},
-    "refill": {"dynamics_kwargs": {"max_updates": 1}, "rollout_batch_size": 100_000, "rollout_schedule": 25},
-    "train": {"dynamics_kwargs": {"max_updates": 1}, "rollout_batch_size": 100, "gradient_steps": 10**6},
+    "fit": ({}, lambda agent: agent.num_timesteps == 1),
+    "refill": (
+        {"dynamics_kwargs": {"max_updates": 1}, "rollout_batch_size": 100_000, "rollout_schedule": 25},
+        lambda agent: "dynamics/fit_seconds" in agent.logger.name_to_value,
+    ),
+    "train": (
+        {"dynamics_kwargs": {"max_updates": 1}, "rollout_batch_size": 100, "gradient_steps": 10**6},
+        lambda agent: agent.dynamics_fitted_at == 1,
+    ),
 }
 
 
@@ -464,7 +471,9 @@ LONG = {
 @pytest.mark.parametrize("phase", LONG)
 def test_a_signal_is_obeyed_within_ten_seconds(tmp_path, phase):
     """With 100,000 real and 400,000 imagined transitions, and in the midst of a fit on them, of a refill, of a train()."""
-    agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=0, seed=0, **LONG[phase])
+    settings, has_begun = LONG[phase]
+    agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=0, seed=0, **settings)
+    agent.set_logger(configure(None, []))
     rng = np.random.default_rng(0)
     shape = {"observations": 11, "actions": 3, "next_observations": 11}
     rows = {name: rng.normal(size=(100_000, 1, size)).astype(np.float32) for name, size in shape.items()}
@@ -476,7 +485,15 @@ def test_a_signal_is_obeyed_within_ten_seconds(tmp_path, phase):
         agent.replay_buffer.model_buffer._append(th.randn(100_000, 27))
     callback = ResumeCallback(tmp_path)
     sent = []
-    threading.Timer(20, lambda: (sent.append(time.perf_counter()), os.kill(os.getpid(), signal.SIGTERM))).start()
+
+    def send():
+        while not has_begun(agent):
+            time.sleep(0.1)
+        time.sleep(5)
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
     agent.learn(1000, callback)
     assert time.perf_counter() - sent[0] < 10
     # Broken off in the first step's work.
@@ -486,6 +503,7 @@ def test_a_signal_is_obeyed_within_ten_seconds(tmp_path, phase):
 
 
 @pytest.mark.expensive
+@pytest.mark.timeout(900)
 def test_submitit(tmp_path):
     """The guide's example for Slurm, on submitit's local executor: saved and queued again by the signal, then finished."""
     submitit, cloudpickle = pytest.importorskip("submitit"), pytest.importorskip("cloudpickle")
