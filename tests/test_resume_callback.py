@@ -472,7 +472,7 @@ LONG = {
 def test_a_signal_is_obeyed_within_ten_seconds(tmp_path, phase):
     """With 100,000 real and 400,000 imagined transitions, and in the midst of a fit on them, of a refill, of a train()."""
     settings, has_begun = LONG[phase]
-    agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=0, seed=0, **settings)
+    agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=0, termination_fn="never", seed=0, **settings)
     agent.set_logger(configure(None, []))
     rng = np.random.default_rng(0)
     shape = {"observations": 11, "actions": 3, "next_observations": 11}
