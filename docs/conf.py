@@ -21,6 +21,8 @@ autodoc_typehints_description_target = "documented"
 
 html_theme = "furo"
 html_title = f"sb3_mbpo {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 # Copy commands, not prompts.
 copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True

@@ -96,7 +96,7 @@ def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[
     Keyword arguments for ``function``, with numbers read from strings.
 
     :param kwargs: what the user passed
-    :param function: a class or function
+    :param function: what ``dynamics_class`` stands for
     :param name: the argument that holds ``kwargs``, for the error
     :raises ValueError: a key that ``function`` does not take
     """
@@ -106,8 +106,9 @@ def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[
         known = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and key not in ("seed", "device")]
         for key in kwargs:
             if key not in known:
+                made_of = function.__name__ if isinstance(function, type) else shown(function)
                 raise ValueError(
-                    f"{name} has no key {key!r}; {getattr(function, '__name__', function)} takes {', '.join(known)}"
+                    f"{name} has no key {key!r}; dynamics_class={made_of} takes {', '.join(known) or 'none'}"
                     f"{did_you_mean(key, known)}"
                 )
     defaults = numeric_defaults(function)

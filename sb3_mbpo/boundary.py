@@ -1,6 +1,6 @@
 """What comes from the env is looked at before it is stored, counted or learned from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import hypot
 from typing import Any
@@ -24,6 +24,7 @@ from sb3_mbpo.faults import (
     STEP_API,
     InvalidTransition,
     fault_of_api,
+    fault_of_arrays,
     observation_fault,
     reward_fault,
 )
@@ -40,7 +41,7 @@ class _Env:
     """In the place of one env of a ``DummyVecEnv``."""
 
     def __init__(self, boundary: "Boundary", base: DummyVecEnv, index: int) -> None:
-        self.boundary, self.index = boundary, index
+        self.boundary, self.index, self.is_last = boundary, index, index == base.num_envs - 1
         space: Any = base.observation_space
         self.shape, self.dtype = space.shape, space.dtype
         # Of few numbers, reward included, the length of their vector is taken fastest; it vouches for each of them.
@@ -61,9 +62,11 @@ class _Env:
                 raise boundary.refusal(fault, self.index) from error
             raise
         if self.is_short and type(answer) is tuple and len(answer) == 5:
-            obs, reward, _, _, _ = answer
+            obs, reward, terminated, truncated, _ = answer
             if type(obs) is np.ndarray and obs.shape == self.shape and obs.dtype.kind == "f" and type(reward) in FLOATS:
                 if hypot(*obs.tolist(), reward) <= LIMIT:
+                    if self.is_last and not (terminated or truncated):
+                        boundary.finished()
                     return answer
         if not isinstance(answer, SEVERAL) or len(answer) != 5:
             raise boundary.refusal(STEP_API, self.index)
@@ -71,6 +74,9 @@ class _Env:
             raise boundary.refusal(f"the {'last ' * bool(answer[2] or answer[3])}observation {fault}", self.index)
         if fault := reward_fault(answer[1]):
             raise boundary.refusal(f"the reward {fault}", self.index)
+        # Where an episode has ended, a reset comes after it.
+        if self.is_last and not (answer[2] or answer[3]):
+            boundary.finished()
         return answer
 
     def reset(self, **kwargs: Any) -> Any:
@@ -84,6 +90,8 @@ class _Env:
             raise self.boundary.refusal(RESET_API, self.index)
         if fault := observation_fault(answer[0], self.shape, self.dtype):
             raise self.boundary.refusal(f"the observation of reset() {fault}", self.index)
+        if self.is_last:
+            self.boundary.finished()
         return answer
 
 
@@ -113,10 +121,14 @@ class _Remote:
         if fault and boundary.pending is None:
             boundary.pending = boundary.refusal(fault, self.index)
         # Not before every env has been heard: what is left in a connection would be taken for the answer to the next call.
-        if self.index == len(boundary.inner) - 1 and boundary.pending is not None:
+        if self.index < self.base.num_envs - 1:
+            return answer
+        if boundary.pending is not None:
             self.base.waiting = False
             pending, boundary.pending = boundary.pending, None
+            boundary.release()
             raise pending
+        boundary.finished()
         return answer
 
     def _fault(self, answer: Any) -> str:
@@ -144,12 +156,12 @@ class _Inner:
 
     def step_wait(self) -> Any:
         answer = self.venv.step_wait()
-        self.boundary.look_at_arrays(self.venv.observation_space, *answer)
+        self.boundary.look_at_arrays(self.venv, *answer)
         return answer
 
     def reset(self) -> Any:
         obs = self.venv.reset()
-        self.boundary.look_at_arrays(self.venv.observation_space, obs)
+        self.boundary.look_at_arrays(self.venv, obs)
         return obs
 
 
@@ -162,7 +174,8 @@ class Boundary:
 
     A ``VecNormalize`` takes what it gets into its statistics, and a ``DummyVecEnv`` spreads an observation that is too small
     over its whole row: behind them it is too late to look. So the places where they ask for the next values are exchanged
-    while they ask. Behind vectorised wrappers or envs that are not SB3's own, whose insides are unknown, arrays are looked at.
+    until they have them. Behind vectorised wrappers or envs that are not SB3's own, whose insides are unknown, arrays are
+    looked at.
 
     :param env: the agent's, with all its wrappers
     """
@@ -173,32 +186,32 @@ class Boundary:
         self.at = 0
         #: Steps are to be watched.
         self.in_use = False
-        #: An env raised in the middle of a call: where the envs stand is unknown.
+        #: A call has begun and has not come to its end: where the envs stand is unknown.
         self.in_doubt = False
         #: What is to be raised once every env has been heard.
         self.pending: InvalidTransition | None = None
-        #: What there are stand-ins for at present: the envs, or the connections to them.
+        #: What there are stand-ins for at present: the envs, or the connections to them. Empty: nothing is exchanged.
         self.inner: Any = ()
-        # The call that is watched, and what the env's own dictionary had under that name.
-        self._watched: str | None = None
+        # The call that is taken over, where arrays are looked at, and what the env's own dictionary had under that name.
+        self._taken: str | None = None
         self._before: Any = None
         self._attributes = vars(env)
-        self._asks = {call: partial(self._ask, call) for call in ("step", "reset")}
         layers: list[Any] = [env]
         while isinstance(layers[-1], VecEnvWrapper):
             layers.append(layers[-1].venv)
-        # What is exchanged during a call: attributes, the name of one of them, what stands there meanwhile.
-        self._exchange: tuple[dict[str, Any], str, Any] = ({"": ()}, "", ())
         base = layers[-1]
+        # What is exchanged during a call: an attribute of the innermost layer, and what stands there meanwhile.
+        self._of_base, self._place, self._stand_ins = vars(base), "", []
         if type(base) in STAND_INS and isinstance(base.observation_space, spaces.Box):
-            place, stand_in = STAND_INS[type(base)]
-            self._exchange = (vars(base), place, [stand_in(self, base, i) for i in range(base.num_envs)])
+            self._place, stand_in = STAND_INS[type(base)]
+            self._stand_ins = [stand_in(self, base, i) for i in range(base.num_envs)]
         # What its statistics and the replay buffer take is what comes from under a VecNormalize.
         normalizer = unwrap_vec_normalize(env)
         cut = len(layers) if normalizer is None else layers.index(normalizer)
         self._looks_on_top = any(type(layer) not in TRANSPARENT for layer in layers[:cut])
         looks_inside = normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:])
         self._looked_into = normalizer if looks_inside else None
+        self._looks_at_arrays = self._looks_on_top or looks_inside
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # Copied or pickled it is None: it is about one env, and an agent makes another when it needs one.
@@ -206,29 +219,42 @@ class Boundary:
 
     def watch(self, call: str, at: int) -> None:
         """
-        Look at what comes of the env's next ``step`` or ``reset``, whoever calls it.
+        Look at what comes of the env's next ``step`` or ``reset``, which is to be the next thing that is done.
 
         :param call: which of the two
         :param at: the agent's ``num_timesteps``, for the error
         """
-        self.at, self._watched = at, call
-        self._before = self._attributes.get(call)
-        self._attributes[call] = self._asks[call]
+        self.at, self.in_doubt = at, True
+        if self._stand_ins and not self.inner:
+            of_base, place = self._of_base, self._place
+            self.inner = of_base[place]
+            of_base[place] = self._stand_ins
+        if self._looks_at_arrays:
+            self._taken, self._before = call, self._attributes.get(call)
+            self._attributes[call] = partial(self._ask, call)
 
     def release(self) -> None:
         """Leave the env as it was before ``watch``."""
-        if self._watched is not None:
-            del self._attributes[self._watched]
+        if self.inner:
+            self._of_base[self._place] = self.inner
+            self.inner = ()
+        self._give_back()
+
+    def finished(self) -> None:
+        """Called by the last stand-in that is asked, where all there is between it and the agent are layers of SB3's own."""
+        if not self._looks_at_arrays:
+            self._of_base[self._place] = self.inner
+            self.inner, self.in_doubt = (), False
+
+    def _give_back(self) -> None:
+        if self._taken is not None:
+            del self._attributes[self._taken]
             if self._before is not None:
-                self._attributes[self._watched] = self._before
-            self._watched = None
+                self._attributes[self._taken] = self._before
+            self._taken = None
 
     def _ask(self, call: str, *arguments: Any) -> Any:
-        self.release()
-        self.in_doubt = True
-        attributes, place, stand_ins = self._exchange
-        self.inner = attributes[place]
-        attributes[place] = stand_ins
+        self._give_back()
         normalizer = self._looked_into
         try:
             if normalizer is None:
@@ -236,9 +262,9 @@ class Boundary:
             else:
                 answer = self._ask_inside(normalizer, getattr(self.env, call), *arguments)
         finally:
-            attributes[place] = self.inner
+            self.release()
         if self._looks_on_top:
-            self.look_at_arrays(self.env.observation_space, *((answer,) if call == "reset" else answer))
+            self.look_at_arrays(self.env, *((answer,) if call == "reset" else answer))
         self.in_doubt = False
         return answer
 
@@ -254,34 +280,10 @@ class Boundary:
         """:return: the error to raise"""
         return InvalidTransition(fault, index, self.at)
 
-    def look_at_arrays(
-        self, space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos: Sequence[dict[str, Any]] = ()
-    ) -> None:
+    def look_at_arrays(self, venv: VecEnv, *answer: Any) -> None:
         """
-        What a vectorised env returned: at once if it is fine, else env by env.
-
-        :param space: of one env's observations
-        :param obs: ``(n_envs, *obs_shape)``
-        :param rewards: ``(n_envs,)``; ``None`` after a reset
-        :param dones: ``(n_envs,)``; none after a reset
-        :param infos: with ``terminal_observation`` where an episode ended
+        :param answer: what ``step_wait`` or ``reset`` of a vectorised env returned
         :raises InvalidTransition: see above
         """
-        n_envs = self.env.num_envs
-        ended = np.flatnonzero(dones).tolist()
-        for i in ended:
-            last = infos[i].get("terminal_observation")
-            if last is not None and (fault := observation_fault(last, space.shape, space.dtype)):
-                raise self.refusal(f"the last observation {fault}", i)
-        fault = observation_fault(obs, (n_envs, *space.shape), space.dtype)
-        if fault:
-            for i in range(n_envs) if np.ndim(obs) and len(obs) == n_envs else ():
-                if of_one := observation_fault(obs[i], space.shape, space.dtype):
-                    of_reset = " of reset()" if rewards is None or i in ended else ""
-                    raise self.refusal(f"the observation{of_reset} {of_one}", i)
-            raise self.refusal(f"the array of observations {fault}", 0)
-        if rewards is not None and observation_fault(rewards, (n_envs,), np.dtype(np.float32)):
-            for i in range(n_envs) if np.ndim(rewards) and len(rewards) == n_envs else ():
-                if of_one := reward_fault(rewards[i]):
-                    raise self.refusal(f"the reward {of_one}", i)
-            raise self.refusal(f"the rewards must be one scalar for each of {n_envs} envs, but are {rewards!r:.80}", 0)
+        if found := fault_of_arrays(venv.num_envs, venv.observation_space, *answer):
+            raise self.refusal(*found)

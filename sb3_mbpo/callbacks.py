@@ -16,7 +16,7 @@ from sb3_mbpo.plausible import Plausible
 from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
 from sb3_mbpo.rollouts import LONGEST_AUTO, branched_rollout
 from sb3_mbpo.trust import imagined_share, reliable_length
-from sb3_mbpo.value_bound import breach, entropy_bonus, q_values, return_bounds
+from sb3_mbpo.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 
 # Real and imagined rows, each, whose Q-values are looked at after a fit.
 VALUED_ROWS = 500
@@ -191,9 +191,9 @@ class RolloutCallback(BaseCallback):
         self.logger.record("dynamics/q_max", values.max().item())
         if bounds is not None:
             self.logger.record("dynamics/q_bound", bounds[1])
-        warning = breach(values.max().item(), bounds)
-        if warning is not None:
-            self._warn_once("values", warning)
+        for of, warning in (("values", breach(values.max().item(), bounds)), ("rewards", odd_scale(least, most))):
+            if warning is not None:
+                self._warn_once(of, warning)
 
     def _warn_once(self, of: str, warning: str) -> None:
         if of not in self.model._warned_of:

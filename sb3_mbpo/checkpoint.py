@@ -93,10 +93,13 @@ def write(
         unfinished.rename(target)
         _flush_folder(folder)
     except BaseException as error:
+        free = shutil.disk_usage(folder).free
         shutil.rmtree(unfinished, ignore_errors=True)
         # torch has errors of its own for a full disk.
         if isinstance(error, OSError | RuntimeError):
-            raise OSError(f"{target} could not be written, older checkpoints are as they were: {error}") from error
+            raise OSError(
+                f"{target} could not be written, older checkpoints are as they were: {error} ({free:,} bytes are free there)"
+            ) from error
         raise
     return Checkpoint(target, manifest)
 
@@ -155,7 +158,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
         state = json.loads((path / "state.json").read_bytes())
         return state, th.load(path / "tensors.pt", weights_only=True, map_location="cpu")
     except Exception as error:
-        raise CheckpointError(f"{path}: not what this program writes, though its checksums are right ({error})") from error
+        # What PyTorch says itself would recommend to load it unsafely.
+        what = f"not what this program writes, though its checksums are right ({type(error).__name__})"
+        raise CheckpointError(f"{path}: {what}") from None
 
 
 def prune(folder: Path, keep: int, keep_best: bool = True) -> None:

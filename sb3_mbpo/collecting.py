@@ -7,6 +7,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.boundary import Boundary
+from sb3_mbpo.checks import shown
 from sb3_mbpo.saving import Saving
 
 
@@ -42,14 +43,31 @@ class Collecting(Saving):
         See SB3.
 
         :raises InvalidTransition: the env returned what cannot be learned from
+        :raises ValueError: or learning has diverged, see :meth:`check_parameters`
         """
         if self._boundary is None or self._boundary.env is not env:
             self._boundary = Boundary(env)
         self._boundary.in_use = True
         try:
             return super().collect_rollouts(env, *args, **kwargs)
+        except ValueError:
+            # Of PyTorch's distributions, or of an env that was given such actions.
+            self.check_parameters()
+            raise
         finally:
             self._leave(self._boundary)
+
+    def check_parameters(self) -> None:
+        """
+        :raises ValueError: parameters of actor or critic are not finite: learning has diverged, and there is no way back
+        """
+        for name, value in self.policy.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"Learning has diverged: after {self.num_timesteps} steps and {self._n_updates} updates, the policy's "
+                    f"{name} is not finite. Lower learning_rate={shown(self.learning_rate)} or gradient_steps="
+                    f"{self.gradient_steps}, and go back to an agent or a checkpoint that was saved before"
+                )
 
     def _sample_action(self, *args: Any, **kwargs: Any) -> Any:
         # What SB3 calls right before it steps the env. Nothing of the user's runs between, so nobody sees the env watched.

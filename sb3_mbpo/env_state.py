@@ -61,6 +61,8 @@ def take_envs(env: VecEnv, tensors: Tensors, name: str) -> Any:
         for lost in (answer["lost"] for answer in answers if "lost" in answer):
             raise CannotRestoreError(lost)
         return state | {"states": [pack(one, tensors, f"{name}.env{i}") for i, one in enumerate(answers)]}
+    except (EOFError, OSError) as error:
+        raise CannotRestoreError("their processes have ended") from error
     except (CannotPackError, AttributeError, NotImplementedError, RecursionError) as error:
         raise CannotRestoreError(f"{type(inner).__name__}: {error}") from error
 

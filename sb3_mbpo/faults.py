@@ -1,5 +1,6 @@
 """What can be wrong with what an env returns."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,40 @@ def reward_fault(reward: Any) -> str:
     if not -LIMIT <= value <= LIMIT:
         return f"is not finite in float32: {value}. Bound it, or end the episode before it comes to this"
     return ""
+
+
+def fault_of_arrays(
+    n_envs: int, space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos: Sequence[dict[str, Any]] = ()
+) -> tuple[str, int] | None:
+    """
+    What is wrong with what a vectorised env returned.
+
+    :param n_envs: how many envs it has
+    :param space: of one env's observations
+    :param obs: ``(n_envs, *obs_shape)``
+    :param rewards: ``(n_envs,)``; ``None`` after a reset
+    :param dones: ``(n_envs,)``; none after a reset
+    :param infos: with ``terminal_observation`` where an episode ended
+    :return: the first fault, and which env's it is (0 where that cannot be told); ``None`` if nothing is
+    """
+    ended = np.flatnonzero(dones).tolist()
+    for i in ended:
+        last = infos[i].get("terminal_observation")
+        if last is not None and (fault := observation_fault(last, space.shape, space.dtype)):
+            return f"the last observation {fault}", i
+    fault = observation_fault(obs, (n_envs, *space.shape), space.dtype)
+    if fault:
+        for i in range(n_envs) if np.ndim(obs) and len(obs) == n_envs else ():
+            if of_one := observation_fault(obs[i], space.shape, space.dtype):
+                of_reset = " of reset()" if rewards is None or i in ended else ""
+                return f"the observation{of_reset} {of_one}", i
+        return f"the array of observations {fault}", 0
+    if rewards is not None and observation_fault(rewards, (n_envs,), np.dtype(np.float32)):
+        for i in range(n_envs) if np.ndim(rewards) and len(rewards) == n_envs else ():
+            if of_one := reward_fault(rewards[i]):
+                return f"the reward {of_one}", i
+        return f"the rewards must be one scalar for each of {n_envs} envs, but are {rewards!r:.80}", 0
+    return None
 
 
 def fault_of_api(error: Exception, api: str) -> str:

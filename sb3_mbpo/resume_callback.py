@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback
@@ -16,6 +16,7 @@ from sb3_mbpo import checkpoint
 from sb3_mbpo.description import build, describe
 from sb3_mbpo.faults import InvalidTransition
 from sb3_mbpo.interrupts import Interrupted, Interrupts
+from sb3_mbpo.lock import lock
 from sb3_mbpo.packing import Tensors
 from sb3_mbpo.training_state import all_callbacks, put_agent, put_training, take_agent, take_training
 
@@ -58,6 +59,8 @@ class ResumeCallback(BaseCallback):
                 raise ValueError(f"ResumeCallback: {name}={value!r} must be a whole number of at least 1")
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.interrupts = Interrupts(signals)
+        # Others are kept out of the folder while it is open.
+        self._lock: IO[str] | None = None
         self.model: Any
 
     @property
@@ -78,6 +81,7 @@ class ResumeCallback(BaseCallback):
 
         :param callback: all callbacks of this ``learn``
         """
+        self._lock = lock(self.folder)
         self._all = callback
         # Not itself: what it holds is of this process.
         self._others = [one for one in all_callbacks(callback) if one is not self]
@@ -95,6 +99,8 @@ class ResumeCallback(BaseCallback):
     def end(self) -> None:
         """Called by the agent when ``learn`` ends, however it does."""
         self.interrupts.close()
+        if self._lock is not None:
+            self._lock.close()
         self.model.resumable = self.model.replay_buffer.check = None
 
     def rollout(self, collect: Callable[[], RolloutReturn]) -> RolloutReturn:
@@ -126,7 +132,8 @@ class ResumeCallback(BaseCallback):
             self.save({"steps": steps, "rollout_end": True})
             return self._end()
         except (EOFError, OSError):
-            # A signal to all of a group ends the processes of a SubprocVecEnv, too.
+            # A signal to all of a group ends the processes of a SubprocVecEnv, too, and may reach them before this one.
+            time.sleep(0.5)
             if self.interrupts.received is None:
                 raise
             self.save(envs=False)
@@ -186,7 +193,9 @@ class ResumeCallback(BaseCallback):
         :param left: what of a rollout is still to be done
         :param envs: see :func:`.training_state.take_training`
         :return: the new checkpoint
+        :raises ValueError: learning has diverged; the checkpoints of before are the ones to go back to
         """
+        self.model.check_parameters()
         started = time.perf_counter()
         tensors: Tensors = {}
         state = take_training(self.model, self._others, tensors, envs)

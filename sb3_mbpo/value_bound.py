@@ -5,6 +5,9 @@ from typing import Any
 
 import torch as th
 
+# Rewards that are larger than this, or all smaller than its inverse, are on another scale than what they are weighed against.
+ODD_SCALE = 1e4
+
 
 def return_bounds(least: float, most: float, gamma: float, entropy_bonus: float = 0.0) -> tuple[float, float] | None:
     """
@@ -88,4 +91,22 @@ def breach(largest_q: float, bounds: tuple[float, float] | None) -> str | None:
         f"The critic expects a return of {largest_q:.3g}, but the rewards seen so far allow {bounds[1]:.3g} at most "
         "(dynamics/q_max, dynamics/q_bound): it learns from its own errors. Lower gradient_steps or learning_rate, raise "
         "real_ratio, or shorten rollout_schedule"
+    )
+
+
+def odd_scale(least: float, most: float) -> str | None:
+    """
+    Whether rewards are far from 1, the scale of a new network's values, of SAC's entropy and of the default learning rates.
+
+    :param least: smallest reward, as the critic learns from it
+    :param most: largest reward
+    :return: a warning; ``None``: all is well, or nothing but zeros were seen
+    """
+    largest = max(abs(least), abs(most))
+    if largest == 0 or 1 / ODD_SCALE <= largest <= ODD_SCALE:
+        return None
+    return (
+        f"The largest reward so far is {largest:.3g} in size. New critics, the learning rate and the entropy suit rewards "
+        f"around 1, and are too {'small' if largest > 1 else 'large'} beside these. Scale them in the env, as with "
+        "gymnasium.wrappers.TransformReward"
     )

@@ -58,6 +58,12 @@ else:
     class MBCrossQ(ModelBased, CrossQ):
         """CrossQ that also learns from imagined transitions."""
 
+        def _setup_model(self) -> None:
+            super()._setup_model()
+            if self.policy_kwargs.get("batch_norm", True):
+                # One row has no variance: every parameter would be NaN after the first update.
+                whole(2).check("batch_size", self.batch_size, ", where batch_norm of policy_kwargs is true")
+
         def to_crossq(self) -> CrossQ:
             """:return: a plain CrossQ as trained so far, on the same env, with an empty replay buffer"""
             return self._model_free()

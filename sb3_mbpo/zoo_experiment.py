@@ -228,7 +228,8 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
                 if isinstance(callback, ProgressBarCallback):
                     callback.on_training_end()
         finally:
-            with suppress(EOFError):
+            # A signal to the whole group ends the envs' processes as well.
+            with suppress(EOFError, ConnectionError):
                 model.env.close()
         if resume is not None and resume.interrupted is not None and finished:
             print(f"{resume.interrupted}: saved in {self.checkpoints}; the same command goes on from there")

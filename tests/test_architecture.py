@@ -1,6 +1,7 @@
 """The plan of the house as a test: who imports whom, how long things are, what a plain import drags in."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "faults": set(),
     "boundary": {"faults"},
-    "collecting": {"boundary", "saving"},
+    "collecting": {"boundary", "checks", "saving"},
     "checks": set(),
     "dry_runs": {"checks", "dynamics", "filters"},
     "unsupported": {"checks"},
@@ -68,11 +69,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "description": {"arguments", "checks", "filters", "plain_values", "provenance", "rollouts", "terminations", "unsupported"},
     "packing": set(),
     "interrupts": set(),
+    "lock": set(),
     "checkpoint": {"provenance"},
     "env_state": {"packing"},
     "training_state": {"buffers", "env_state", "packing"},
     "resuming": {"collecting", "interrupts", "resume_callback"},
-    "resume_callback": {"checkpoint", "description", "faults", "interrupts", "packing", "training_state"},
+    "resume_callback": {"checkpoint", "description", "faults", "interrupts", "lock", "packing", "training_state"},
     "callbacks": {"buffers", "interrupts", "drift", "plausible", "refill", "rollouts", "trust", "value_bound"},
     "refill": {"model_buffer"},
     "memory": {"buffers", "model_buffer", "refill", "rollouts"},
@@ -226,3 +228,20 @@ def test_table_has_no_cycles() -> None:
         assert done, f"a cycle among {sorted(open_rows)}"
         for module in done:
             del open_rows[module]
+
+
+NAMED_TEST = r"`(test_\w+\.py)(?:::(test_\w+))?`|`(test_\w+)`"
+
+
+# The tests that sb3_tests.md names are SB3's.
+GUIDE = [page for page in sorted((ROOT / "docs" / "guide").glob("*.md")) if page.stem != "sb3_tests"]
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
+def test_tests_that_the_guide_names_exist(page: Path) -> None:
+    """``test_file.py``, ``test_file.py::test_name``, and after these ``test_name`` of the same file."""
+    file = ""
+    for named, one, another in re.findall(NAMED_TEST, page.read_text(encoding="utf-8").replace("tests/", "")):
+        file, name = named or file, one or another
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file} has no {name}"

@@ -53,7 +53,7 @@ def test_keywords():
         "count": 3,
         "name": "1",
     }
-    with pytest.raises(ValueError, match="kwargs has no key 'rat'; make takes rate, count, name"):
+    with pytest.raises(ValueError, match=r"kwargs has no key 'rat'; dynamics_class=.*\.make takes rate, count, name"):
         arguments.check_keywords({"rat": 1}, make, "kwargs")
     with pytest.raises(ValueError, match="no key 'seed'"):
         arguments.check_keywords({"seed": 1}, make, "kwargs")

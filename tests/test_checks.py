@@ -137,6 +137,7 @@ REFUSED = [
     *((MBTD3, {"target_noise_clip": value}, "target_noise_clip=") for value in (-1, NAN, "x", None)),
     *((MBTQC, {"top_quantiles_to_drop_per_net": value}, "top_quantiles_to_drop_per_net=") for value in (-1, 25, 30, 1.5)),
     (MBTQC, {"policy_kwargs": {"n_quantiles": 0}}, "policy_kwargs: n_quantiles=0"),
+    (MBCrossQ, {"batch_size": 1}, "batch_size=1 must be a whole number of at least 2, where batch_norm"),
     *((MBCrossQ, {"policy_delay": value}, "policy_delay=.* at least 1") for value in (0, NAN)),
     *((cls, {"gamma": 2}, "gamma=2 must be") for cls in (MBTD3, MBTQC, MBCrossQ)),
 ]
@@ -205,6 +206,7 @@ TAKEN = [
     (MBTD3, {"target_policy_noise": 0, "target_noise_clip": INF, "policy_delay": 1}),
     (MBTQC, {"top_quantiles_to_drop_per_net": 0}),
     (MBTQC, {"top_quantiles_to_drop_per_net": 24}),
+    (MBCrossQ, {"batch_size": 1, "policy_kwargs": {"batch_norm": False, "net_arch": [8]}}),
 ]
 
 

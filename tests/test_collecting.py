@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from tiny import FAST, equal_agents
 
-from sb3_mbpo import MBPO, InvalidTransition
+from sb3_mbpo import MBPO, MBTD3, InvalidTransition
 
 
 class Failing(gym.Env):
@@ -214,3 +214,16 @@ def test_with_the_model_off_it_is_sac(normalized):
     assert np.array_equal(ours, theirs)
     if normalized:
         assert all(np.array_equal(agents[0].env.obs_rms.mean, model.env.obs_rms.mean) for model in agents)
+
+
+def test_learning_that_diverges():
+    with pytest.raises(ValueError, match=r"Learning has diverged: after \d+ steps .*Lower learning_rate=1000"):
+        agent("Pendulum-v1", learning_rate=1e3, termination_fn=None).learn(300)
+
+
+def test_an_env_is_not_blamed_for_actions_that_are_not_finite():
+    env = gym.make("Pendulum-v1", disable_env_checker=True)
+    model = agent(env, MBTD3, learning_starts=0, gradient_steps=0, termination_fn=None)
+    next(model.actor.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"Learning has diverged: after 0 steps and 0 updates, the policy's actor\."):
+        model.learn(5)

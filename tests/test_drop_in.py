@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from tiny import FAST, equal_agents
 
 from sb3_mbpo import MBPO
@@ -35,7 +35,12 @@ def imagined(agent):
 
 
 @pytest.mark.parametrize(
-    "env", ["Pendulum-v1", short(), Monitor(short()), make_vec_env("Pendulum-v1", 2)], ids=lambda env: type(env).__name__
+    "env",
+    [
+        *("Pendulum-v1", short(), Monitor(short()), make_vec_env("Pendulum-v1", 2)),
+        VecFrameStack(make_vec_env("Pendulum-v1", 2), 3),
+    ],
+    ids=lambda env: type(env).__name__,
 )
 def test_forms_of_env(env):
     agent = MBPO("MlpPolicy", env, **FAST).learn(40)

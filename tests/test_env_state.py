@@ -130,6 +130,19 @@ def test_other_processes_without_help():
     env.close()
 
 
+@pytest.mark.expensive
+def test_processes_that_have_ended():
+    """As by a signal to all of a group."""
+    env = make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, wrapper_class=RestorableEnv)
+    env.reset()
+    for process in env.processes:
+        process.terminate()
+        process.join()
+    for _ in range(2):
+        with pytest.raises(CannotRestoreError, match="their processes have ended"):
+            take_envs(env, {}, "envs")
+
+
 def test_what_cannot_be_taken_is_named():
     env = make_vec_env("Pendulum-v1", 1, wrapper_class=Fickle)
     with pytest.raises(CannotRestoreError, match=r"Fickle\.secret.*range_iterator"):

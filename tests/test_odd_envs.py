@@ -16,7 +16,10 @@ class Odd(gym.Env):
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = spaces.Box(-1, 1, (2,), np.float32)
 
-    def __init__(self, reward_scale=1.0, ends=None, still=False, jumps_at=None):
+    def __init__(self, reward_scale=1.0, ends=None, still=False, jumps_at=None, outside=False):
+        if outside:
+            # What it then does not keep to.
+            self.observation_space = spaces.Box(-1e-3, 1e-3, (3,), np.float32)
         self.reward_scale, self.ends, self.still, self.jumps_at = reward_scale, ends, still, jumps_at
         self.steps, self.place = 0, np.zeros(2)
 
@@ -41,7 +44,13 @@ class Odd(gym.Env):
 
 def trained(**oddity) -> MBPO:
     settings = {**FAST, "model_train_freq": 50, "dynamics_kwargs": {"net_arch": [8], "max_updates": 20}}
-    return MBPO("MlpPolicy", Odd(**oddity), rollout_schedule=3, **settings).learn(200)
+    agent = MBPO("MlpPolicy", Odd(**oddity), rollout_schedule=3, **settings)
+    if oddity.get("reward_scale", 1.0) in (0.0, 1.0):
+        return agent.learn(200)
+    with pytest.warns(UserWarning, match=r"largest reward so far is .*TransformReward") as warned:
+        agent.learn(200)
+    assert len(warned) == 1
+    return agent
 
 
 @pytest.mark.parametrize(
@@ -53,6 +62,7 @@ def trained(**oddity) -> MBPO:
         {"jumps_at": 145},
         {"reward_scale": 1e-12},
         {"reward_scale": 1e12},
+        {"outside": True},
         {"ends": False},
         {"ends": True},
         {"ends": True, "still": True, "reward_scale": 1e12},
@@ -69,6 +79,14 @@ def test_trains(oddity):
     for optimizer in (agent.actor.optimizer, agent.critic.optimizer):
         assert all(state["exp_avg_sq"].isfinite().all() for state in optimizer.state.values())
     assert np.isfinite(agent.predict(np.full(3, 1e6, np.float32))[0]).all()
+
+
+def test_rewards_whose_squares_leave_float32():
+    """The critic learns nothing from them, but nothing becomes NaN, and the warning has come."""
+    agent = trained(reward_scale=1e30)
+    networks = (agent.policy, agent.dynamics, agent.learned_termination)
+    assert all(value.isfinite().all() for network in networks for value in network.state_dict().values())
+    assert agent.replay_buffer.model_buffer.contents()[0].isfinite().all()
 
 
 @pytest.mark.parametrize(("ends", "steps"), [(True, 1), (False, 3)])

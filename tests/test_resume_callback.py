@@ -1,12 +1,15 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -19,7 +22,7 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
 from tiny import FAST
@@ -196,6 +199,30 @@ def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
     assert_same(whole, run(tmp_path / "cut", **settings))
 
 
+@pytest.mark.parametrize("moment", ["step", "rollout end"])
+def test_a_signal_at_the_very_end(tmp_path, moment):
+    """Nothing is left to do, or one fit and one update; the same command then changes nothing, or does these."""
+    whole = run(tmp_path / "whole", total=60)
+    cut = run(tmp_path / "cut", 60, moment, total=60)
+    assert cut[0].num_timesteps == 60 and next(listed(tmp_path / "cut")).step == 60
+    assert_same(whole, run(tmp_path / "cut", total=60))
+
+
+def test_without_any_seed(tmp_path):
+    """Cut in the warm-up and resumed twice, a run whose agent, envs and spaces have no seed goes on alike."""
+
+    def learn(folder, cut=None):
+        callback = ResumeCallback(folder)
+        agent = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "seed": None})
+        return agent.learn(60, [callback] + ([] if cut is None else [Interrupt(callback, cut)]))
+
+    assert learn(tmp_path / "a", 12).num_timesteps == 12
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = learn(tmp_path / "a"), learn(tmp_path / "b")
+    assert np.array_equal(first.replay_buffer.actions[:60], second.replay_buffer.actions[:60])
+    assert all(th.equal(a, b) for a, b in zip(first.policy.parameters(), second.policy.parameters(), strict=True))
+
+
 def test_a_finished_run_is_not_run_again(tmp_path):
     def learn(total):
         agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
@@ -272,6 +299,106 @@ def test_an_env_that_cannot_be_restored(tmp_path):
     assert len(warned) == 1 and agent.num_timesteps == 60 and agent.replay_buffer.size() == 60
 
 
+class Fickle(gym.Wrapper):
+    """Holds something that cannot be taken out, and the last observation of a reset."""
+
+    def reset(self, **kwargs):
+        self.secret = iter(())
+        self.first, info = self.env.reset(**kwargs)
+        return self.first, info
+
+
+def test_statistics_outlive_an_env_that_cannot_be_restored(tmp_path):
+    """Those of VecNormalize go on, and the observation that the run goes on from is the new episode's, normalised by them."""
+
+    def learn(total, cut=None):
+        env = VecNormalize(make_vec_env("Pendulum-v1", 1, wrapper_class=Fickle))
+        callback = ResumeCallback(tmp_path)
+        agent = MBPO("MlpPolicy", env, **FAST)
+        return agent.learn(total, [callback] + ([] if cut is None else [Interrupt(callback, cut)]))
+
+    before = learn(60, 35).env
+    with pytest.warns(UserWarning, match=r"start of an episode.*Fickle\.secret"):
+        agent = learn(36)
+    # One more of a reset, one of a step.
+    assert agent.env.obs_rms.count == pytest.approx(before.obs_rms.count + 2)
+    assert agent.env.ret_rms.count == pytest.approx(before.ret_rms.count + 1)
+    first = agent.env.get_attr("first")[0]
+    assert np.array_equal(agent.replay_buffer.observations[35, 0], first)
+    assert not np.array_equal(agent.replay_buffer.observations[35], agent.replay_buffer.next_observations[34])
+
+
+GROUP = """
+import os, signal, sys, time, warnings
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from sb3_mbpo import MBPO, RestorableEnv, ResumeCallback
+
+class Kill(BaseCallback):
+    def _at(self, moment):
+        if self.num_timesteps == 40 and moment == sys.argv[2]:
+            os.killpg(0, getattr(signal, sys.argv[3]))
+            time.sleep(float(sys.argv[4]))
+
+    def _on_step(self):
+        self._at("step")
+        return True
+
+    def _on_rollout_end(self):
+        self._at("rollout end")
+
+if __name__ == "__main__":
+    warnings.simplefilter("always")
+    # Ignored where the tests were started in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    env = make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, wrapper_class=RestorableEnv)
+    callback = ResumeCallback(sys.argv[1])
+    agent = MBPO("MlpPolicy", env, train_freq=5, **FAST).learn(60, [callback, Kill()])
+    print("ended", agent.num_timesteps, callback.interrupted)
+"""
+
+
+@pytest.mark.expensive
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("pause", [0, 1], ids=["at_once", "later"])
+@pytest.mark.parametrize("moment", ["step", "rollout end"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_group(tmp_path, name, moment, pause):
+    """It ends the processes of a SubprocVecEnv, too: in the midst of a rollout or after it, before or after we get to know."""
+    script = tmp_path / "script.py"
+    script.write_text(GROUP.replace("**FAST", ", ".join(f"{key}={value!r}" for key, value in FAST.items())))
+    command = [sys.executable, str(script), str(tmp_path / "run")]
+    saved = []
+    for options in ([moment, name, str(pause)], ["never", name, "0"]):
+        result = subprocess.run([*command, *options], start_new_session=True, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        saved.append((result.stdout.splitlines()[-1], "start of an episode" in result.stderr))
+    assert saved[0] == (f"ended 40 {name}", False)
+    # Where the processes were still there when their state was asked for, nothing is lost.
+    assert saved[1] in ([("ended 60 None", True), ("ended 60 None", False)] if pause == 0 else [("ended 60 None", True)])
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused, and the first goes on."""
+
+    class Second(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 25:
+                child = os.fork()
+                if child == 0:
+                    try:
+                        MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(5, ResumeCallback(tmp_path))
+                    except ValueError as error:
+                        os._exit(3 if f"folder={tmp_path} " in str(error) and f"process {os.getppid()} " in str(error) else 4)
+                    os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+            return True
+
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(40, [ResumeCallback(tmp_path), Second()])
+    assert agent.num_timesteps == 40 and [one.step for one in listed(tmp_path)] == [40]
+
+
 def test_stock_callbacks_go_on(tmp_path):
     """What they have counted so far counts on."""
 
@@ -333,10 +460,27 @@ def test_arguments(tmp_path, argument, value):
         ResumeCallback(tmp_path, **{argument: value})
 
 
+# Settings under which it is long, and what tells that it has begun.
+LONG = {
+    "fit": ({}, lambda agent: agent.num_timesteps == 1),
+    "refill": (
+        {"dynamics_kwargs": {"max_updates": 1}, "rollout_batch_size": 100_000, "rollout_schedule": 25},
+        lambda agent: "dynamics/fit_seconds" in agent.logger.name_to_value,
+    ),
+    "train": (
+        {"dynamics_kwargs": {"max_updates": 1}, "rollout_batch_size": 100, "gradient_steps": 10**6},
+        lambda agent: agent.dynamics_fitted_at == 1,
+    ),
+}
+
+
 @pytest.mark.expensive
-def test_a_signal_is_obeyed_within_ten_seconds(tmp_path):
-    """With 100,000 real and 400,000 imagined transitions, and in the midst of a fit on them."""
-    agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=0, seed=0)
+@pytest.mark.parametrize("phase", LONG)
+def test_a_signal_is_obeyed_within_ten_seconds(tmp_path, phase):
+    """With 100,000 real and 400,000 imagined transitions, and in the midst of a fit on them, of a refill, of a train()."""
+    settings, has_begun = LONG[phase]
+    agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=0, termination_fn="never", seed=0, **settings)
+    agent.set_logger(configure(None, []))
     rng = np.random.default_rng(0)
     shape = {"observations": 11, "actions": 3, "next_observations": 11}
     rows = {name: rng.normal(size=(100_000, 1, size)).astype(np.float32) for name, size in shape.items()}
@@ -348,14 +492,25 @@ def test_a_signal_is_obeyed_within_ten_seconds(tmp_path):
         agent.replay_buffer.model_buffer._append(th.randn(100_000, 27))
     callback = ResumeCallback(tmp_path)
     sent = []
-    threading.Timer(20, lambda: (sent.append(time.perf_counter()), os.kill(os.getpid(), signal.SIGTERM))).start()
+
+    def send():
+        while not has_begun(agent):
+            time.sleep(0.1)
+        time.sleep(5)
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
     agent.learn(1000, callback)
     assert time.perf_counter() - sent[0] < 10
+    # Broken off in the first step's work.
+    assert agent.num_timesteps == 1 and agent._n_updates == 0 and (agent.dynamics_fitted_at == 1) == (phase == "train")
     size = sum(path.stat().st_size for path in next(listed(tmp_path)).path.iterdir())
     assert size < 1.2 * (agent.replay_buffer.size() * 250 + 400_000 * 27 * 4 + 30e6)
 
 
 @pytest.mark.expensive
+@pytest.mark.timeout(900)
 def test_submitit(tmp_path):
     """The guide's example for Slurm, on submitit's local executor: saved and queued again by the signal, then finished."""
     submitit, cloudpickle = pytest.importorskip("submitit"), pytest.importorskip("cloudpickle")

@@ -257,6 +257,7 @@ def test_no_pickle_can_be_reached():
             reached.add(module)
             waiting += imported_modules(sources[module])
     assert {"description", "plain_values", "checked_tensors", "safe_files", "arguments", "saving"} <= reached
+    assert {"resume_callback", "checkpoint", "training_state", "env_state", "packing"} <= reached
     assert {module: forbidden_names(sources[module]) for module in reached if forbidden_names(sources[module])} == {}
     # The one import by a name serves what the caller passes; a description's text never gets there, see test_description.py.
     assert [module for module in reached if "import_module" in sources[module]] == ["arguments"]

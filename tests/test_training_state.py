@@ -66,6 +66,18 @@ def test_action_noise_remembers(n_envs):
     assert np.array_equal(a, second.action_noise()) and np.abs(a).max() > 0
 
 
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_a_space_without_a_seed(warm_up):
+    """Once something was drawn from it, it goes on from there; before that, there is nothing to keep."""
+    settings = {"seed": None, "learning_starts": 100 if warm_up else 0}
+    first, second = (MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, **settings}) for _ in range(2))
+    state, tensors = taken(take_training, first.learn(5), [])
+    put_training(second.learn(7), [], state, tensors)
+    assert ("agent.action_space" in json.dumps(state["random"])) == warm_up
+    draws = [agent.action_space.sample() for agent in (first, second)]
+    assert np.array_equal(*draws) == warm_up
+
+
 class Counts(BaseCallback):
     def __init__(self, first=None):
         super().__init__()

@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3 import DDPG, SAC, TD3
 
 import sb3_mbpo
-from sb3_mbpo.value_bound import breach, entropy_bonus, q_values, return_bounds
+from sb3_mbpo.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 
 LOG2 = math.log(2)
 
@@ -84,6 +84,20 @@ def test_breach(largest, breached):
     assert (warning is not None) == breached
     if breached:
         assert f"{largest:.3g}" in warning and "10 at most" in warning and "Lower gradient_steps" in warning
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "size"),
+    [
+        *((-16, 0, None), (0, 0, None), (0, 1e4, None), (0, 1e-4, None)),
+        *((-1e12, 1, "1e+12"), (0, 9e-5, "9e-05"), (-9e-5, 0, "9e-05")),
+    ],
+)
+def test_odd_scale(least, most, size):
+    warning = odd_scale(least, most)
+    assert (warning is None) == (size is None)
+    if warning is not None:
+        assert f"reward so far is {size} in size" in warning and "TransformReward" in warning
 
 
 # ---------------------------------------------------------------------- what the critics say

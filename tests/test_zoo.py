@@ -38,7 +38,7 @@ QUIET = {
 
 def start(folder: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "sb3_mbpo.zoo", *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     return subprocess.Popen(command, cwd=folder, env=os.environ | QUIET | environment, **pipes)  # type: ignore[call-overload]
 
 
@@ -153,6 +153,21 @@ def test_checkpoints(tmp_path: Path) -> None:
     steps = [np.load(tmp_path / f"logs/mbpo/Pendulum-v1_{i}/evaluations.npz") for i in (2, 3)]
     assert np.array_equal(steps[0]["timesteps"], steps[1]["timesteps"]) and len(steps[0]["timesteps"]) == 3
     assert np.array_equal(steps[0]["results"], steps[1]["results"])
+
+
+@pytest.mark.expensive
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_all_processes_of_a_run(tmp_path: Path, name: str) -> None:
+    """As Ctrl-C in a terminal: it ends the envs' processes as well, and the code is that of a run that was saved."""
+    command = [*TRAIN, "-n", "100000", "--vec-env", "subproc", "--checkpoints", "saved", "-params", *TINY, "n_envs:2"]
+    process = start(tmp_path, *command)
+    while process.poll() is None and not list(tmp_path.glob("saved/*-step-*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, getattr(signal, name))
+    output, _ = process.communicate()
+    assert process.returncode == 75 and f"{name}: saved in saved; the same command goes on" in output, output
+    output = run(tmp_path, "train", *PENDULUM, "-n", "10", *command[command.index("--vec-env") :])
+    assert "Resumed at step" in output and "start of an episode" in output
 
 
 @pytest.mark.expensive
