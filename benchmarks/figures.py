@@ -19,6 +19,7 @@ TITLES = {
     "inverted_pendulum": "InvertedPendulum-v5",
     "pendulum": "Pendulum-v1",
     "hazard": "HiddenHazard-v0",
+    "no_past": "NoPast-v0: nothing to learn for a model",
     "hopper": "Hopper-v5, 5 updates a step",
     "hopper_paper": "Hopper-v5, settings of the paper",
     "targets_pendulum": "Pendulum-v1, other targets",

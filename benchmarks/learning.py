@@ -25,6 +25,7 @@ PENDULUM = "--env Pendulum-v1 --steps 2500"
 POLE = "--env InvertedPendulum-v5 --steps 2750"
 HAZARD = "--env HiddenHazard-v0 --steps 2000 --set gradient_steps=10"
 HOPPER = "--env Hopper-v5 --steps 5000 --set learning_starts=1000 --set gradient_steps=5 --set model_train_freq=500"
+NO_PAST = "--env NoPast-v0 --steps 1200 --set learning_starts=200 --set gamma=0.9 --set gradient_steps=20"
 PAPER = "--env Hopper-v5 --steps 20000 --eval-freq 1000"
 RAW = "--set dynamics_kwargs.normalize_targets=false"
 NEXT = "--set dynamics_kwargs.target_mode=next"
@@ -47,6 +48,11 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
         "known": (f"{HAZARD} --set termination_fn=hazard.terminated", 3),
         "never": (f"{HAZARD} --set termination_fn=never", 1),
         "SAC": (f"{HAZARD} --algo sac --set gradient_steps=1", 3),
+    },
+    "no_past": {
+        "MBPO": (NO_PAST, 3),
+        "MBPO, all imagined rows": (f"{NO_PAST} --set min_explained_variance=null", 3),
+        "SAC, 20 updates a step": (f"{NO_PAST} --algo sac", 3),
     },
     "hopper": {
         "learned": (f"{HOPPER} --set termination_fn=learned", 3),

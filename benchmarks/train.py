@@ -19,6 +19,7 @@ from typing import Any
 import gymnasium as gym
 import hazard  # noqa: F401  (registers HiddenHazard-v0)
 import matplotlib
+import no_past  # noqa: F401  (registers NoPast-v0)
 import numpy as np
 import torch as th
 import yaml
