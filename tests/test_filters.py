@@ -404,11 +404,13 @@ def test_memory_that_runs_out_in_a_filtered_rollout(monkeypatch):
 
     def cramped(obs, actions):
         calls.append(len(obs))
-        if len(calls) == 2:
+        if len(obs) == 30 and calls.count(30) == 2:
             raise th.OutOfMemoryError("CUDA out of memory")
         return predict(obs, actions)
 
     monkeypatch.setattr(agent.dynamics, "predict", cramped)
     with pytest.warns(UserWarning, match="from now on 15 are imagined"):
         agent.learn(21)
-    assert calls == [30, 30, 15, 15, 15, 15] and agent.logger.name_to_value["dynamics/dropped"] == 0
+    # A fit may ask for predictions as well, of fewer rows.
+    assert calls[calls.index(30) :] == [30, 30, 15, 15, 15, 15]
+    assert agent.logger.name_to_value["dynamics/dropped"] == 0
