@@ -12,7 +12,6 @@ import argparse
 import csv
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,11 +129,15 @@ class Space(NamedTuple):
 
 
 def gaps_and_bounds(check: Check, pairs: Pairs, k: int, errors: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param errors: "mean" or "largest"
+    :return: one of each for every pair
+    """
     if errors == "largest":
         model_errors = pairs.largest_error()
     else:
         model_errors = pairs.mean_error(pairs.data_policy if check.of_data else pairs.policy)
-    # Sums of probabilities are 1 but for rounding.
+    # By rounding a sum of probabilities may be a little more than 1.
     known = zip(np.minimum(model_errors, 1), np.minimum(pairs.policy_shift(), 1), strict=True)
     return check.gap(pairs, k), np.array([check.bound(k, error, shift, pairs.gamma) for error, shift in known])
 
@@ -146,9 +149,10 @@ def judged(gaps: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 Row = dict[str, Any]
+Rows = dict[tuple[str, ...], Row]
 
 
-def note(rows: dict[tuple[str, ...], Row], key: tuple[str, ...], gaps: np.ndarray, bounds: np.ndarray, of: Row) -> np.ndarray:
+def note(rows: Rows, key: tuple[str, ...], gaps: np.ndarray, bounds: np.ndarray, of: Row) -> np.ndarray:
     ratios, violations = judged(gaps, bounds)
     row = rows.setdefault(key, {"cases": 0, "violations": 0, "worst_ratio": -1.0})
     row["cases"] += len(gaps)
@@ -162,7 +166,7 @@ def lengths(name: str) -> tuple[int, ...]:
     return LENGTHS if "branched" in name else (0,)
 
 
-def search_at_random(rows: dict[tuple[str, ...], Row], n: int, rng: np.random.Generator) -> None:
+def search_at_random(rows: Rows, n: int, rng: np.random.Generator) -> None:
     for family, scale in FAMILIES.items():
         for states, actions in SIZES:
             for gamma in GAMMAS:
@@ -177,7 +181,7 @@ def search_at_random(rows: dict[tuple[str, ...], Row], n: int, rng: np.random.Ge
                                 note(rows, (name, rewards, errors, family), *found, of)
 
 
-def climb(rows: dict[tuple[str, ...], Row], rng: np.random.Generator) -> None:
+def climb(rows: Rows, rng: np.random.Generator) -> None:
     every = [(rewards, name, check) for rewards, checks in CHECKS.items() for name, check in checks.items()]
     for rewards, name, check in every:
         for states, actions, gamma in ((1, 2, 0.2), (2, 2, 0.5), (2, 2, 0.9), (3, 2, 0.9)):
@@ -196,7 +200,7 @@ def climb(rows: dict[tuple[str, ...], Row], rng: np.random.Generator) -> None:
 
 
 def search(n: int, seed: int) -> None:
-    rows: dict[tuple[str, ...], Row] = {}
+    rows: Rows = {}
     rng = np.random.default_rng(seed)
     search_at_random(rows, n, rng)
     climb(rows, rng)
@@ -206,10 +210,6 @@ def search(n: int, seed: int) -> None:
         for key in sorted(rows):
             row = rows[key]
             writer.writerow(dict(zip(COLUMNS, key, strict=False)) | row | {"worst_ratio": f"{row['worst_ratio']:.4f}"})
-
-
-def exact(pairs: list[Pairs], gap: Callable[[Pairs], np.ndarray]) -> list[float]:
-    return [float(gap(pair)[0]) for pair in pairs]
 
 
 def draw_lengths(axes: Any, error: float = 1e-3, gamma: float = 0.99) -> None:
@@ -226,9 +226,7 @@ def draw_lengths(axes: Any, error: float = 1e-3, gamma: float = 0.99) -> None:
     model = pairs.true + share * (pairs.model - pairs.true)
     pairs = replace(pairs, model=model, data_policy=pairs.policy)
     gaps = np.array([pairs.branched_return_gap(k) for k in ks])
-    axes.fill_between(
-        ks, np.median(gaps, axis=1), gaps.max(axis=1), color="C0", alpha=0.2, label="500 random, median to largest"
-    )
+    axes.fill_between(ks, np.median(gaps, 1), gaps.max(1), color="C0", alpha=0.2, label="500 random, median to largest")
     axes.axhline(worst.return_gap()[0], color="C3", label="full rollouts, two states, exact")
     axes.set(xscale="log", yscale="log", xlabel="k", ylabel="gap between returns", ylim=(1e-3, 300))
     axes.set_title(f"model error {error:g}, no policy shift, discount {gamma:g}", fontsize="medium")
@@ -240,11 +238,11 @@ def draw_horizons(axes: Any, error: float = 1e-5) -> None:
     pairs = [leaky(error, 0, 1 - 1 / horizon) for horizon in horizons]
     known = [{"model_error": error, "policy_shift": 0, "gamma": pair.gamma, "r_max": 1} for pair in pairs]
     axes.plot(horizons, [theory.return_gap(**kwargs) for kwargs in known], "C3--", label="full rollouts, Theorem 4.1")
-    axes.plot(horizons, exact(pairs, Pairs.return_gap), "C3", label="full rollouts, exact")
+    axes.plot(horizons, [pair.return_gap()[0] for pair in pairs], "C3", label="full rollouts, exact")
     for colour, k in (("C1", 10), ("C0", 1)):
         bounds = [theory.branched_return_gap_on_policy(k=k, **kwargs) for kwargs in known]
         axes.plot(horizons, bounds, f"{colour}--", label=f"k = {k}, Theorem 4.3")
-        axes.plot(horizons, exact(pairs, partial(Pairs.branched_return_gap, k=k)), colour, label=f"k = {k}, exact")
+        axes.plot(horizons, [pair.branched_return_gap(k)[0] for pair in pairs], colour, label=f"k = {k}, exact")
     axes.set(xscale="log", yscale="log", xlabel="horizon 1 / (1 - discount)", ylabel="gap between returns")
     axes.set_title(f"two states, model error {error:g}", fontsize="medium")
 
