@@ -7,6 +7,8 @@ import torch as th
 
 # Rewards that are larger than this, or all smaller than its inverse, are on another scale than what they are weighed against.
 ODD_SCALE = 1e4
+# So many rewards must all be small: at first, larger ones may just not have been met.
+MANY_REWARDS = 1000
 
 
 def return_bounds(least: float, most: float, gamma: float, entropy_bonus: float = 0.0) -> tuple[float, float] | None:
@@ -94,19 +96,21 @@ def breach(largest_q: float, bounds: tuple[float, float] | None) -> str | None:
     )
 
 
-def odd_scale(least: float, most: float) -> str | None:
+def odd_scale(least: float, most: float, n: int) -> str | None:
     """
     Whether rewards are far from 1, the scale of a new network's values, of SAC's entropy and of the default learning rates.
 
     :param least: smallest reward, as the critic learns from it
     :param most: largest reward
-    :return: a warning; ``None``: all is well, or nothing but zeros were seen
+    :param n: how many there were
+    :return: a warning; ``None``: all is well, or not yet to be told
     """
     largest = max(abs(least), abs(most))
-    if largest == 0 or 1 / ODD_SCALE <= largest <= ODD_SCALE:
+    small = 0 < largest < 1 / ODD_SCALE and n >= MANY_REWARDS
+    if not small and largest <= ODD_SCALE:
         return None
     return (
         f"The largest reward so far is {largest:.3g} in size. New critics, the learning rate and the entropy suit rewards "
-        f"around 1, and are too {'small' if largest > 1 else 'large'} beside these. Scale them in the env, as with "
+        f"around 1, and are too {'large' if small else 'small'} beside these. Scale them in the env, as with "
         "gymnasium.wrappers.TransformReward"
     )

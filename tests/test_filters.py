@@ -135,8 +135,8 @@ def test_m2ac_takes_the_penalty_from_the_reward_alone():
         (lambda: Macura(window=0), "Macura: window=0"),
         (lambda: Infoprop(step_quantile=2), "Infoprop: step_quantile=2"),
         (lambda: Infoprop(budget_quantile=math.nan), "Infoprop: budget_quantile=nan"),
-        (lambda: Infoprop(horizon=1.5), "Infoprop: horizon=1.5"),
-        (lambda: M2AC(alpha="much"), "M2AC: alpha='much'"),
+        (lambda: Infoprop(horizon=1.5), "Infoprop: horizon=1.5"),  # type: ignore[arg-type]
+        (lambda: M2AC(alpha="much"), "M2AC: alpha='much'"),  # type: ignore[arg-type]
     ],
 )
 def test_refused_settings(make, message):

@@ -137,6 +137,7 @@ default:
   dynamics_kwargs: "dict(net_arch=[8], max_updates=2)"
   rollout_schedule: dict(min_length=1, max_length=2, start=1e1, end=3e1)
   rollout_filter: macura
+  min_explained_variance: None
   normalize: true
 """)
     train(zoo, "--env", "Pendulum-v1", "-conf", "mine.yml", n=30, tiny=[])
