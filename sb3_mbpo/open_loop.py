@@ -108,7 +108,7 @@ def _another(spec: Any) -> gym.Env:
 
 
 @th.no_grad()
-def on_policy_episodes(agent: Any, env: VecEnv, n_episodes: int, max_steps: int) -> list[Episode]:
+def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int) -> list[Episode]:
     """
     Whole episodes with the agent's present policy, as it acts in imagination: stochastic.
 
@@ -120,7 +120,9 @@ def on_policy_episodes(agent: Any, env: VecEnv, n_episodes: int, max_steps: int)
     episodes = []
     with agent.imagining() as policy:
         for _ in range(n_episodes):
-            obs, actions, rewards, terminated = [np.array(env.reset()[0], dtype=float).ravel()], [], [], False
+            obs, terminated = [np.array(env.reset()[0], dtype=float).ravel()], False
+            actions: list[np.ndarray] = []
+            rewards: list[float] = []
             while len(rewards) < max_steps:
                 action = policy(th.as_tensor(obs[-1], dtype=th.float32, device=agent.device).unsqueeze(0)).cpu().numpy()
                 raw = agent.policy.unscale_action(action.reshape(1, *agent.action_space.shape))

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from importlib.util import find_spec
 
 import gymnasium as gym
 import numpy as np
@@ -160,6 +161,17 @@ def test_another_env_may_be_given():
     callback = ModelErrorCallback(lambda: gym.make("Pendulum-v1", g=1.0), **SMALL)
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25, callback=callback)
     assert callback._own_env.get_attr("g") == [1.0]
+
+
+@pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs sb3_mbpo[zoo]")
+def test_in_the_settings_of_the_zoo(zoo):
+    """Whose time limit is not Gymnasium's."""
+    from rl_zoo3.utils import get_callback_list
+
+    (callback,) = get_callback_list({"callback": [{"sb3_mbpo.ModelErrorCallback": SMALL}]})
+    assert isinstance(callback, ModelErrorCallback)
+    MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 1), **FAST).learn(25, callback=callback)
+    assert callback.env_steps == 40
 
 
 @pytest.mark.parametrize(
