@@ -110,9 +110,9 @@ class Diagnosis:
 
         :return: each ``(horizon, N)``; NaN where there is nothing to judge
         """
-        predicted = (self.further_samples.mean(axis=0) - self.further.outcomes)[..., 1:]
-        still = self.further.starts[:, None] - self.further.outcomes[..., 1:]
-        return distance(predicted, self.spread[1:]).T, distance(still, self.spread[1:]).T
+        predicted = distance((self.further_samples.mean(axis=0) - self.further.outcomes)[..., 1:], self.spread[1:])
+        still = distance(self.further.starts[:, None] - self.further.outcomes[..., 1:], self.spread[1:])
+        return np.where(np.isfinite(predicted), predicted, np.nan).T, still.T
 
     @property
     def dropped(self) -> float:

@@ -42,7 +42,6 @@ class Findings:
     """What the page is about."""
 
     diagnosis: Diagnosis
-    horizon: int
     #: ``(samples, episodes)``
     imagined_returns: np.ndarray
     rollout_length: int
@@ -65,7 +64,7 @@ class Findings:
 
     @property
     def reach(self) -> int:
-        """The most steps that anything can be judged after, at most ``horizon``: episodes may be shorter."""
+        """The most steps that anything can be judged after, at most the horizon: episodes may be shorter."""
         judged = np.isfinite(self.diagnosis.distances()[0]).any(axis=1)
         return int(np.flatnonzero(judged).max(initial=0)) + 1
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 # Frames, and their height in pixels: as many as are worth looking at and embedding.
-MOST_FRAMES, HEIGHT = 150, 240
+MOST_FRAMES, HEIGHT = 120, 240
 # Real steps that a reconstruction is tried on.
 TRIED_STEPS = 20
 
@@ -141,20 +141,20 @@ def beside(real: np.ndarray, imagined: np.ndarray | None, caption: str) -> Image
     return sheet
 
 
-def video(spec: Any, real: np.ndarray, imagined: np.ndarray) -> bytes:
+def video(make: Callable[..., gym.Env], real: np.ndarray, imagined: np.ndarray) -> bytes:
     """
-    :param spec: of Gymnasium, to make an env from that renders
+    :param make: an env of the kind; ``render_mode`` may be passed to it
     :param real: observations ``(T, obs_dim)``
     :param imagined: the same
     :return: an animated WebP
     :raises CannotShow: no rendering here, or of this env
     """
-    if "rgb_array" not in gym.make(spec).metadata.get("render_modes", []):
+    if "rgb_array" not in make().metadata.get("render_modes", []):
         raise CannotShow("the env does not render pictures")
     every = -(-len(real) // MOST_FRAMES)
     n_finite = len(imagined) if np.isfinite(imagined).all() else int(np.isfinite(imagined).all(axis=1).argmin())
     try:
-        env = gym.make(spec, render_mode="rgb_array")
+        env = make(render_mode="rgb_array")
         left, right = list(frames(env, real, every)), list(frames(env, imagined[:n_finite], every))
         seconds = getattr(env.unwrapped, "dt", 1 / env.metadata.get("render_fps", 30))
         env.close()
@@ -167,5 +167,5 @@ def video(spec: Any, real: np.ndarray, imagined: np.ndarray) -> bytes:
     sheets = [beside(a, b, f"step {every * i}") for i, (a, b) in enumerate(zip(left, right, strict=True))]
     file = io.BytesIO()
     duration = max(round(1000 * every * seconds), 20)
-    sheets[0].save(file, "WEBP", save_all=True, append_images=sheets[1:], duration=duration, loop=0, quality=55)
+    sheets[0].save(file, "WEBP", save_all=True, append_images=sheets[1:], duration=duration, loop=0, quality=40)
     return file.getvalue()

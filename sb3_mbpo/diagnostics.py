@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from sb3_mbpo import mbpo, variants
 from sb3_mbpo.checks import did_you_mean
 from sb3_mbpo.diagnosis import diagnose
 from sb3_mbpo.model_error import N_SAMPLES
-from sb3_mbpo.open_loop import imagined_returns, open_loop, own_env, segments, untouched
+from sb3_mbpo.open_loop import another, imagined_returns, open_loop, own_env, segments, untouched
 from sb3_mbpo.policy_shift import policy_shift, snapshot
 from sb3_mbpo.provenance import hardware, versions
 from sb3_mbpo.rollouts import rollout_length
@@ -101,12 +102,10 @@ def film(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
     n_steps = len(episode.rewards)
     piece = segments([episode], n_steps, most=1)
     imagined = open_loop(agent.imagined_dynamics, piece, 1)[0, 0, :, 1:]
-    spec = env.get_attr("spec")[0]
-    if spec is None:
-        return "the env has no spec of Gymnasium's, so none can be made that renders"
     try:
-        return video(spec, episode.obs, np.concatenate([episode.obs[:1], imagined]))
-    except CannotShow as error:
+        make = partial(another, env.get_attr("spec")[0])
+        return video(make, episode.obs, np.concatenate([episode.obs[:1], imagined]))
+    except (CannotShow, ValueError) as error:
         return str(error)
 
 
@@ -137,8 +136,8 @@ def write_report(
     :return: what is in it
     :raises ValueError: the dynamics was never fitted, or the env does not fit
     """
-    if agent.dynamics_fitted_at is None:
-        raise ValueError("this agent has never fitted its dynamics: there is nothing to look at before learning_starts")
+    if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
+        raise ValueError("this agent's dynamics was never fitted well: there is nothing to look at yet")
     with untouched(agent):
         env = own_env(agent, env)
         env.seed(seed)
@@ -151,7 +150,6 @@ def write_report(
         shots = [one for one in map(snapshot, earlier) if one is not None]
         findings = Findings(
             diagnosis,
-            horizon,
             imagined_returns(agent, first, N_SAMPLES, limit),
             rollout_length(agent.rollout_schedule, agent.lifetime_timesteps),
             agent.gamma,
@@ -215,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=args.seed,
             origin=[("command", command)],
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise SystemExit(f"sb3_mbpo.diagnostics: {error}") from None
     print(out)
 

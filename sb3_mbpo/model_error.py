@@ -130,7 +130,7 @@ def precision_and_recall(predicted: np.ndarray, actual: np.ndarray) -> tuple[flo
 
 def blurred_total_variation(errors: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """
-    D_TV( N(x, S), N(y, S) ) = erf( |S^(-1/2) (x - y)| / (2 sqrt 2) ), with S = diag(scale^2)
+    D_TV( N(x, S), N(y, S) ) = erf( d / (2 sqrt 2) ), with S = diag(scale^2), d^2 = sum over dimensions of ((x - y) / scale)^2
 
     The total variation between a predicted and an actual outcome that is left when both are blurred by Gaussian noise. Without
     the blur it is 1 between a deterministic simulator and any continuous model, however good.

@@ -48,7 +48,7 @@ class ModelErrorCallback(BaseCallback):
         another of the agent's first. A ``VecNormalize`` around the agent's envs is read, never updated
     :param every: env transitions of the agent from one diagnosis to the next
     :param n_episodes: episodes of a diagnosis
-    :param horizons: steps after which predictions are judged
+    :param horizons: steps after which predictions are judged; 1 is always among them
     :param max_episode_steps: where an episode is cut that has not ended by then
     :param seed: the first episode's start, to which the agent's env transitions are added
     :param verbose: 1: a line for each diagnosis

@@ -75,7 +75,12 @@ def own_env(agent: Any, env: Any = None) -> VecEnv:
     :raises ValueError: the agent's cannot be made once more; it has other spaces, several copies or normalises
     """
     if env is None:
-        env = _another(agent.env.get_attr("spec")[0])
+        try:
+            env = another(agent.env.get_attr("spec")[0])
+        except ValueError as error:
+            raise ValueError(
+                f"env=None: the agent's env cannot be made once more ({error}). Pass a function that makes one as env"
+            ) from error
     if isinstance(env, str):
         env = gym.make(env)
     elif callable(env) and not isinstance(env, gym.Env):
@@ -95,16 +100,20 @@ def own_env(agent: Any, env: Any = None) -> VecEnv:
     return env
 
 
-def _another(spec: Any) -> gym.Env:
-    """:raises ValueError: there is no spec, or a wrapper that Gymnasium cannot make once more"""
-    if spec is not None:
-        # Its arguments are not recorded, and nothing is learned from it.
-        wrappers = tuple(one for one in spec.additional_wrappers if not one.entry_point.endswith("monitor:Monitor"))
-        lost = [one.name for one in wrappers if one.kwargs is None]
-        if not lost:
-            return gym.make(replace(spec, additional_wrappers=wrappers))
-    reason = "it has no spec of Gymnasium's" if spec is None else f"the arguments of {', '.join(lost)} are not recorded"
-    raise ValueError(f"env=None: the agent's env cannot be made once more ({reason}). Pass a function that makes one as env")
+def another(spec: Any, **kwargs: Any) -> gym.Env:
+    """
+    :param spec: of an env
+    :param kwargs: more arguments for ``gymnasium.make``
+    :raises ValueError: there is none, or a wrapper that Gymnasium cannot make once more
+    """
+    if spec is None:
+        raise ValueError("it has no spec of Gymnasium's")
+    # The arguments of Monitor are not recorded, and nothing is learned from it.
+    wrappers = tuple(one for one in spec.additional_wrappers if not one.entry_point.endswith("monitor:Monitor"))
+    lost = [one.name for one in wrappers if one.kwargs is None]
+    if lost:
+        raise ValueError(f"the arguments of {', '.join(lost)} are not recorded")
+    return gym.make(replace(spec, additional_wrappers=wrappers), **kwargs)
 
 
 @th.no_grad()

@@ -42,8 +42,12 @@ def gaussians(agent: Any, actor: Any, of: Mapping[str, Any], obs: np.ndarray) ->
     :param of: a snapshot
     :param obs: raw ``(B, obs_dim)``
     :return: mean and standard deviation, each ``(B, action_dim)``
+    :raises ValueError: the snapshot is of other networks
     """
-    actor.load_state_dict(of["weights"])
+    try:
+        actor.load_state_dict(of["weights"])
+    except RuntimeError as error:
+        raise ValueError("an earlier policy has other networks than this one") from error
     rows: th.Tensor = th.as_tensor(obs, dtype=th.float32, device=agent.device).reshape(-1, *agent.observation_space.shape)
     if "obs_mean" in of:
         rms = RunningMeanStd(shape=of["obs_mean"].shape)

@@ -10,7 +10,7 @@ from tiny import FAST, TruePendulum
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.diagnosis import Diagnosis, diagnose
-from sb3_mbpo.open_loop import Episode, open_loop, own_env, segments
+from sb3_mbpo.open_loop import Episode, own_env, segments
 
 
 class Biased(TruePendulum):
@@ -126,10 +126,3 @@ def test_termination_counts():
     samples = np.zeros((3, *steps.outcomes.shape))
     found = Diagnosis(episodes, steps, samples, steps, samples, ends, None)
     assert found.termination() == (pytest.approx(2 / 3), pytest.approx(2 / 3))
-
-
-def test_one_step_is_the_same_by_both_ways():
-    """From every state, or as the first of several steps."""
-    found = look(TruePendulum)
-    once = open_loop(TruePendulum(3, 1), found.further, 1)
-    np.testing.assert_array_equal(once[0], found.further_samples[0])
