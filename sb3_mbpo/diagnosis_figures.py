@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sb3_mbpo.diagnosis import Diagnosis
 from sb3_mbpo.model_error import N_SAMPLES
-from sb3_mbpo.page import COLOURS
+from sb3_mbpo.page import COLOURS, counted
 from sb3_mbpo.theory import optimal_rollout_length
 
 MODEL, REAL, OTHER, *_ = COLOURS
@@ -105,7 +105,7 @@ def calibration(of: Diagnosis, horizon: int) -> Figure:
         shares = shares[:, np.isfinite(shares).all(axis=0)]
         if shares.size:
             axes.plot(nominal, shares, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(nominal, shares.mean(axis=1), "o-", color=colour, label=f"{k} step{'s' if k > 1 else ''} ahead")
+            axes.plot(nominal, shares.mean(axis=1), "o-", color=colour, label=f"{counted(k, 'step')} ahead")
     tidy(axes, "nominal", "observed")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(frameon=False)

@@ -10,7 +10,7 @@ import numpy as np
 from sb3_mbpo import diagnosis_figures as figures
 from sb3_mbpo.diagnosis import Diagnosis
 from sb3_mbpo.model_error import root_mean_square
-from sb3_mbpo.page import definitions, number, page, picture
+from sb3_mbpo.page import counted, definitions, number, page, picture
 from sb3_mbpo.theory import optimal_rollout_length
 
 STYLE = """
@@ -88,7 +88,7 @@ def of_prediction(found: Findings) -> Iterator[str]:
     else:
         yield "One step ahead, the dynamics predicts <b>worse than that nothing changes</b>: it should not be imagined with."
     if (k := found.useful) is not None:
-        yield f"Its error (median) passes half a standard deviation after {k} step{'' if k == 1 else 's'}."
+        yield f"Its error (median) passes half a standard deviation after {counted(k, 'step')}."
     else:
         yield f"Its error (median) stays below half a standard deviation for all {found.reach} steps looked at."
     if one["reward_r2_mean"] > 0:
@@ -99,7 +99,7 @@ def of_prediction(found: Findings) -> Iterator[str]:
         held = numbers["coverage_90"]
         if np.isfinite(held):
             word = "overconfident" if held < 0.84 else "too cautious" if held > 0.96 else "about right"
-            yield f"After {k} step{'' if k == 1 else 's'}, its 90 % intervals hold {share(held)} of what happened: {word}."
+            yield f"After {counted(k, 'step')}, its 90 % intervals hold {share(held)} of what happened: {word}."
     if found.diagnosis.dropped:
         yield f"<b>{share(found.diagnosis.dropped)} of its predictions are not finite</b>, and are left out of all this."
 
@@ -157,7 +157,7 @@ def table(found: Findings) -> str:
     horizons = list(dict.fromkeys((1, found.reach)))
     cells: dict[str, np.ndarray] = {"standard deviation": of.spread}
     for k in horizons:
-        ahead = f"{k} step{'' if k == 1 else 's'}"
+        ahead = counted(k, "step")
         against_mean, against_no_change = of.r_squared(k)
         cells[f"error, {ahead}"] = root_mean_square(of.errors(k))
         cells[f"R\N{SUPERSCRIPT TWO}, mean, {ahead}"] = against_mean

@@ -34,9 +34,9 @@ from sb3_mbpo.checks import did_you_mean
 from sb3_mbpo.diagnosis import diagnose
 from sb3_mbpo.model_error import N_SAMPLES
 from sb3_mbpo.open_loop import another, imagined_returns, open_loop, own_env, segments, untouched
+from sb3_mbpo.page import counted
 from sb3_mbpo.policy_shift import policy_shift, snapshot
 from sb3_mbpo.provenance import hardware, versions
-from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.safe_files import read_bytes, read_json, read_members
 from sb3_mbpo.safe_loading import MEMBER
 
@@ -151,7 +151,7 @@ def write_report(
         findings = Findings(
             diagnosis,
             imagined_returns(agent, first, N_SAMPLES, limit),
-            rollout_length(agent.rollout_schedule, agent.lifetime_timesteps),
+            agent.rollout_length,
             agent.gamma,
             [policy_shift(agent, [shot], diagnosis.steps.starts) for shot in shots],
             film(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
@@ -160,7 +160,7 @@ def write_report(
         "agent": f"{type(agent).__name__} after {agent.lifetime_timesteps:,} steps",
         "dynamics": f"{type(agent.dynamics).__name__}, fitted after {agent.dynamics_fitted_at:,} steps",
         "env": str(spec.id if spec else env.get_attr("__class__")[0].__name__),
-        "looked at": f"{n_episodes} fresh episodes, {len(diagnosis.steps.starts):,} steps, seed {seed}",
+        "looked at": f"{counted(n_episodes, 'fresh episode')}, {counted(len(diagnosis.steps.starts), 'step')}, seed {seed}",
         **dict(origin),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

@@ -13,7 +13,7 @@ from sb3_mbpo.diagnosis import Diagnosis, diagnose
 from sb3_mbpo.model_error import root_mean_square
 from sb3_mbpo.open_loop import own_env, untouched
 from sb3_mbpo.policy_shift import policy_shift, snapshot
-from sb3_mbpo.rollouts import MOST_STEPS, rollout_length
+from sb3_mbpo.rollouts import MOST_STEPS
 from sb3_mbpo.theory import optimal_rollout_length
 
 # Earlier policies kept for eps_pi.
@@ -135,7 +135,7 @@ class ModelErrorCallback(BaseCallback):
         agent = self.model
         found = {
             "model_error_tv": diagnosis.model_error(),
-            "rollout_length": rollout_length(agent.rollout_schedule, agent.lifetime_timesteps),
+            "rollout_length": agent.rollout_length,
         }
         if self.snapshots:
             shift = policy_shift(agent, self.snapshots, diagnosis.steps.starts)

@@ -50,7 +50,7 @@ def test_report(agents, tmp_path, capsys, safe):
     main(["report", *options, "--episodes", "1", "--horizon", "10", *safe])
     html = out.read_text()
     assert capsys.readouterr().out.strip() == str(out)
-    assert "MBPO after 65 steps" in html and "1 fresh episodes, 200 steps, seed 0" in html
+    assert "MBPO after 65 steps" in html and "1 fresh episode, 200 steps, seed 0" in html
     assert "Theorem 4.3 asks for rollouts of k*" in html and "python -m sb3_mbpo.diagnostics report" in html
     assert html.count("data:image/png") == 6 and html.count("data:image/webp") == 1
     assert not re.search(r'(?:src|href)="(?!data:)', html)
