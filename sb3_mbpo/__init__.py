@@ -12,6 +12,7 @@ from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.model_buffer import ModelBuffer
+from sb3_mbpo.model_error_callback import ModelErrorCallback
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resume_callback import ResumeCallback, resume
 from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
@@ -28,6 +29,7 @@ __all__ = [
     "MixedReplayBuffer",
     "ModelBased",
     "ModelBuffer",
+    "ModelErrorCallback",
     "ProbabilisticEnsemble",
     "RestorableEnv",
     "ResumeCallback",

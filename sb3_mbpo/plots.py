@@ -26,9 +26,8 @@ except ModuleNotFoundError as error:
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
 from sb3_mbpo.comparison_run import as_file_name
+from sb3_mbpo.page import COLOURS
 
-# Okabe and Ito's, which colour-blind readers can tell apart; the pale yellow is left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # A second and third round of the colours.
 STYLES = ("-", "--", ":")
 # With fewer seeds, each is drawn as well: an interval alone would hide how few they are.

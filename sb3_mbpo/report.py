@@ -1,6 +1,5 @@
 """What a comparison says: a table against a baseline, as Markdown and within a page of HTML that needs no other file."""
 
-import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sb3_mbpo.aggregates import first_reached, interval, iqm, score_table
+from sb3_mbpo.page import NONE, counted, definitions, number, page, picture
 
 PHASES = {
     "env_and_policy_seconds": "env and policy, s",
@@ -19,27 +19,7 @@ PHASES = {
     "rollouts_seconds": "imagined rollouts, s",
     "evaluation_seconds": "evaluation, s",
 }
-NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin-top: 2rem; }
-img { width: 100%; max-width: 62rem; display: block; }
-figure { margin: 1rem 0; }
-figcaption, .note { color: #555; font-size: .87rem; max-width: 62rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid #ddd; }
-thead th { font-weight: 600; border-bottom: 2px solid #888; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 11rem; }
-td small { color: #555; display: block; white-space: nowrap; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .87rem; }
-dt { color: #555; }
-dd { margin: 0; }
-code, pre { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; white-space: pre-wrap; }
-pre { margin: 0; }
-.failed { border-left: 4px solid #D55E00; padding: .2rem 1rem; background: #fff4ec; }
-"""
+TIMES = "\N{MULTIPLICATION SIGN}"
 CAPTION = """Lines: interquartile mean over seeds of the mean return of an evaluation's episodes; bands: its 95 % interval
 (rliable, stratified bootstrap over seeds), which one seed does not have. Fewer than three seeds are also drawn one by one.
 Against wall-clock, returns are interpolated between evaluations on a common grid that ends where the fastest seed ends.
@@ -102,19 +82,6 @@ def summarise(rows: pd.DataFrame, threshold: float) -> list[Summary]:
             )
         )
     return summaries
-
-
-def number(value: float) -> str:
-    """:return: three digits or more, thousands apart, with a true minus; a whole number has no others"""
-    if not np.isfinite(value):
-        return NONE
-    digits = 0 if float(value).is_integer() or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def counted(n: int, noun: str) -> str:
-    """:return: both, the noun in the plural unless ``n`` is 1"""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def against(baseline: float, value: float) -> str:
@@ -184,8 +151,8 @@ def spoken(value: Any) -> str:
     return " or ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def origin(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """The manifest's essentials, as the items of a list."""
+def origin(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The manifest's essentials: names, and HTML."""
     arguments, versions, hardware = manifest["arguments"], manifest["versions"], manifest["hardware"]
     said = {
         "command": f"<code>{escape(str(manifest['command']))}</code>",
@@ -197,11 +164,10 @@ def origin(manifest: Mapping[str, Any]) -> Iterator[str]:
         "hardware": escape(", ".join(f"{name}: {spoken(value)}" for name, value in hardware.items() if value)),
         "commit": escape(spoken(manifest["commit"] or "not from a git checkout")),
     }
-    for name, value in said.items():
-        yield f"<dt>{name}</dt><dd>{value}</dd>"
+    yield from said.items()
     for env, algorithms in manifest["settings"].items():
         settings = "\n".join(f"{label}: {values}" for label, values in algorithms.items())
-        yield f"<dt>settings, {escape(env)}</dt><dd><pre>{escape(settings)}</pre></dd>"
+        yield f"settings, {escape(env)}", f"<pre>{escape(settings)}</pre>"
 
 
 def write_report(
@@ -223,26 +189,16 @@ def write_report(
     if manifest["failed"]:
         failed = "".join(f"<li>{escape(run)}</li>" for run in manifest["failed"])
         parts.append(f'<div class="failed"><p>Not in these numbers, because they failed:</p><ul>{failed}</ul></div>')
-    for env, picture in pictures.items():
+    for env, file in pictures.items():
         summaries = summarise(rows[rows["env"] == env], thresholds[env])
         chosen = manifest["arguments"]["threshold"] is not None
         source = "as asked" if chosen else f"the final return of {baseline or 'the algorithm with the lowest'}"
-        data = base64.b64encode(picture.read_bytes()).decode()
         parts += [
             f"<h2>{escape(env)}</h2>",
-            f'<figure><img alt="learning curves on {escape(env)}" src="data:image/png;base64,{data}">',
-            f"<figcaption>{CAPTION}</figcaption></figure>",
+            picture(file.read_bytes(), "png", f"learning curves on {env}", CAPTION),
             html_table(summaries, baseline, thresholds[env]),
             f'<p class="note">Threshold: {number(thresholds[env])}, {escape(source)}. {NOTE}</p>',
         ]
+    parts += ["<h2>Where this comes from</h2>", definitions(origin(manifest))]
     title = f"{counted(len(manifest['arguments']['algo']), 'algorithm')} on {', '.join(pictures)}"
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-{chr(10).join(parts)}
-<h2>Where this comes from</h2>
-<dl>{"".join(origin(manifest))}</dl>
-</body></html>
-"""
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(title, parts), encoding="utf-8")

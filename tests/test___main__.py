@@ -26,11 +26,11 @@ def main(zoo: ModuleType) -> Any:
 def test_help_names_all_commands(main: Any, capsys: Any, options: list[str]) -> None:
     main(options)
     output = capsys.readouterr().out
-    assert "train, enjoy" in output and "sb3_mbpo compare --help" in output
+    assert "train, enjoy" in output and "sb3_mbpo compare --help" in output and "sb3_mbpo report --help" in output
 
 
 def test_unknown_command(main: Any) -> None:
-    with pytest.raises(SystemExit, match=r"no command 'compile'; commands are train, .*, compare"):
+    with pytest.raises(SystemExit, match=r"no command 'compile'; commands are train, .*, compare, report"):
         main(["compile"])
 
 
@@ -39,6 +39,11 @@ def test_compare(main: Any, capsys: Any) -> None:
         main(["compare", "--help"])
     output = capsys.readouterr().out
     assert caught.value.code == 0 and output.startswith("usage: sb3_mbpo compare") and "--ray-address" in output
+
+
+def test_report(main: Any) -> None:
+    with pytest.raises(SystemExit, match=r"there is no file nothing\.zip"):
+        main(["report", "nothing.zip", "--env", "Pendulum-v1"])
 
 
 @pytest.mark.parametrize(

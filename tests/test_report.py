@@ -20,7 +20,7 @@ if find_spec("rliable") is None or find_spec("pandas") is None:
 import pandas as pd
 
 from sb3_mbpo import aggregates
-from sb3_mbpo.report import Summary, against, default_thresholds, markdown, number, summarise, table, write_report
+from sb3_mbpo.report import Summary, against, default_thresholds, markdown, summarise, table, write_report
 
 
 def results(algorithm: str, finals: list[float], slowness: float = 6.0, env: str = "E-v0") -> pd.DataFrame:
@@ -72,24 +72,6 @@ def test_one_seed_has_no_interval() -> None:
     (one,) = summarise(results("a", [3]), 1)
     assert one.seeds == 1 and np.isnan(one.low)
     assert table([one], None, 1)[1][0][:2] == [("a", "1 seed"), ("3", "")]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (1.234, "1.23"),
-        (12.34, "12.3"),
-        (123.4, "123"),
-        (12345.6, "12,346"),
-        (7.0, "7"),
-        (-0.5, "−0.50"),
-        (np.inf, "–"),
-        (np.nan, "–"),
-    ],
-)
-def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""How wrong a model is, and how far a policy has moved: arrays in, numbers out."""
+
+import math
+
+import numpy as np
+
+# Samples of a prediction that the diagnosis draws. Of 20 intervals between 19 samples and beyond them, 10 in the middle make
+# an interval of exactly 50 %, and 18 one of 90 %.
+N_SAMPLES = 19
+# A spread this small beside the magnitude is rounding: that dimension counts as constant.
+ROUNDING = 1e-6
+
+erf = np.vectorize(math.erf, otypes=[float])
+
+
+def root_mean_square(errors: np.ndarray) -> np.ndarray:
+    """
+    sqrt(mean over rows of e^2)
+
+    :param errors: ``(B, dims)``, in the units of the environment; NaN: nothing was to be predicted
+    :return: ``(dims,)``, in the same units; NaN where nothing was
+    """
+    counts = np.isfinite(errors).sum(axis=0)
+    return np.sqrt(np.nansum(errors**2, axis=0) / np.where(counts > 0, counts, np.nan))
+
+
+def scale_of(values: np.ndarray) -> np.ndarray:
+    """
+    The size of each dimension, sqrt(mean over rows of x^2), in which others can be measured.
+
+    :param values: ``(B, dims)``: deviations from the mean, or changes from step to step
+    :return: ``(dims,)``; NaN where it is zero: a dimension that never moves has no scale, and is left out of what is scaled
+    """
+    size = root_mean_square(values)
+    return np.where(size > 0, size, np.nan)
+
+
+def deviations(values: np.ndarray) -> np.ndarray:
+    """
+    x - mean over rows of x, exactly zero in a dimension that is constant up to rounding.
+
+    :param values: ``(B, dims)``
+    :return: ``(B, dims)``
+    """
+    apart = values - values.mean(axis=0)
+    return np.where(np.ptp(values, axis=0) <= ROUNDING * np.abs(values).max(axis=0), 0.0, apart)
+
+
+def distance(errors: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """
+    sqrt(mean over dimensions of (e / scale)^2)
+
+    :param errors: ``(..., dims)``
+    :param scale: ``(dims,)``, NaN where there is none
+    :return: ``(...)``, 1 where a prediction is as wrong as the scale is large; NaN where nothing was to be predicted
+    """
+    known = np.isfinite(scale)
+    return np.sqrt(((errors[..., known] / scale[known]) ** 2).sum(axis=-1) / max(known.sum(), 1))
+
+
+def r_squared(errors: np.ndarray, baseline_errors: np.ndarray) -> np.ndarray:
+    """
+    R^2 = 1 - sum over rows of e^2 / sum over rows of e_baseline^2
+
+    :param errors: of the predictions, ``(B, dims)``; NaN: nothing was to be predicted
+    :param baseline_errors: of what they are held against (the mean; no change), ``(B, dims)``
+    :return: ``(dims,)``: 1 is perfect, 0 as good as the baseline; NaN where the baseline is never wrong
+    """
+    theirs = np.where(np.isfinite(errors), baseline_errors, 0.0)
+    total = (theirs**2).sum(axis=0)
+    return 1 - np.nansum(errors**2, axis=0) / np.where(total > 0, total, np.nan)
+
+
+def coverage(samples: np.ndarray, actual: np.ndarray, nominal: float) -> np.ndarray:
+    """
+    How often the central interval of a prediction holds what happened.
+
+    If what happened is one more draw from the same distribution as P samples, it lies between their i-th smallest and i-th
+    largest with a probability of exactly (P + 1 - 2i) / (P + 1). No shape is assumed, so mixtures are fine.
+
+    :param samples: ``(P, B, dims)``; nowhere NaN
+    :param actual: ``(B, dims)``
+    :param nominal: the probability of the interval, such that i is a whole number
+    :return: ``(dims,)``, the share of the rows; NaN where no samples differ: a deterministic prediction has no interval
+    :raises ValueError: i is none
+    """
+    tail = (1 - nominal) / 2 * (len(samples) + 1)
+    i = round(tail)
+    if not (1 <= i <= len(samples) / 2 and math.isclose(tail, i)):
+        raise ValueError(
+            f"nominal={nominal} cannot be told by {len(samples)} samples: (P + 1) (1 - nominal) / 2 must be whole"
+        )
+    ordered = np.sort(samples, axis=0)
+    inside = (ordered[i - 1] <= actual) & (actual <= ordered[-i])
+    spreads = (ordered[0] != ordered[-1]).any(axis=0)
+    return np.where(spreads, inside.mean(axis=0), np.nan)
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """:return: place of each number in order, from 0; equal ones share the mean of their places. ``(B,)`` of ``x (B,)``"""
+    _, places, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts + 1) / 2)[places]
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """
+    Spearman's rho: the correlation of the ranks.
+
+    :param x: ``(B,)``
+    :param y: ``(B,)``
+    :return: from -1 to 1; NaN if all of either are equal
+    """
+    a, b = (ranks(z) - (len(z) - 1) / 2 for z in (x, y))
+    size = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size > 0 else math.nan
+
+
+def precision_and_recall(predicted: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
+    """
+    hits / predicted, and hits / actual
+
+    :param predicted: bool ``(B,)``
+    :param actual: bool ``(B,)``
+    :return: NaN for the one without a denominator
+    """
+    hits = (predicted & actual).sum()
+    return tuple(float(hits / n) if (n := one.sum()) else math.nan for one in (predicted, actual))  # type: ignore[return-value]
+
+
+def blurred_total_variation(errors: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """
+    D_TV( N(x, S), N(y, S) ) = erf( d / (2 sqrt 2) ), with S = diag(scale^2), d^2 = sum over dimensions of ((x - y) / scale)^2
+
+    The total variation between a predicted and an actual outcome that is left when both are blurred by Gaussian noise. Without
+    the blur it is 1 between a deterministic simulator and any continuous model, however good.
+
+    :param errors: x - y, ``(..., dims)``
+    :param scale: standard deviation of the noise, ``(dims,)``, NaN where a dimension is left out
+    :return: ``(...)``, from 0 to 1
+    """
+    known = np.isfinite(scale)
+    return erf(np.sqrt(((errors[..., known] / scale[known]) ** 2).sum(axis=-1)) / math.sqrt(8))
+
+
+def gaussian_total_variation(
+    mean: np.ndarray, std: np.ndarray, other_mean: np.ndarray, other_std: np.ndarray, noise: np.ndarray
+) -> np.ndarray:
+    """
+    D_TV(p, q) = E over x ~ p of max(0, 1 - q(x) / p(x)), for diagonal Gaussians p and q, by Monte Carlo.
+
+    An invertible map of x, such as the tanh of a squashed policy, leaves it as it is.
+
+    :param mean: of p, ``(B, dims)``; ``std``, and those of q, likewise
+    :param noise: standard normal draws, ``(M, dims)``: the estimate has a standard error of at most 1 / (2 sqrt M)
+    :return: ``(B,)``, from 0 to 1
+    """
+    x = mean + std * noise[:, None]
+    of_p, of_q = -0.5 * noise[:, None] ** 2 - np.log(std), -0.5 * ((x - other_mean) / other_std) ** 2 - np.log(other_std)
+    return np.maximum(0.0, -np.expm1(np.minimum((of_q - of_p).sum(axis=-1), 0.0))).mean(axis=0)

@@ -1,0 +1,78 @@
+"""What the reports share: numbers as people read them, and a page of HTML that needs no other file."""
+
+import base64
+from collections.abc import Iterable
+from html import escape
+
+import numpy as np
+
+# Okabe and Ito's, which colour-blind readers can tell apart; the pale yellow is left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+NONE = "\N{EN DASH}"
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin-top: 2rem; }
+img { width: 100%; max-width: 62rem; display: block; }
+figure { margin: 1rem 0; }
+figcaption, .note { color: #555; font-size: .87rem; max-width: 62rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid #ddd; }
+thead th { font-weight: 600; border-bottom: 2px solid #888; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 11rem; }
+td small { color: #555; display: block; white-space: nowrap; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .87rem; }
+dt { color: #555; }
+dd { margin: 0; }
+code, pre { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+pre { margin: 0; }
+.failed { border-left: 4px solid #D55E00; padding: .2rem 1rem; background: #fff4ec; }
+"""
+
+
+def number(value: float) -> str:
+    """:return: three digits or more (two below 0.1), thousands apart, with a true minus; a whole number has no others"""
+    if not np.isfinite(value):
+        return NONE
+    digits = 0 if float(value).is_integer() or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    text = f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:,.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def counted(n: int, noun: str) -> str:
+    """:return: both, the noun in the plural unless ``n`` is 1"""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def picture(image: bytes, kind: str, alt: str, caption: str) -> str:
+    """
+    :param image: the content of a file
+    :param kind: ``"png"`` or ``"webp"``
+    :param alt: what is to be seen
+    :param caption: HTML
+    """
+    data = base64.b64encode(image).decode()
+    return (
+        f'<figure><img alt="{escape(alt)}" src="data:image/{kind};base64,{data}">\n<figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def definitions(items: Iterable[tuple[str, str]]) -> str:
+    """:param items: names and what they are, as HTML"""
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in items) + "</dl>"
+
+
+def page(title: str, parts: Iterable[str], style: str = "") -> str:
+    """
+    :param title: plain text
+    :param parts: HTML, below the title
+    :param style: more CSS
+    """
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>
+<h1>{escape(title)}</h1>
+{chr(10).join(parts)}
+</body></html>
+"""
