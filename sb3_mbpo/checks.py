@@ -287,13 +287,12 @@ def check_before_learning(agent: Any) -> Iterable[str]:
     if agent.gradient_steps == 0:
         return
     room = max(agent.buffer_size // n_envs, 1) * n_envs
-    if agent.batch_size > room:
-        yield (
-            f"batch_size={agent.batch_size} is larger than the replay buffer, which holds {room}: batches repeat transitions. "
-            "Raise buffer_size"
-        )
     needed = agent.dynamics.min_transitions
-    if agent.real_ratio < 1 and room < needed:
+    imagines = agent.real_ratio < 1 and room >= needed
+    real = int(agent.batch_size * agent.real_ratio) if imagines else agent.batch_size
+    if real > room:
+        yield f"batch_size={agent.batch_size} wants {real} real rows; the buffer holds {room}: they repeat. Raise buffer_size"
+    if agent.real_ratio < 1 and not imagines:
         yield (
             f"buffer_size={agent.buffer_size} holds {room} transitions, and the dynamics needs {needed}: nothing will be "
             "imagined. Raise buffer_size, or pass real_ratio=1 for learning without a model"

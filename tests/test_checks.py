@@ -246,8 +246,8 @@ def test_callbacks(callback):
 
 
 def test_batches_larger_than_the_buffer():
-    agent = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "buffer_size": 12})
-    with pytest.warns(UserWarning, match="batch_size=16 is larger than the replay buffer, which holds 12") as caught:
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "buffer_size": 12, "real_ratio": 0.9})
+    with pytest.warns(UserWarning, match="batch_size=16 wants 14 real rows; the buffer holds 12") as caught:
         agent.learn(25)
     assert len(caught) == 1 and caught[0].filename == __file__ and agent._n_updates > 0
 
@@ -266,8 +266,10 @@ def agent_of(n_envs, **changed):
     ("changed", "words"),
     [
         ({}, []),
-        ({"batch_size": 100}, []),
-        ({"batch_size": 101}, ["batch_size=101"]),
+        ({"batch_size": 2000}, []),
+        ({"batch_size": 2020}, ["batch_size=2020"]),
+        ({"batch_size": 100, "real_ratio": 1}, []),
+        ({"batch_size": 101, "real_ratio": 1}, ["batch_size=101"]),
         ({"buffer_size": 9, "batch_size": 4}, ["nothing will be imagined"]),
         ({"buffer_size": 9}, ["batch_size=16", "nothing will be imagined"]),
         ({"buffer_size": 9, "batch_size": 4, "real_ratio": 1}, []),
