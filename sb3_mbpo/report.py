@@ -112,6 +112,11 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def counted(n: int, noun: str) -> str:
+    """:return: both, the noun in the plural unless ``n`` is 1"""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def against(baseline: float, value: float) -> str:
     """:return: how many times less ``value`` is than ``baseline``"""
     if not (np.isfinite(baseline) and np.isfinite(value) and baseline > 0 and value > 0):
@@ -134,7 +139,7 @@ def table(summaries: list[Summary], baseline: str | None, threshold: float) -> t
         reached = f"{one.reached} of {one.seeds} seeds"
         steps = against(base.steps, one.steps) if base and apart else ""
         cells = [
-            (one.algorithm, f"{one.seeds} seed{'' if one.seeds == 1 else 's'}" + (", baseline" if one is base else "")),
+            (one.algorithm, counted(one.seeds, "seed") + (", baseline" if one is base else "")),
             (number(one.final), "" if np.isnan(one.low) else f"{number(one.low)} to {number(one.high)}"),
             (number(one.steps), f"{reached}; {steps}" if steps else reached),
             (number(one.minutes), against(base.minutes, one.minutes) if base and apart else ""),
@@ -185,9 +190,9 @@ def origin(manifest: Mapping[str, Any]) -> Iterator[str]:
     said = {
         "command": f"<code>{escape(str(manifest['command']))}</code>",
         "finished": manifest["created"],
-        "each run": f"{arguments['steps']:,} env steps, {arguments['eval_episodes']} episodes every {arguments['eval_freq']:,}"
-        f" steps, {arguments['threads']} PyTorch thread{'' if arguments['threads'] == 1 else 's'}, "
-        f"{'up to ' + str(arguments['workers']) if arguments['workers'] else 'as many as fit'} runs at a time",
+        "each run": f"{counted(arguments['steps'], 'env step')}, {counted(arguments['eval_episodes'], 'episode')} every "
+        f"{counted(arguments['eval_freq'], 'step')}, {counted(arguments['threads'], 'PyTorch thread')}, "
+        f"{'up to ' + counted(arguments['workers'], 'run') if arguments['workers'] else 'as many as fit'} at a time",
         "versions": escape(", ".join(f"{name} {spoken(version)}" for name, version in versions.items())),
         "hardware": escape(", ".join(f"{name}: {spoken(value)}" for name, value in hardware.items() if value)),
         "commit": escape(spoken(manifest["commit"] or "not from a git checkout")),
@@ -230,7 +235,7 @@ def write_report(
             html_table(summaries, baseline, thresholds[env]),
             f'<p class="note">Threshold: {number(thresholds[env])}, {escape(source)}. {NOTE}</p>',
         ]
-    title = f"{len(manifest['arguments']['algo'])} algorithms on {', '.join(pictures)}"
+    title = f"{counted(len(manifest['arguments']['algo']), 'algorithm')} on {', '.join(pictures)}"
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>

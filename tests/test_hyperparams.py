@@ -84,7 +84,8 @@ def test_values_of_the_paper(file: str, task: str) -> None:
         *values, width = PAPER[file, task]
         names = ("gradient_steps", "target_entropy", "model_train_freq", "retained_rollouts", "learning_starts")
         assert [entry[name] for name in names] == values
-        assert [layer.weight.shape[2] for layer in dynamics.mlp.layers[:-1]] == [width] * 4
+        *hidden, _ = (weight.shape[2] for name, weight in dynamics.mlp.named_parameters() if name.endswith("weight"))
+        assert hidden == [width] * 4
 
 
 # jannerm/mbpo: epochs of 1,000 steps after 5,000 random ones; k is first 2 at epoch 30 (Hopper), 24 (Ant), 32 (Humanoid).

@@ -192,6 +192,13 @@ def test_page(tmp_path: Path) -> None:
     assert "they failed" not in said
 
 
+def test_one_of_everything(tmp_path: Path) -> None:
+    ones = dict.fromkeys(["steps", "eval_freq", "eval_episodes", "threads", "workers"], 1)
+    found = page(tmp_path, results("sac", [1]), arguments={**ones, "algo": ["sac"], "baseline": None, "threshold": None})
+    said = re.sub(r"\s+", " ", found.said)
+    assert "1 algorithm on E-v0" in said and "1 env step, 1 episode every 1 step, 1 PyTorch thread, up to 1 run at" in said
+
+
 def test_failed_runs_are_named(tmp_path: Path) -> None:
     found = page(tmp_path, results("sac", [1, 2]), failed=["E-v0, a<b, seed 3"])
     assert "because they failed:E-v0, a<b, seed 3" in found.said
