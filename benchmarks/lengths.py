@@ -3,8 +3,8 @@ Two ways to choose k, side by side: the k* of Theorem 4.3, and how far the dynam
 
     python benchmarks/lengths.py [ENV ...]    # default: Pendulum-v1 InvertedPendulum-v5 Hopper-v5
 
-One agent per task learns with rollout_schedule="auto"; every 250 steps ModelErrorCallback plays two fresh episodes. The rows go to
-docs/benchmarks/trust/lengths.csv, in place of the task's old ones.
+One agent per task learns with rollout_schedule="auto"; every 250 steps ModelErrorCallback plays two fresh episodes. The rows go
+to docs/benchmarks/trust/lengths.csv, in place of the task's old ones.
 """
 
 import argparse
@@ -31,11 +31,11 @@ def diagnosed(env: str) -> pd.DataFrame:
     agent = MBPO(env=env, seed=0, **settings)
     with tempfile.TemporaryDirectory() as folder:
         agent.set_logger(configure(folder, ["csv"]))
-        agent.learn(STEPS[env], callback=ModelErrorCallback(every=250, n_episodes=2, horizons=(1, 5, 15)), log_interval=None)
+        agent.learn(STEPS[env], callback=ModelErrorCallback(every=250, n_episodes=2, horizons=(1, 5, 15)))
         agent.logger.close()
-        rows = pd.read_csv(Path(folder) / "progress.csv").rename(columns=lambda name: name.rpartition("/")[2])
-    rows = rows.rename(columns={"total_timesteps": "step"}).reindex(columns=["step", *COLUMNS])
-    return rows.assign(env=env).round(4)[["env", "step", *COLUMNS]]
+        rows = pd.read_csv(Path(folder) / "progress.csv").dropna(subset="model_error/model_error_tv")
+    named = {f"model_error/{name}": name for name in COLUMNS} | {"time/total_timesteps": "step"}
+    return rows.rename(columns=named).assign(env=env).round(4).reindex(columns=["env", "step", *COLUMNS])
 
 
 def main() -> None:
