@@ -3,7 +3,7 @@ Two ways to choose k, side by side: the k* of Theorem 4.3, and how far the dynam
 
     python benchmarks/lengths.py [ENV ...]    # default: Pendulum-v1 InvertedPendulum-v5 Hopper-v5
 
-One agent per task learns with rollout_schedule="auto"; every 250 steps ModelErrorCallback plays two fresh episodes. The rows go
+One agent per task learns with rollout_schedule="auto"; every 250 steps ModelErrorCallback plays two fresh episodes. Rows go
 to docs/benchmarks/trust/lengths.csv, in place of the task's old ones.
 """
 
