@@ -20,7 +20,7 @@ from sb3_mbpo.lock import lock
 from sb3_mbpo.packing import Tensors
 from sb3_mbpo.training_state import all_callbacks, put_agent, put_training, take_agent, take_training
 
-# A save waits until so many times what the last one took has passed: at most 2 % of the time.
+# All saves so far, and one more like the last, take at most 1/50 of the time: 2 %. The last of a run waits for nothing.
 _PATIENCE = 50
 # Updates in one call of train() from which on it can be broken off.
 _LONG_TRAIN = 100
@@ -91,7 +91,7 @@ class ResumeCallback(BaseCallback):
         # What is left to do of the rollout under way, see `rollout`; then what train() is set back to.
         self._left: dict[str, Any] | None = None
         self._before_train: tuple[dict[str, Any], Tensors] | None = None
-        self._saved_at, self._seconds, self._waited_from = self.model.num_timesteps, 0.0, time.perf_counter()
+        self._saved_at, self._began, self._seconds, self._spent = self.model.num_timesteps, time.perf_counter(), 0.0, 0.0
         self._is_consistent = False
         self.model.replay_buffer.check = self.check_train
         self.interrupts.listen()
@@ -209,8 +209,8 @@ class ResumeCallback(BaseCallback):
         score = next(filter(math.isfinite, scores), None)
         saved = checkpoint.write(self.folder, state, tensors, self.model.num_timesteps, score)
         checkpoint.prune(self.folder, self.keep)
-        self._saved_at, self._waited_from = self.model.num_timesteps, time.perf_counter()
-        self._seconds = self._waited_from - started
+        self._saved_at, self._seconds = self.model.num_timesteps, time.perf_counter() - started
+        self._spent += self._seconds
         if self.verbose >= 1:
             print(f"Checkpoint {saved.path} ({self._seconds:.1f} s)")
         return saved
@@ -248,7 +248,7 @@ class ResumeCallback(BaseCallback):
     def _is_due(self) -> bool:
         if self.model.num_timesteps // self.every <= self._saved_at // self.every:
             return False
-        return time.perf_counter() - self._waited_from >= _PATIENCE * self._seconds
+        return time.perf_counter() - self._began >= _PATIENCE * (self._spent + self._seconds)
 
     def _is_long(self, rollout: RolloutReturn) -> bool:
         updates = self.model.gradient_steps if self.model.gradient_steps >= 0 else rollout.episode_timesteps
