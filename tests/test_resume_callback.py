@@ -137,11 +137,12 @@ def pays(obs, actions, next_obs):
         {"kind": MBTD3, "env_id": "Pendulum-v1"},
         {"action_noise": "OU", "env_id": "Pendulum-v1"},
         {"learning_starts": 0, "buffer_size": 50, "model_buffer_size": 40},
+        {"rollout_schedule": "auto", "min_explained_variance": 0.1, "dynamics_kwargs": {"net_arch": [16, 16]}},
         {"rollout_filter": "macura", "rollout_schedule": 3},
         {"rollout_filter": "infoprop", "rollout_schedule": 3, "reward_fn": pays, "termination_fn": "learned"},
         {"rollout_filter": "m2ac", "rollout_schedule": 3, "kind": MBTD3, "env_id": "Pendulum-v1"},
     ],
-    ids="sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small macura infoprop m2ac".split(),
+    ids="sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small auto macura infoprop m2ac".split(),
 )
 def test_all_kinds_of_agents(tmp_path, settings):
     def finished(folder, cut=None):
