@@ -389,7 +389,7 @@ def test_killed_run_on_ray_is_tried_again(tmp_path: Path, which: str) -> None:
 
 @pytest.mark.expensive
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
-def test_cluster_that_is_there_already(tmp_path: Path) -> None:
+def test_cluster_that_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its processes are in another folder; they find the settings file all the same, and what they leave comes back."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -402,6 +402,8 @@ def test_cluster_that_is_there_already(tmp_path: Path) -> None:
         start = f"start --head --block --node-ip-address 127.0.0.1 --port {port} --num-cpus 2 --temp-dir {elsewhere}"
         start += " --include-dashboard=false --disable-usage-stats"
         ray = [str(Path(sys.executable).with_name("ray")), *start.split()]
+        # Whether or not this machine has a token of Ray's.
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         with subprocess.Popen(ray, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
             try:
                 assert head.stdout is not None and any("block forever" in line for line in head.stdout)
