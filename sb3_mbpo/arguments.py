@@ -243,7 +243,8 @@ def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
 
 def _read(name: str, value: Any, default: Any) -> Any:
     """What an argument means. What means nothing comes back as it is where there is a rule for it, which says more."""
-    if name == "rollout_schedule" and isinstance(value, str) and value == "auto":
+    if name == "rollout_schedule" and isinstance(numbers_in(value), str) and "." not in value:
+        # "auto", or a word for nothing: `make_schedule` says what there is.
         return value
     if name in ("learning_rate", "rollout_schedule", "replay_buffer_class"):
         value = resolve(numbers_in(value), name)

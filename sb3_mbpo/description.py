@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces
@@ -126,7 +127,7 @@ def build(
     Not taken from it: ``tensorboard_log``, a place for files that its author would choose.
 
     :param description: from :func:`describe`, by way of JSON; it may be anyone's
-    :param env: of the same spaces; ``None``: an agent that can predict, and gets its env by ``set_env``
+    :param env: of the same spaces, or the name of one; ``None``: an agent that can predict, and gets its env by ``set_env``
     :param cls: the algorithm; ``None``: the one of this package that the description names
     :param device: see SB3
     :param overrides: arguments of the constructor that differ, or that a description cannot hold; ``policy`` among them
@@ -141,7 +142,7 @@ def build(
     counters = {name: _counter(description["counters"], name) for name in COUNTERS}
     termination = _termination(description["termination"])
     if env is not None:
-        env = kind._wrap_env(env, int(arguments["verbose"]))
+        env = kind._wrap_env(maybe_make_env(env, arguments["verbose"]), int(arguments["verbose"]))
         check_for_correct_spaces(env, observation_space, action_space)
     try:
         agent = kind(policy, env, device=device, _init_setup_model=False, **arguments)

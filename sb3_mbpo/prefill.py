@@ -27,7 +27,7 @@ def read_transitions(data: Any, observation_space: spaces.Box, action_space: spa
         arrays = _of_buffer(data, action_space)
     elif hasattr(data, "iterate_episodes"):
         episodes = [_of_episode(episode) for episode in data.iterate_episodes()]
-        arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in _ALL}
+        arrays = {name: np.concatenate([episode[name] for episode in episodes] or [np.empty(0)]) for name in _ALL}
     elif isinstance(data, Mapping):
         missing, unknown = [name for name in _REQUIRED if name not in data], [name for name in data if name not in _ALL]
         if missing or unknown:
@@ -74,6 +74,8 @@ def _of_episode(episode: Any) -> Transitions:
 
 def _check(arrays: Transitions, observation_space: spaces.Box, action_space: spaces.Box) -> None:
     n = len(arrays["rewards"])
+    if n == 0:
+        raise ValueError("prefill: there are no transitions in it")
     shapes = {"observations": observation_space.shape, "next_observations": observation_space.shape}
     shapes |= {"actions": action_space.shape}
     for name, array in arrays.items():

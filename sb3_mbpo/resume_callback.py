@@ -240,10 +240,10 @@ class ResumeCallback(BaseCallback):
         # Action noise remembers numbers, which are put back.
         names = [(part, name) for part in ("arguments", "versions") for name in now[part] if name != "action_noise"]
         different = [name for part, name in names if now[part][name] != then[part].get(name)]
+        random = ", but its random numbers go on" if "seed" in different else ""
         if different:
-            warnings.warn(
-                f"The run was begun with other values of {', '.join(different)}; it goes on with those of now", stacklevel=2
-            )
+            what = f"The run was begun with other values of {', '.join(different)}; it goes on with those of now{random}"
+            warnings.warn(what, stacklevel=2)
 
     def _is_due(self) -> bool:
         if self.model.num_timesteps // self.every <= self._saved_at // self.every:
@@ -270,7 +270,7 @@ def resume(
     Go on with a run from its folder alone: make its agent, and let it learn to the run's own end.
 
     :param folder: of a ``ResumeCallback``, which goes on saving there
-    :param env: made as that of the run was
+    :param env: made as that of the run was, or its name
     :param callback: the run's other callbacks, made as they were
     :param device: see SB3
     :param arguments: of the agent's constructor: those that no file can hold (functions, and classes of yours), and

@@ -134,7 +134,7 @@ def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> Rollout
         return spec
     raise ValueError(
         f"rollout_schedule={shown(spec)} must be a length, a whole number of at least 1 and at most {MOST_STEPS:,}; 'auto'; a "
-        f"mapping with {', '.join(keys)}; or a callable from env transitions to a length"
+        f"mapping with {', '.join(keys)}; or a callable from env transitions to a length, or its dotted name"
     )
 
 

@@ -109,7 +109,7 @@ REFUSED = [
     *((MBPO, {"retained_rollouts": value}, "retained_rollouts=.* at least 1") for value in (0, -1, 1.5, True, "three", None)),
     *((MBPO, {"model_buffer_size": value}, "model_buffer_size=.* must be None or") for value in (0, -1, NAN, 2**70, "all")),
     *(
-        (MBPO, {"rollout_schedule": value}, "rollout_schedule=")
+        (MBPO, {"rollout_schedule": value}, "rollout_schedule=.* must be a length, .*'auto'")
         for value in (0, -1, NAN, 1.5, True, None, 10**12, "long", [1])
     ),
     (MBPO, {"rollout_schedule": lambda step: None}, "rollout_schedule=.* gives None at step 0"),

@@ -146,6 +146,10 @@ def test_refused_altogether():
     compact = ReplayBuffer(10, OBS, ACT, optimize_memory_usage=True, handle_timeout_termination=False)
     with pytest.raises(ValueError, match="optimize_memory_usage"):
         read_transitions(compact, OBS, ACT)
+    empty = {name: array[:0] for name, array in arrays().items()}
+    for nothing in (empty, ReplayBuffer(10, OBS, ACT), Dataset()):
+        with pytest.raises(ValueError, match="prefill: there are no transitions"):
+            read_transitions(nothing, OBS, ACT)
 
 
 TINY = FAST | {

@@ -448,8 +448,19 @@ def test_resume_from_the_folder(tmp_path):
     )
     assert agent.num_timesteps == 60 and len(lines) == 18
     assert all(th.equal(a, b) for a, b in zip(whole.policy.parameters(), agent.policy.parameters(), strict=True))
+    # By the env's name; the run is at its end.
+    assert resume(tmp_path / "cut", "Hopper-v5", learning_rate=falling).num_timesteps == 60
     with pytest.raises(ValueError, match="no checkpoints in"):
         resume(tmp_path / "nowhere", "Hopper-v5")
+
+
+def test_other_arguments_are_warned_of(tmp_path):
+    """The run goes on with them; a seed was for its beginning."""
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25, ResumeCallback(tmp_path))
+    other = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "batch_size": 8, "seed": 1})
+    with pytest.warns(UserWarning, match="values of batch_size, seed; it goes on with those of now, but its random"):
+        other.learn(25, ResumeCallback(tmp_path))
+    assert other.num_timesteps == 25 and other.batch_size == 8
 
 
 def test_another_class_or_buffer(tmp_path):
