@@ -4,9 +4,9 @@ Endurance: a long run that is disturbed all the time ends as one that is not, to
     python benchmarks/soak.py [--steps 50000] [--folder logs/soak]
 
 Pendulum-v1, networks of 2 x 32, one update a step, a fit every 1,000 steps. The replay buffer holds 10,000 transitions, and so
-is full when the second quarter begins: what a fit needs grows with the data until then. One process runs undisturbed. Beside it
-a second run is ended at random moments, some seconds apart, by SIGTERM, SIGINT, SIGUSR1 or SIGKILL, and started again. In the
-end the parameters of both, with optimizers and dynamics, must be equal. Resident memory is written down every 1,000 steps;
+is full when the second quarter begins: what a fit needs grows with the data until then. One process runs undisturbed. Beside
+it a second run is ended at random moments, some seconds apart, by SIGTERM, SIGINT, SIGUSR1 or SIGKILL, and started again. In
+the end the parameters of both, with optimizers and dynamics, must be equal. Resident memory is written down every 1,000 steps;
 docs/benchmarks/soak.csv keeps it, and each end of a process.
 """
 
