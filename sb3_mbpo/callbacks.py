@@ -43,6 +43,10 @@ class RolloutCallback(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
+    def on_resume(self) -> None:
+        """A run that was left in ``train()`` goes on there, with no end of a rollout before it."""
+        self._mix()
+
     def _on_rollout_end(self) -> None:
         if self._due():
             with nullcontext() if self.model.resumable is None else self.model.resumable.undoing():
