@@ -93,8 +93,7 @@ class RolloutCallback(BaseCallback):
         steps = agent.replay_buffer.newest((agent.lifetime_timesteps - agent.dynamics_fitted_at) // agent.n_envs)
         errors = drift(agent.dynamics, steps, LONGEST_AUTO, FEWEST_STARTS)
         if errors:
-            variance = agent.replay_buffer.real_transitions().observations.var(dim=0)
-            agent.trusted_length = reliable_length(errors, variance)
+            agent.trusted_length = reliable_length(errors, agent.replay_buffer.real_transitions().observations)
 
     def _fit(self) -> ReplayBufferSamples:
         """Fit dynamics and, where it is learned, termination, on all real transitions, and return these."""
