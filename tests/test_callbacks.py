@@ -413,8 +413,10 @@ def test_auto_stays_at_one_step_with_a_bad_dynamics():
     assert len(model.dynamics.fits) == 5 and model.rollout_length == 1
 
 
-def test_auto_is_never_measured_on_what_was_fitted():
-    """Each time the steps since the last fit, no others."""
+@pytest.mark.parametrize("most", [1000, 25])
+def test_auto_is_never_measured_on_what_was_fitted(most, monkeypatch):
+    """Each time the steps since the last fit, no others, and of many the newest."""
+    monkeypatch.setattr("sb3_mbpo.callbacks.MOST_STARTS", most)
     seen = []
 
     class Spy(Recorder):
@@ -426,4 +428,4 @@ def test_auto_is_never_measured_on_what_was_fitted():
     real = model.replay_buffer.real_transitions().observations
     measured = [obs for obs in seen if len(obs) > 1]
     assert model.dynamics.fits == [21, 30, 60]
-    assert th.equal(measured[0], real[30:60])
+    assert th.equal(measured[0], real[max(30, 60 - most) : 60])
