@@ -1,3 +1,4 @@
+import inspect
 from functools import partial
 from typing import Any
 
@@ -5,11 +6,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from tiny import TruePendulum
+from tiny import TruePendulum, equal_agents
 
 from sb3_mbpo import MBPO, DynamicsModel
 
@@ -388,8 +390,11 @@ del LEARNING["min_explained_variance"]
 
 
 def test_dynamics_that_cannot_be_learned_are_not_learned_from():
-    model = MBPO(env=gym.wrappers.TimeLimit(NoPast(), 50), **LEARNING).learn(310)
+    """The agent is SAC to the last bit, at the same number of updates."""
+    model = MBPO(env=gym.wrappers.TimeLimit(NoPast(), 50), **LEARNING, fast_update=False).learn(310)
     assert model.imagined_share == 0 and model.replay_buffer.real_rows(100) == 100
+    settings = {name: value for name, value in LEARNING.items() if name in inspect.signature(SAC).parameters}
+    assert equal_agents(SAC(env=gym.wrappers.TimeLimit(NoPast(), 50), **settings).learn(310), model)
 
 
 def test_dynamics_that_can_be_learned_lose_nothing():
