@@ -172,7 +172,7 @@ def test_the_agents_own_env_is_refused(give):
     """Its episodes would be broken off under the agent's hands, and transitions stored that never were."""
     env = gym.make("Pendulum-v1")
     agent = MBPO("MlpPolicy", VecNormalize(DummyVecEnv([lambda: env])), **FAST)
-    with pytest.raises(ValueError, match="env is one that the agent learns in.*Pass another of its kind"):
+    with pytest.raises(ValueError, match=r"env is one that the agent learns in.*Pass another of its kind"):
         own_env(agent, give(env))
 
 
