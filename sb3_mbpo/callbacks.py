@@ -22,6 +22,8 @@ from sb3_mbpo.value_bound import breach, entropy_bonus, odd_scale, q_values, ret
 VALUED_ROWS = 500
 # Real steps that an imagined trajectory must have begun at, for its error to count.
 FEWEST_STARTS = 20
+# Newest real steps of an env that k is measured on, at most: after a long time without fits there may be millions.
+MOST_STARTS = 5_000
 
 
 class RolloutCallback(BaseCallback):
@@ -42,6 +44,10 @@ class RolloutCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+    def on_resume(self) -> None:
+        """A run that was left in ``train()`` goes on there, with no end of a rollout before it."""
+        self._mix()
 
     def _on_rollout_end(self) -> None:
         if self._due():
@@ -86,11 +92,11 @@ class RolloutCallback(BaseCallback):
         agent = self.model
         if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
             return
-        steps = agent.replay_buffer.newest((agent.lifetime_timesteps - agent.dynamics_fitted_at) // agent.n_envs)
+        unseen = (agent.lifetime_timesteps - agent.dynamics_fitted_at) // agent.n_envs
+        steps = agent.replay_buffer.newest(min(unseen, MOST_STARTS))
         errors = drift(agent.dynamics, steps, LONGEST_AUTO, FEWEST_STARTS)
         if errors:
-            variance = agent.replay_buffer.real_transitions().observations.var(dim=0)
-            agent.trusted_length = reliable_length(errors, variance)
+            agent.trusted_length = reliable_length(errors, agent.replay_buffer.real_transitions().observations)
 
     def _fit(self) -> ReplayBufferSamples:
         """Fit dynamics and, where it is learned, termination, on all real transitions, and return these."""

@@ -161,4 +161,5 @@ class ComparisonExperiment(Experiment):
         self.recorder.eval_env = self.create_envs(1, eval_env=True)
         self.recorder.eval_env.seed(EVALUATION_SEED + self.seed)
         self.recorder.deterministic = self.deterministic_eval
-        self.callbacks.append(self.recorder)
+        # First: others may write the log out at the end of a rollout, and what a fit has recorded with it.
+        self.callbacks.insert(0, self.recorder)

@@ -102,10 +102,12 @@ def calibration(of: Diagnosis, horizon: int) -> Figure:
     axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1, label="calibrated")
     for k, colour in ((1, MODEL), (horizon, REAL)):
         shares = np.array([of.coverage(k, one) for one in nominal])
-        shares = shares[:, np.isfinite(shares).all(axis=0)]
-        if shares.size:
-            axes.plot(nominal, shares, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(nominal, shares.mean(axis=1), "o-", color=colour, label=f"{counted(k, 'step')} ahead")
+        known = np.isfinite(shares).all(axis=0)
+        axes.plot(nominal, shares[:, known], color=colour, alpha=0.25, linewidth=0.8)
+        # The reward is another matter, and not in the page's words on the intervals either.
+        known[0] = False
+        if known.any():
+            axes.plot(nominal, shares[:, known].mean(axis=1), "o-", color=colour, label=f"{counted(k, 'step')} ahead")
     tidy(axes, "nominal", "observed")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(frameon=False)

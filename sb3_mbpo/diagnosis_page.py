@@ -193,7 +193,8 @@ def drawn(found: Findings) -> Iterator[str]:
     else:
         yield f'<p class="note">No video: {escape(found.film)}.</p>'
     yield "<h2>Does it know what it does not know?</h2>"
-    caption = "How often central intervals hold what happened. Thin: each dimension. Below the diagonal: overconfident."
+    caption = "How often central intervals hold what happened. Thick: mean over the dimensions of the observation. "
+    caption += "Thin: each of them, and the reward. Below the diagonal: overconfident."
     yield picture(png(figures.calibration(of, found.reach)), "png", "observed against nominal coverage", caption)
     yield "<h2>Where it is wrong</h2>"
     caption = "Error of one step, in standard deviations, over the two dimensions along which it differs most."

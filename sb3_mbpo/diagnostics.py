@@ -65,7 +65,7 @@ def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
         raise ValueError(f"{path} is an agent of {name!r}, not of {', '.join(ALGORITHMS)}; call write_report with it instead")
     agent_class = mbpo.MBPO if name == "MBPO" else getattr(variants, name)
     try:
-        return agent_class.load(path, env, safe=safe, buffer_size=1)
+        return agent_class.load(path, env, safe=safe, buffer_size=1, verbose=0)
     except ValueError as error:
         if "spaces do not match" in str(error):
             raise ValueError(f"{path} was trained in another env: {error}") from error

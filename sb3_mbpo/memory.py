@@ -77,8 +77,9 @@ def lengths_of(schedule: Any, first_refill: int, model_train_freq: int, retained
     :param retained_rollouts: refills kept
     """
     if schedule == "auto":
-        # At the least, then at the most.
-        schedule = LinearSchedule(1, LONGEST_AUTO, first_refill + 1, first_refill + 1)
+        # At the least until the buffer is full, then at the most.
+        turn = first_refill + retained_rollouts * model_train_freq
+        schedule = LinearSchedule(1, LONGEST_AUTO, turn, turn)
     schedule = make_schedule(schedule)
     end = schedule.end if isinstance(schedule, LinearSchedule) else first_refill
     times = [first_refill, *range((first_refill // model_train_freq + 1) * model_train_freq, end, model_train_freq)]

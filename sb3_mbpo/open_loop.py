@@ -72,11 +72,12 @@ def own_env(agent: Any, env: Any = None) -> VecEnv:
 
     :param agent: a ModelBased algorithm
     :param env: an id, a function that makes an env, an env, or a VecEnv of one; ``None``: another of the agent's first
-    :raises ValueError: the agent's cannot be made once more; it has other spaces, several copies or normalises
+    :raises ValueError: the agent has none, or it cannot be made once more; it is the agent's own; it has other spaces, several
+        copies or normalises
     """
     if env is None:
         try:
-            env = another(agent.env.get_attr("spec")[0])
+            env = another(None if agent.env is None else agent.env.get_attr("spec")[0])
         except ValueError as error:
             raise ValueError(
                 f"env=None: the agent's env cannot be made once more ({error}). Pass a function that makes one as env"
@@ -93,6 +94,10 @@ def own_env(agent: Any, env: Any = None) -> VecEnv:
             f"env must be one env without VecNormalize (the agent's own statistics are used), not {env.num_envs} in a "
             f"{type(env).__name__}. Pass an id, a function that makes one, or a DummyVecEnv of one"
         )
+    # Those of a SubprocVecEnv are in other processes.
+    mine, theirs = ([one.unwrapped for one in getattr(of, "envs", [])] for of in (env, agent.env))
+    if any(one is other for one in mine for other in theirs):
+        raise ValueError("env is one that the agent learns in: its episodes would be broken off. Pass another of its kind")
     try:
         check_for_correct_spaces(env, agent.observation_space, agent.action_space)
     except ValueError as error:

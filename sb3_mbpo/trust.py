@@ -1,5 +1,6 @@
 """How far the dynamics may be believed: what share of a batch may be imagined, and how long a branch may be."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch as th
@@ -26,20 +27,23 @@ def imagined_share(metrics: Mapping[str, float | str], enough: float | None, kno
     if enough is None:
         return 1.0
     names = ["explained_obs"] if known_reward else ["explained_obs", "explained_reward"]
-    least = min(float(metrics.get(name, enough)) for name in names)
+    shares = [float(metrics.get(name, enough)) for name in names]
+    # Less than any: what is no number explains nothing.
+    least = -math.inf if any(math.isnan(share) for share in shares) else min(shares)
     return min(1.0, max(0.0, 2 * least / enough - 1))
 
 
-def reliable_length(errors: Sequence[th.Tensor], variance: th.Tensor) -> int:
+def reliable_length(errors: Sequence[th.Tensor], obs: th.Tensor) -> int:
     """
     k: the most steps over which every prediction errs by little, its mean squared error over the dimensions that vary, each at
     most 1, below ``NEGLIGIBLE`` of their variance.
 
     :param errors: mean squared errors after 1, 2, ... steps, each ``(obs_dim,)``, see :func:`.drift.drift`
-    :param variance: of the real observations ``(obs_dim,)``
-    :return: at least 1
+    :param obs: the real observations ``(B, obs_dim)``
+    :return: at least 1; 1 where nothing varies
     """
-    varies = variance > 0
+    variance = obs.var(dim=0)
+    varies = variance.sqrt() > ROUNDING * obs.abs().amax(dim=0)
     length = 0
     for error in errors:
         # A comparison with nan says no.
@@ -56,7 +60,7 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples) -> tuple[
     For an observation the constant is the mean of the next one, or of its change, whichever errs less. A dimension that does
     not vary, or a reward that hardly does, is left out, and one that is predicted worse than by the constant counts as 0.
 
-    :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics that has not seen the transitions
+    :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
     :param transitions: what came instead, raw and flat
     :return: for the reward, and the mean over the dimensions of the observation; 1 where nothing varies
     """

@@ -167,6 +167,29 @@ def test_real_transitions(n, n_envs):
     th.testing.assert_close(data.actions[:, :1], data.rewards)
 
 
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("n", [30, 200, 430])
+@pytest.mark.parametrize("asked", [1, 40, 1000])
+def test_newest(n, n_envs, asked):
+    """In order of time and of envs, also where the ring has gone round; no more than there are."""
+    buffer = filled(n, n_envs)
+    steps = buffer.newest(asked)
+    there = min(asked, n, 200 // n_envs)
+    expected = 1 + np.arange(n * n_envs).reshape(n, n_envs)[n - there :]
+    assert [tuple(part.shape) for part in steps[:5]] == [(there, n_envs, width) for width in (3, 2, 3, 1, 1)]
+    np.testing.assert_array_equal(steps.observations[:, :, 2], expected)
+    np.testing.assert_array_equal(steps.next_observations[:, :, 0], expected + 0.5)
+    np.testing.assert_array_equal(steps.rewards[:, :, 0], expected)
+    assert steps.observations.dtype == th.float32
+
+
+def test_newest_knows_time_limits():
+    buffer = filled(2)
+    one = np.ones((1, 3))
+    buffer.add(one, one, np.ones((1, 2)), np.ones(1), np.ones(1), [{"TimeLimit.truncated": True}])
+    assert buffer.newest(2).dones.flatten().tolist() == [0, 1]
+
+
 def test_time_limits_are_no_terminations():
     buffer = MixedReplayBuffer(10, OBS, ACT, device="cpu", seed=0)
     zeros = np.zeros((1, 3))

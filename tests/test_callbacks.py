@@ -1,3 +1,4 @@
+import inspect
 from functools import partial
 from typing import Any
 
@@ -5,11 +6,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from tiny import TruePendulum
+from tiny import TruePendulum, equal_agents
 
 from sb3_mbpo import MBPO, DynamicsModel
 
@@ -388,8 +390,11 @@ del LEARNING["min_explained_variance"]
 
 
 def test_dynamics_that_cannot_be_learned_are_not_learned_from():
-    model = MBPO(env=gym.wrappers.TimeLimit(NoPast(), 50), **LEARNING).learn(310)
+    """The agent is SAC to the last bit, at the same number of updates."""
+    model = MBPO(env=gym.wrappers.TimeLimit(NoPast(), 50), **LEARNING, fast_update=False).learn(310)
     assert model.imagined_share == 0 and model.replay_buffer.real_rows(100) == 100
+    settings = {name: value for name, value in LEARNING.items() if name in inspect.signature(SAC).parameters}
+    assert equal_agents(SAC(env=gym.wrappers.TimeLimit(NoPast(), 50), **settings).learn(310), model)
 
 
 def test_dynamics_that_can_be_learned_lose_nothing():
@@ -413,8 +418,10 @@ def test_auto_stays_at_one_step_with_a_bad_dynamics():
     assert len(model.dynamics.fits) == 5 and model.rollout_length == 1
 
 
-def test_auto_is_never_measured_on_what_was_fitted():
-    """Each time the steps since the last fit, no others."""
+@pytest.mark.parametrize("most", [1000, 25])
+def test_auto_is_never_measured_on_what_was_fitted(most, monkeypatch):
+    """Each time the steps since the last fit, no others, and of many the newest."""
+    monkeypatch.setattr("sb3_mbpo.callbacks.MOST_STARTS", most)
     seen = []
 
     class Spy(Recorder):
@@ -426,4 +433,4 @@ def test_auto_is_never_measured_on_what_was_fitted():
     real = model.replay_buffer.real_transitions().observations
     measured = [obs for obs in seen if len(obs) > 1]
     assert model.dynamics.fits == [21, 30, 60]
-    assert th.equal(measured[0], real[30:60])
+    assert th.equal(measured[0], real[max(30, 60 - most) : 60])

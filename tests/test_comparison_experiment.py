@@ -89,6 +89,15 @@ def test_phases_are_told_apart(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch)
     }
 
 
+def test_what_is_logged_at_a_fit_is_recorded_before_another_callback_writes_it_out(zoo: ModuleType) -> None:
+    look = "dict(every=20,n_episodes=1,max_episode_steps=5)"
+    recorder, _ = run(zoo, "mbpo", [0], 45, [*TINY, f"callback:[{{'sb3_mbpo.ModelErrorCallback':{look}}}]"])
+    with open("fits.csv", newline="") as file:
+        fits = {(step, name): float(value) for step, name, value in csv.reader(file)}
+    assert {step for step, _ in fits} == {"21", "40"} and fits["40", "updates"] == 2
+    assert recorder.seconds["fits"] > 0
+
+
 @pytest.mark.parametrize(("algo", "params"), [("mbpo", TINY), ("sac", PLAIN)])
 def test_training_is_the_same_without(zoo: ModuleType, algo: str, params: list[str]) -> None:
     run(zoo, algo, [0, 15, 45, 60], 60, params)

@@ -28,7 +28,7 @@ from sb3_mbpo.diagnostics import main, write_report
 def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an agent, another at an earlier time, and one that is none."""
     folder = tmp_path_factory.mktemp("agents")
-    agent = MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy(FAST)).learn(25)
+    agent = MBPO("MlpPolicy", "Pendulum-v1", verbose=1, **copy.deepcopy(FAST)).learn(25)
     agent.save(folder / "early.zip")
     agent.learn(40, reset_num_timesteps=False).save(folder / "late.zip")
     MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy({**FAST, "policy_kwargs": {"net_arch": [9]}})).save(folder / "wide.zip")

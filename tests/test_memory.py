@@ -40,6 +40,7 @@ def test_line():
         # 1 at 21 and 100, 2 from 200 on, ...; of each no more than fill the buffer, and one.
         (GROWING, [1] * 2 + [2, 3, 4] + [5] * 3),
         ({**GROWING, "end": 100}, [1] + [5] * 3),
+        ("auto", [1] * 3 + [15] * 3),
         ({**GROWING, "end": 10_000_000}, [*[1] * 3, *[2] * 3, *[3] * 3, *[4] * 3, *[5] * 3]),
     ],
 )

@@ -167,7 +167,22 @@ def test_envs_that_do_not_fit():
         own_env(stacked)
 
 
+@pytest.mark.parametrize("give", [lambda env: env, lambda env: lambda: env, lambda env: DummyVecEnv([lambda: env])])
+def test_the_agents_own_env_is_refused(give):
+    """Its episodes would be broken off under the agent's hands, and transitions stored that never were."""
+    env = gym.make("Pendulum-v1")
+    agent = MBPO("MlpPolicy", VecNormalize(DummyVecEnv([lambda: env])), **FAST)
+    with pytest.raises(ValueError, match=r"env is one that the agent learns in.*Pass another of its kind"):
+        own_env(agent, give(env))
+
+
 def test_agents_env_that_cannot_be_made_once_more():
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    agent.env = None
+    with pytest.raises(ValueError, match=r"env=None: the agent's env cannot be made once more.*Pass a function"):
+        own_env(agent)
+    # Any env will do for an agent without one.
+    assert own_env(agent, "Pendulum-v1").num_envs == 1
     with pytest.raises(ValueError, match=r"it has no spec of Gymnasium's.*Pass a function that makes one as env"):
         own_env(MBPO("MlpPolicy", Gives(), **FAST))
 

@@ -156,11 +156,13 @@ def test_all_kinds_of_agents(tmp_path, settings):
     assert_same(whole, finished(tmp_path / "cut"))
 
 
-@pytest.mark.parametrize("phase", ["fit", "refill", "train"])
+@pytest.mark.parametrize("phase", ["fit", "refill", "train", "train, half imagined"])
 def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
     """A signal in the midst of a fit, a refill or a long train(): saved at once, and nothing is different in the end."""
     settings = {"train_freq": 10, "gradient_steps": 120, "rollout_batch_size": 60, "total": 80}
     monkeypatch.setattr("sb3_mbpo.callbacks.ROLLOUT_BLOCK", {"cpu": 20})
+    if phase == "train, half imagined":
+        monkeypatch.setattr("sb3_mbpo.callbacks.imagined_share", lambda *given: 0.5)
     whole = run(tmp_path / "whole", **settings)
     resume_of = {}
     begin = ResumeCallback.begin

@@ -98,6 +98,12 @@ def test_a_known_reward_is_not_judged():
     assert imagined_share({"explained_obs": 0.075, "explained_reward": 0.0}, 0.1, known_reward=True) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("numbers", [(math.nan, 1.0), (1.0, math.nan), (-math.inf, 1.0)])
+def test_what_is_not_finite_earns_nothing(numbers):
+    metrics = dict(zip(("explained_obs", "explained_reward"), numbers, strict=True))
+    assert imagined_share(metrics, 0.1, known_reward=False) == 0
+
+
 def test_a_dynamics_that_says_nothing_is_believed():
     assert imagined_share({"elites": "1 2"}, 0.1, known_reward=False) == 1
 
@@ -109,19 +115,33 @@ def of_steps(*errors, dims=1):
     return [th.full((dims,), error) for error in errors]
 
 
+def with_variance(*variances):
+    """Observations that have it."""
+    return (2 * th.tensor([[-0.5], [0.0], [0.5]])) * th.tensor(variances).sqrt()
+
+
 @pytest.mark.parametrize(
     ("errors", "length"),
     [((0.5,), 1), ((0.0, 0.0, 0.0), 3), ((0.001, 0.009, 0.02, 0.001), 2), ((0.5, 0.001), 1), ((0.001, math.nan), 1)],
 )
 def test_length(errors, length):
-    assert reliable_length(of_steps(*errors), th.ones(1)) == length
+    assert reliable_length(of_steps(*errors), with_variance(1.0)) == length
 
 
 def test_errors_are_measured_by_the_variance_of_each_dimension():
     errors = [th.tensor([0.005, 5000.0]), th.tensor([0.009, 9000.0]), th.tensor([0.02, 9000.0])]
-    assert reliable_length(errors, th.tensor([1.0, 1e6])) == 2
-    assert reliable_length(errors, th.tensor([1e-3, 1e6])) == 1
+    assert reliable_length(errors, with_variance(1.0, 1e6)) == 2
+    assert reliable_length(errors, with_variance(1e-3, 1e6)) == 1
 
 
 def test_a_dimension_that_stands_still_says_nothing_of_the_length():
-    assert reliable_length([th.tensor([0.001, 1.0])] * 4, th.tensor([1.0, 0.0])) == 4
+    assert reliable_length([th.tensor([0.001, 1.0])] * 4, with_variance(1.0, 0.0)) == 4
+    assert reliable_length([th.tensor([1.0])] * 4, with_variance(0.0)) == 1
+
+
+def test_nor_does_one_that_only_rounding_moves():
+    angle = th.linspace(0, 50, 1000)
+    norm = angle.cos() ** 2 + angle.sin() ** 2
+    assert norm.var() > 0
+    errors = [th.tensor([1e-4, 1e-12])] * 4
+    assert reliable_length(errors, th.stack([angle.cos(), norm], dim=1)) == 4
