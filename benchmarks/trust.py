@@ -70,6 +70,8 @@ def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
                 )
             table = logged.pivot_table("value", "step", "name").reindex(columns=LOGGED).reset_index()
             fits.append(table.assign(arm=arm, seed=seed))
+    if not fits:
+        raise SystemExit(f"no run of {study} in logs/trust has had a fit yet")
     return pd.concat(returns).round(3), pd.concat(fits).round(4)
 
 
