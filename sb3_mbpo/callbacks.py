@@ -52,8 +52,6 @@ class RolloutCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         if self._due():
             with nullcontext() if self.model.resumable is None else self.model.resumable.undoing():
-                if self.model.rollout_schedule == "auto":
-                    self._measure_length()
                 transitions = self._fit()
                 if self.model.dynamics.usable and self.model.imagined_share > 0:
                     self._refill(transitions)
@@ -87,8 +85,12 @@ class RolloutCallback(BaseCallback):
         frequency = agent.model_train_freq
         return agent.lifetime_timesteps // frequency > agent.dynamics_fitted_at // frequency
 
-    def _measure_length(self) -> None:
-        """Set k by how the dynamics predicts the newest real steps, which it has not seen before the fit that comes now."""
+    def _measure_length(self, obs: th.Tensor) -> None:
+        """
+        Set k by how the dynamics predicts the newest real steps, which it has not seen before the fit that comes now.
+
+        :param obs: all real observations
+        """
         agent = self.model
         if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
             return
@@ -96,13 +98,15 @@ class RolloutCallback(BaseCallback):
         steps = agent.replay_buffer.newest(min(unseen, MOST_STARTS))
         errors = drift(agent.dynamics, steps, LONGEST_AUTO, FEWEST_STARTS)
         if errors:
-            agent.trusted_length = reliable_length(errors, agent.replay_buffer.real_transitions().observations)
+            agent.trusted_length = reliable_length(errors, obs)
 
     def _fit(self) -> ReplayBufferSamples:
-        """Fit dynamics and, where it is learned, termination, on all real transitions, and return these."""
+        """Fit dynamics and, where it is learned, termination, on all real transitions, and return these; measure k before."""
         started = time.perf_counter()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
+        if agent.rollout_schedule == "auto":
+            self._measure_length(transitions.observations)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
         agent.imagined_share = imagined_share(metrics, agent.min_explained_variance, agent.reward_fn is not None)
         metrics |= agent.fit_termination(transitions)

@@ -388,6 +388,7 @@ def test_killed_run_on_ray_is_tried_again(tmp_path: Path, which: str) -> None:
 
 
 @pytest.mark.expensive
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
 def test_cluster_that_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its processes are in another folder; they find the settings file all the same, and what they leave comes back."""
