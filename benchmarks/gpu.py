@@ -59,13 +59,18 @@ class Still(gym.Env):
 
 def seconds(work: Callable[[], Any], device: str) -> float:
     """How long it takes, the GPU's part included."""
+    return timed(work, device)[0]
+
+
+def timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """How long it takes, the GPU's part included, and what it returns."""
     if device == "cuda":
         th.cuda.synchronize()
     started = time.perf_counter()
-    work()
+    result = work()
     if device == "cuda":
         th.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, result
 
 
 def transitions(n: int, device: str) -> ReplayBufferSamples:
@@ -163,11 +168,16 @@ def clocks(device: str, methods: dict[str, tuple[type, str]]) -> Iterator[dict[s
     found: dict[str, list[float]] = {name: [] for name in methods}
     originals = {name: getattr(cls, method) for name, (cls, method) in methods.items()}
 
-    def timed(name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: found[name].append(seconds(partial(originals[name], *args, **kwargs), device))
+    def clocked(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            taken, result = timed(partial(originals[name], *args, **kwargs), device)
+            found[name].append(taken)
+            return result
+
+        return call
 
     for name, (cls, method) in methods.items():
-        setattr(cls, method, timed(name))
+        setattr(cls, method, clocked(name))
     try:
         yield found
     finally:
@@ -182,7 +192,7 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
     settings = dict(yaml.safe_load((ROOT / "hyperparams" / "mbpo.yml").read_text())["Hopper-v5"])
     whole, steps, frequency = int(settings.pop("n_timesteps")), 10_000, 250
     if tiny:
-        settings |= {"learning_starts": 100, "gradient_steps": 2, "batch_size": 16, "rollout_batch_size": 500}
+        settings |= {"learning_starts": 100, "gradient_steps": 2, "batch_size": 16, "rollout_batch_size": 500, "min_explained_variance": None}
         settings["dynamics_kwargs"], steps = {"net_arch": [16], "max_updates": 5}, 300
     agent = MBPO(env="Hopper-v5", device=device, seed=0, **settings)
     phases: dict[str, tuple[type, str]] = {"fits": (RolloutCallback, "_fit"), "rollouts": (RolloutCallback, "_refill")}

@@ -58,11 +58,11 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples) -> tuple[
     Which share of the variance a prediction explains, against a constant: 1 - E|y - prediction|^2 / E|y - constant|^2.
 
     For an observation the constant is the mean of the next one, or of its change, whichever errs less. A dimension that does
-    not vary, or a reward that hardly does, is left out, and one that is predicted worse than by the constant counts as 0.
+    not vary, or a reward that hardly does, is left out; one predicted worse than by the constant counts down to -1.
 
     :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
     :param transitions: what came instead, raw and flat
-    :return: for the reward, and the mean over the dimensions of the observation; 1 where nothing varies
+    :return: for the reward, and the mean over the dimensions of the observation, at least 0; 1 where nothing varies
     """
     obs, next_obs = transitions.observations.double(), transitions.next_observations.double()
     truth = th.cat([transitions.rewards.double(), next_obs], dim=1)
@@ -71,6 +71,8 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples) -> tuple[
     by_constant[1:] = th.minimum(by_constant[1:], (next_obs - obs).var(dim=0, correction=0))
     varies = by_constant.sqrt() > ROUNDING * truth.abs().amax(dim=0)
     varies[0] &= by_constant[0] > SMALL**2 * (truth[:, 0] ** 2).mean()
-    shares = th.where(varies, 1 - unexplained / by_constant, 1.0).nan_to_num(nan=0.0).clamp(min=0)
-    # The mean of nothing is not a number.
-    return shares[0].item(), shares[1:][varies[1:]].mean().nan_to_num(nan=1.0).item()
+    shares = th.where(varies, 1 - unexplained / by_constant, 1.0)
+    # Good luck in one dimension and bad luck in the next are none, so the mean is cut at 0, not its parts. That of nothing is nan.
+    means = th.stack([shares[0], shares[1:][varies[1:]].nan_to_num(nan=-1.0).clamp(min=-1).mean().nan_to_num(nan=1.0)])
+    reward, observation = means.nan_to_num(nan=0.0).clamp(min=0).tolist()
+    return reward, observation

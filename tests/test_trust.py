@@ -39,12 +39,28 @@ def test_against_numpy():
     shares = []
     for d in range(3):
         constant = min(np.var(next_obs[:, d]), np.var(next_obs[:, d] - obs[:, d]))
-        shares.append(max(0.0, 1 - np.mean((guess[:, d] - next_obs[:, d]) ** 2) / constant))
+        shares.append(max(-1.0, 1 - np.mean((guess[:, d] - next_obs[:, d]) ** 2) / constant))
     reward, observation = explained(prediction(guess, guessed_rewards), transitions(obs, next_obs, rewards))
     assert reward == pytest.approx(1 - np.mean((rewards / 2) ** 2) / np.var(rewards), rel=1e-5)
     assert observation == pytest.approx(np.mean(shares), rel=1e-4)
     # Independent of the past: the mean is as good.
     assert shares[1] < 0.01
+
+
+def test_luck_does_not_add_up():
+    """Of 17 dimensions and 60 rows that nothing is known of, half are predicted better than by the constant; not their mean."""
+    rng = np.random.default_rng(0)
+    truth, rewards = rng.normal(size=(60, 17)), rng.normal(size=60)
+    guesses = [0.1 * rng.normal(size=(60, 17)) + truth * rng.normal(scale=0.05, size=17) for _ in range(20)]
+    data = transitions(rng.normal(size=(60, 17)), truth, rewards)
+    lucky = [(np.var(truth, axis=0) > np.mean((guess - truth) ** 2, axis=0)).mean() for guess in guesses]
+    assert 0.3 < np.mean(lucky) < 0.7
+    assert max(explained(prediction(guess, rewards), data)[1] for guess in guesses) < 0.05
+
+
+def test_one_hopeless_dimension_counts_as_one_perfect_one():
+    data = transitions(np.zeros((100, 3)), next_obs := np.random.default_rng(0).normal(size=(100, 3)), np.zeros(100))
+    assert explained(prediction(next_obs + [0.0, 0.0, 1e9], np.zeros(100)), data)[1] == pytest.approx(1 / 3)
 
 
 def test_what_does_not_vary_is_left_out():
