@@ -72,7 +72,7 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples) -> tuple[
     varies = by_constant.sqrt() > ROUNDING * truth.abs().amax(dim=0)
     varies[0] &= by_constant[0] > SMALL**2 * (truth[:, 0] ** 2).mean()
     shares = th.where(varies, 1 - unexplained / by_constant, 1.0)
-    # Good luck in one dimension and bad luck in the next are none, so the mean is cut at 0, not its parts. That of nothing is nan.
-    means = th.stack([shares[0], shares[1:][varies[1:]].nan_to_num(nan=-1.0).clamp(min=-1).mean().nan_to_num(nan=1.0)])
-    reward, observation = means.nan_to_num(nan=0.0).clamp(min=0).tolist()
-    return reward, observation
+    # The mean is cut at 0, not its parts: good luck in one dimension makes up for bad luck in another.
+    shares = shares.nan_to_num(nan=-1.0).clamp(min=-1)
+    reward, observation = shares[0].item(), shares[1:][varies[1:]].mean().nan_to_num(nan=1.0).item()
+    return max(reward, 0.0), max(observation, 0.0)

@@ -48,7 +48,7 @@ def test_against_numpy():
 
 
 def test_luck_does_not_add_up():
-    """Of 17 dimensions and 60 rows that nothing is known of, half are predicted better than by the constant; not their mean."""
+    """Of 17 dimensions and 60 rows that nothing is known of, half are predicted better than by a constant; not their mean."""
     rng = np.random.default_rng(0)
     truth, rewards = rng.normal(size=(60, 17)), rng.normal(size=60)
     guesses = [0.1 * rng.normal(size=(60, 17)) + truth * rng.normal(scale=0.05, size=17) for _ in range(20)]
@@ -60,7 +60,7 @@ def test_luck_does_not_add_up():
 
 def test_one_hopeless_dimension_counts_as_one_perfect_one():
     data = transitions(np.zeros((100, 3)), next_obs := np.random.default_rng(0).normal(size=(100, 3)), np.zeros(100))
-    assert explained(prediction(next_obs + [0.0, 0.0, 1e9], np.zeros(100)), data)[1] == pytest.approx(1 / 3)
+    assert explained(prediction(next_obs + np.array([0.0, 0.0, 1e9]), np.zeros(100)), data)[1] == pytest.approx(1 / 3)
 
 
 def test_what_does_not_vary_is_left_out():
