@@ -127,9 +127,8 @@ def fit(device: str, tiny: bool) -> Iterator[Row]:
         ensemble = ProbabilisticEnsemble(OBS_DIM, ACTION_DIM, seed=0, device=device, patience=1000, max_updates=5 * batches)
         ensemble.fit(data)
         for i in range(2 if tiny else 5):
-            epochs: list[str] = []
-            taken = seconds(partial(ensemble.fit, data, epochs.append), device)
-            yield f"fit, {n} transitions", i, taken / len(epochs), "s/epoch"
+            taken, metrics = timed(partial(ensemble.fit, data), device)
+            yield f"fit, {n} transitions", i, taken / metrics["epochs"], "s/epoch"
 
 
 def rollout(device: str, tiny: bool) -> Iterator[Row]:
