@@ -101,7 +101,8 @@ def parts(agent: SAC) -> dict[str, th.Tensor]:
 
 
 def difference(agent: SAC, reference: SAC) -> float:
-    """The largest relative difference over all parts. SB3 loads counters of Adam onto the GPU, where Adam keeps them on the CPU."""
+    """The largest relative difference over all parts."""
+    # SB3 loads counters of Adam onto the GPU, where Adam itself keeps them on the CPU.
     ours, theirs = ({key: part.cpu() for key, part in parts(learner).items()} for learner in (agent, reference))
     assert ours.keys() == theirs.keys()
     return max(float((ours[key] - theirs[key]).norm() / theirs[key].norm().clamp_min(1e-30)) for key in ours)
