@@ -32,6 +32,8 @@ NEXT = "--set dynamics_kwargs.target_mode=next"
 BOUND = "--set dynamics_kwargs.max_updates"
 # 100,000 imagined transitions a refill, as ever; an episode has 200 steps.
 WHOLE = "--set rollout_batch_size=500 --set rollout_schedule=200"
+# Hard to model, and nothing ends an episode of 1,000 steps.
+CHEETAH = "--env HalfCheetah-v5 --steps 5000 --eval-freq 500 --set learning_starts=1000 --set gradient_steps=10"
 
 # study -> arm -> (arguments of train.py, seeds)
 STUDIES: dict[str, dict[str, tuple[str, int]]] = {
@@ -80,6 +82,13 @@ STUDIES: dict[str, dict[str, tuple[str, int]]] = {
     "rollouts_pendulum": {
         "200 steps from starts of episodes": (f"{PENDULUM} {WHOLE} --episode-starts", 3),
         "200 steps from visited states": (f"{PENDULUM} {WHOLE}", 3),
+    },
+    "rollouts_half_cheetah": {
+        "1 step from visited states": (f"{CHEETAH} --set rollout_schedule=1", 3),
+        "1000 steps from starts of episodes": (
+            f"{CHEETAH} --set rollout_batch_size=100 --set rollout_schedule=1000 --episode-starts",
+            3,
+        ),
     },
     "hopper_paper": {
         "MBPO": (PAPER, 1),

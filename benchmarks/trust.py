@@ -4,7 +4,7 @@ How long should imagined branches be, and which filter helps? Arms of one study,
     python benchmarks/trust.py pendulum              # every arm and seed; finished runs are not made again, others go on
     python benchmarks/trust.py pendulum --collect    # only collect what there is, and draw
 
-Runs are in logs/trust/ENV. What they have measured goes to docs/benchmarks/trust: STUDY.csv has the mean return of each
+Runs are in logs/trust/STUDY. What they have measured goes to docs/benchmarks/trust: STUDY.csv has the mean return of each
 evaluation, STUDY_fits.csv what was logged at each fit, STUDY.png shows both. Runs that are not finished are there as far as
 they went, with finished = 0.
 """
@@ -59,7 +59,7 @@ def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     returns, fits = [], []
     for arm, spec in arms.items():
         for seed in range(seeds):
-            folder = ROOT / "logs" / "trust" / env / as_file_name(env) / as_file_name(spec) / f"seed_{seed}"
+            folder = ROOT / "logs" / "trust" / study / as_file_name(env) / as_file_name(spec) / f"seed_{seed}"
             if not (folder / FITS).exists():
                 continue
             rows = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[["return", "seconds"]].mean()
@@ -111,7 +111,7 @@ def main() -> None:
         specs = [arms[arm] for arm in args.arms or arms]
         numbers = {"seeds": seeds, "steps": steps, "eval-freq": eval_freq, "workers": args.workers}
         options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-        compare.main(["--env", env, "--algo", *specs, *options, "--folder", str(ROOT / "logs" / "trust" / env)])
+        compare.main(["--env", env, "--algo", *specs, *options, "--folder", str(ROOT / "logs" / "trust" / args.study)])
     RESULTS.mkdir(parents=True, exist_ok=True)
     returns, fits = collect(args.study)
     first = ["arm", "seed", "step"]
