@@ -31,7 +31,7 @@ from sb3_mbpo import MBPO, ProbabilisticEnsemble
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "fit_bound.csv"
 # Most gradient steps of a fit, and of an epoch
 Bound = tuple[int | None, int | None]
-BOUNDS: list[Bound] = [(1000, None), (2000, None), (None, None), (500, None), (250, None), (2000, 64), (2000, 32), (2000, 128)]
+BOUNDS: list[Bound] = [(1000, None), (2000, None), (2000, 64), (None, None), (500, None), (250, None), (2000, 32), (2000, 128)]
 CADENCES: dict[str, Sequence[int]] = {
     "sparse": (1_000, 1_250, 1_500, 2_000, 3_000, 4_500, 7_000, 10_000, 15_000, 20_000),
     "training": range(1_000, 6_001, 250),
