@@ -418,6 +418,17 @@ def test_auto_stays_at_one_step_with_a_bad_dynamics():
     assert len(model.dynamics.fits) == 5 and model.rollout_length == 1
 
 
+def test_auto_warns_where_it_cannot_measure():
+    """What it asks for is enough."""
+    envs = make_vec_env("Pendulum-v1", 4)
+    settings = {"dynamics_class": TruePendulum, "rollout_schedule": "auto", "rollout_batch_size": 1}
+    model = agent(envs, **settings, model_train_freq=20)
+    with pytest.warns(UserWarning, match=r"n_envs=4 and model_train_freq=20: k stays 1. Raise it, to 76 for up to 15 steps"):
+        model.learn(100)
+    assert agent(envs, **settings, model_train_freq=24).learn(100).trusted_length == 2
+    assert agent(envs, **settings, model_train_freq=76).learn(240).trusted_length == 15
+
+
 @pytest.mark.parametrize("most", [1000, 25])
 def test_auto_is_never_measured_on_what_was_fitted(most, monkeypatch):
     """Each time the steps since the last fit, no others, and of many the newest."""
