@@ -1,10 +1,11 @@
 """
 How fast on a GPU: SAC's update next to Stable-Baselines3's, the ensemble's fit, imagined rollouts, and a stretch of Hopper-v5.
 
-    python benchmarks/gpu.py updates     # ours and SB3's SAC.train in turns, on the same GPU; some two minutes
-    python benchmarks/gpu.py fit         # seconds an epoch with 10,000 and 50,000 transitions; a minute
-    python benchmarks/gpu.py rollout     # one imagined step from 100,000 states; half a minute
-    python benchmarks/gpu.py hopper      # 10,000 steps with the settings of hyperparams/mbpo.yml; cut after seven minutes
+    python benchmarks/gpu.py updates     # ours and SB3's SAC.train in turns, on the same GPU; a minute
+    python benchmarks/gpu.py profile     # what takes the time of one of our updates; half a minute
+    python benchmarks/gpu.py fit         # seconds an epoch with 10,000 and 50,000 transitions; half a minute
+    python benchmarks/gpu.py rollout     # one imagined step from 100,000 states; ten seconds
+    python benchmarks/gpu.py hopper      # 10,000 steps with the settings of hyperparams/mbpo.yml; a minute and a half
 
 Sizes are Hopper's: 11 observations, 3 actions, batches of 256, nets 256-256, seven networks of 200-200-200-200. Every call
 adds its rows to docs/benchmarks/gpu.csv. `hopper` needs gymnasium[mujoco] and PyYAML. Measure on an idle machine: what is not
@@ -120,6 +121,23 @@ def updates(device: str, tiny: bool) -> Iterator[Row]:
     print(f"ours / SB3: min {min(ratios):.2f}, median {statistics.median(ratios):.2f}, max {max(ratios):.2f}")
 
 
+def profile(device: str, tiny: bool) -> Iterator[Row]:
+    """Microseconds of an update in each kernel, and how often it runs: the most expensive 25, then all, then unwatched."""
+    agent, calls, batch_size = make_agent(MBPO, device, termination_fn="never", fast_update=True), 2 if tiny else 20, 256
+    train_often(agent, 3, batch_size)
+    whole = seconds(partial(train_often, agent, calls, batch_size), device)
+    activity = th.profiler.ProfilerActivity
+    with th.profiler.profile(activities=[activity.CPU if tiny else activity.CUDA]) as profiler:
+        seconds(partial(train_often, agent, calls, batch_size), device)
+    events, n = profiler.key_averages(), 20 * calls
+    times = {event.key: (event.self_cpu_time_total if tiny else event.self_device_time_total, event.count) for event in events}
+    for name, (taken, count) in sorted(times.items(), key=lambda item: -item[1][0])[:25]:
+        yield f"profile, {name[:100]}", f"{count / n:.3g} an update", taken / n, "us"
+    taken, count = (sum(numbers) for numbers in zip(*times.values(), strict=True))
+    yield "profile, all kernels", f"{count / n:.3g} an update", taken / n, "us"
+    yield "profile, an update without the profiler", n, whole / n * 1e6, "us"
+
+
 def fit(device: str, tiny: bool) -> Iterator[Row]:
     """Seconds of an epoch of the ensemble, its share of everything else in a fit included."""
     for n in (300,) if tiny else (10_000, 50_000):
@@ -227,7 +245,7 @@ def cpu_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-MEASURES = {"updates": updates, "fit": fit, "rollout": rollout, "hopper": hopper}
+MEASURES = {"updates": updates, "profile": profile, "fit": fit, "rollout": rollout, "hopper": hopper}
 
 
 def main() -> None:
@@ -245,7 +263,7 @@ def main() -> None:
     print(f"GPU {gpu}, torch {versions[0]}, CUDA {versions[1]}, stable-baselines3 {versions[2]}", flush=True)
     path = args.csv or (None if tiny else ROOT / "docs" / "benchmarks" / "gpu.csv")
     for measure, round_, value, unit in MEASURES[args.measure](args.device, tiny):
-        print(f"{measure:60} {round_:>8} {value:12.5g} {unit}", flush=True)
+        print(f"{measure:100} {round_:>15} {value:12.5g} {unit}", flush=True)
         if path is not None:
             new = not path.exists()
             with path.open("a", newline="") as file:
