@@ -72,7 +72,6 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.patience, self.min_improvement = patience, min_improvement
         self.max_updates, self.epoch_updates = max_updates, epoch_updates
         self.target_mode, self.normalize_targets = target_mode, normalize_targets
-
         # The weights are drawn on the CPU, so that a seed means the same network on every device.
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
         out_dim = 1 + obs_dim
@@ -84,12 +83,14 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.min_log_variance = nn.Parameter(th.full((out_dim,), low))
         self.max_log_variance = nn.Parameter(th.full((out_dim,), high))
         self.register_buffer("holdout_errors", th.full((n_members,), float("inf")))
+        self.register_buffer("known_rows", th.zeros(()))
         self.to(device)
         self.learning_rate = learning_rate
         self.weight_decays = self._decay_per_layer(weight_decays)
         self.optimizer = self._make_optimizer()
 
     holdout_errors: th.Tensor
+    known_rows: th.Tensor  # what the last fit was given; in a buffer that grows, the transitions after them are new
 
     def _decay_per_layer(self, weight_decays: Sequence[float] | None) -> list[float]:
         if weight_decays is not None:
@@ -201,16 +202,14 @@ class ProbabilisticEnsemble(DynamicsModel):
         return errors.add(1e-6).log().mean(dim=1).exp()
 
     @th.no_grad()
-    def _elites_mean(self, transitions: ReplayBufferSamples) -> th.Tensor:
-        """:return: the elites' mean prediction of reward and next observation, ``(B, 1 + obs_dim)``, in the env's units"""
-        parts = zip(transitions.observations.split(1000), transitions.actions.split(1000), strict=True)
-        return th.cat([self.predict(obs, actions)[0][self.elites].mean(dim=0) for obs, actions in parts])
+    def _explained(self, rows: ReplayBufferSamples, unseen: th.Tensor) -> dict[str, float | str]:
+        """:return: what the elites' mean explains of held-out transitions, see :func:`.trust.explained`"""
+        parts = zip(rows.observations.split(1000), rows.actions.split(1000), strict=True)
+        mean = th.cat([self.predict(obs, actions)[0][self.elites].mean(dim=0) for obs, actions in parts])
+        return dict(zip(("explained_reward", "explained_obs"), explained(mean, rows, unseen), strict=True))
 
     def _split(self, transitions: ReplayBufferSamples) -> tuple[th.Tensor, ...]:
-        """
-        :return: standardised training inputs and targets, then those held out, and their rows; the standardisers see the
-            training part
-        """
+        """:return: inputs and targets to train on, whose spread is the unit, then those held out, and which rows these are"""
         obs, next_obs = transitions.observations, transitions.next_observations
         inputs = th.cat([obs, transitions.actions], dim=-1)
         targets = th.cat([transitions.rewards, next_obs - obs if self.target_mode == "delta" else next_obs], dim=-1)
@@ -224,9 +223,9 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def _gradient(self) -> Gradient:
         own = [getattr(type(self), name) for name in ("negative_log_likelihood", "_distribution")]
-        if own == [ProbabilisticEnsemble.negative_log_likelihood, ProbabilisticEnsemble._distribution]:
-            return LikelihoodGradient(self.mlp, (self.min_log_variance, self.max_log_variance))
-        return autograd_of(self.negative_log_likelihood, self.parameters())
+        plain = own == [ProbabilisticEnsemble.negative_log_likelihood, ProbabilisticEnsemble._distribution]
+        bounds = (self.min_log_variance, self.max_log_variance)
+        return LikelihoodGradient(self.mlp, bounds) if plain else autograd_of(self.negative_log_likelihood, self.parameters())
 
     def _train_epoch(
         self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient, say: Progress, what: str
@@ -262,6 +261,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         if (n := len(transitions.observations)) < self.min_transitions:
             raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {n}")
         before, (x, y, x_holdout, y_holdout, held_out) = LastGood(self), self._split(transitions)
+        unseen = held_out >= self.known_rows
         bootstrap = th.randint(len(x), (len(self.holdout_errors), len(x)), generator=self.generator, device=x.device)
         # A loaded optimizer brings the settings of its time along.
         for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
@@ -277,8 +277,9 @@ class ProbabilisticEnsemble(DynamicsModel):
             improved = error < best_error * (1 - self.min_improvement)
             idle = 0 if improved.any() else idle + 1
             best_error = th.where(improved, error, best_error)
-            chosen = improved.view(-1, 1, 1)
-            best = [th.where(chosen, weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)]
+            best = [
+                th.where(improved.view(-1, 1, 1), weight.detach(), kept) for kept, weight in zip(best, weights, strict=True)
+            ]
             if progress is not None:
                 progress(what)
         finite = all(parameter.isfinite().all() for parameter in self.parameters())
@@ -286,13 +287,12 @@ class ProbabilisticEnsemble(DynamicsModel):
             for kept, weight in zip(best, weights, strict=True):
                 weight.copy_(kept)
             self.holdout_errors.copy_(self._holdout_error(x_holdout, y_holdout).nan_to_num(nan=float("inf")))
+            self.known_rows.fill_(n)
         diverged = float(before.settle(finite, y, x_holdout, y_holdout))
-        shares = explained(self._elites_mean(rows := ReplayBufferSamples(*(part[held_out] for part in transitions[:5]))), rows)
         return {
             "train_loss": th.stack(losses).mean().item(),
             "holdout_error": self.holdout_errors[self.elites].mean().item(),
-            "explained_reward": shares[0],
-            "explained_obs": shares[1],
+            **self._explained(ReplayBufferSamples(*(part[held_out] for part in transitions[:5])), unseen),
             "epochs": epochs,
             "updates": updates,
             "diverged": diverged,

@@ -53,7 +53,7 @@ def reliable_length(errors: Sequence[th.Tensor], obs: th.Tensor) -> int:
     return max(length, 1)
 
 
-def explained(prediction: th.Tensor, transitions: ReplayBufferSamples) -> tuple[float, float]:
+def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: th.Tensor) -> tuple[float, float]:
     """
     Which share of the variance a prediction explains, against a constant: 1 - E|y - prediction|^2 / E|y - constant|^2.
 
@@ -62,11 +62,14 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples) -> tuple[
 
     :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
     :param transitions: what came instead, raw and flat
+    :param unseen: which of them no earlier fit was given ``(B,)``; if they are predicted worse, they count, for of the others
+        a warm-started dynamics remembers what it cannot know
     :return: for the reward, and the mean over the dimensions of the observation, at least 0; 1 where nothing varies
     """
     obs, next_obs = transitions.observations.double(), transitions.next_observations.double()
     truth = th.cat([transitions.rewards.double(), next_obs], dim=1)
-    unexplained = ((prediction - truth) ** 2).mean(dim=0)
+    errors = (prediction - truth) ** 2
+    unexplained = th.maximum(errors.mean(dim=0), errors[unseen].mean(dim=0)) if unseen.any() else errors.mean(dim=0)
     by_constant = truth.var(dim=0, correction=0)
     by_constant[1:] = th.minimum(by_constant[1:], (next_obs - obs).var(dim=0, correction=0))
     varies = by_constant.sqrt() > ROUNDING * truth.abs().amax(dim=0)

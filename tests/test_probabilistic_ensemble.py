@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -372,3 +373,29 @@ def test_bad_arguments(kwargs):
     (name,) = kwargs
     with pytest.raises(ValueError, match=f"dynamics_kwargs: {name}="):
         ProbabilisticEnsemble(3, 2, **kwargs)
+
+
+def test_what_is_only_remembered_is_not_explained():
+    """Weights that go on from fit to fit have seen most of what is held out. Nothing can be known of these transitions."""
+    most = {True: 0.0, False: 0.0}
+    for seed, forgetful in itertools.product(range(3), most):
+        generator = th.Generator().manual_seed(seed)
+        data = [th.randn(400, dim, generator=generator) for dim in (3, 2, 3, 1, 1)]
+        ensemble = ProbabilisticEnsemble(3, 2, **SMALL)
+        for n in (200, 250, 300, 350, 400):
+            if forgetful:
+                ensemble.known_rows.zero_()
+            metrics = ensemble.fit(ReplayBufferSamples(*(part[:n] for part in data)))
+            most[forgetful] = max(most[forgetful], float(metrics["explained_obs"]))
+    assert most[False] < 0.03 < most[True]
+
+
+def test_new_rows_are_known_after_a_fit():
+    ensemble = ProbabilisticEnsemble(3, 2, **SMALL, max_updates=2)
+    assert ensemble.known_rows == 0
+    ensemble.fit(linear_system(100))
+    assert ensemble.known_rows == 100
+    # A fit that is taken back has learned nothing.
+    with pytest.warns(UserWarning, match="diverged"):
+        ensemble.fit(linear_system(200)._replace(rewards=th.full((200, 1), float("nan"))))
+    assert ensemble.known_rows == 100

@@ -5,7 +5,8 @@ import pytest
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mbpo.trust import explained, imagined_share, reliable_length
+from sb3_mbpo import trust
+from sb3_mbpo.trust import imagined_share, reliable_length
 
 
 def transitions(obs, next_obs, rewards):
@@ -15,6 +16,10 @@ def transitions(obs, next_obs, rewards):
 
 def prediction(next_obs, rewards):
     return th.as_tensor(np.column_stack([rewards, next_obs]), dtype=th.float32)
+
+
+def explained(guess, data, unseen=()):
+    return trust.explained(guess, data, th.isin(th.arange(len(guess)), th.tensor(unseen)))
 
 
 # ---------------------------------------------------------------------- explained
@@ -61,6 +66,18 @@ def test_luck_does_not_add_up():
 def test_one_hopeless_dimension_counts_as_one_perfect_one():
     data = transitions(np.zeros((100, 3)), next_obs := np.random.default_rng(0).normal(size=(100, 3)), np.zeros(100))
     assert explained(prediction(next_obs + np.array([0.0, 0.0, 1e9]), np.zeros(100)), data)[1] == pytest.approx(1 / 3)
+
+
+def test_what_no_fit_has_seen_counts():
+    """By hand: of eight rows that vary by 1, six are remembered, and two are wrong by 1 (what a constant is) or by 2."""
+    data = transitions(np.zeros((8, 1)), truth := np.tile([[1.0], [-1.0]], (4, 1)), rewards := np.tile([1.0, -1.0], 4))
+    wrong = np.array([1, 1, 0, 0, 0, 0, 0, 0])
+    guess = prediction(truth + wrong[:, None], rewards + 2 * wrong)
+    assert explained(guess, data) == (0, 0.75)
+    assert explained(guess, data, [0, 1]) == (0, 0)
+    # Half of the new rows are right; and where new rows are better than the others, all count.
+    assert explained(guess, data, [1, 2]) == (0, 0.5)
+    assert explained(guess, data, [4, 5, 6]) == (0, 0.75)
 
 
 def test_what_does_not_vary_is_left_out():
