@@ -14,6 +14,7 @@ captured in a CUDA graph goes by how fast the CPU launches it, SB3's update abov
 
 import argparse
 import csv
+import math
 import platform
 import statistics
 import sys
@@ -35,8 +36,8 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo import MBPO, ProbabilisticEnsemble
-from sb3_mbpo.callbacks import ROLLOUT_BLOCK, RolloutCallback
-from sb3_mbpo.rollouts import branched_rollout, rollout_length
+from sb3_mbpo.callbacks import RolloutCallback
+from sb3_mbpo.rollouts import rollout_length
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = "date measure round value unit gpu cpu torch cuda stable_baselines3".split()
@@ -150,22 +151,16 @@ def fit(device: str, tiny: bool) -> Iterator[Row]:
 
 
 def rollout(device: str, tiny: bool) -> Iterator[Row]:
-    """Imagined steps a second: policy, ensemble, sampling and storing, in the blocks that training uses."""
+    """Imagined steps a second, in a refill as training makes it: start states, policy, ensemble, bounds, storing."""
     n = 1000 if tiny else 100_000
-    agent, start_obs = make_agent(MBPO, device, termination_fn="never"), transitions(n, device).observations
+    agent = make_agent(MBPO, device, termination_fn="never", rollout_batch_size=n)
     agent.dynamics.fit(transitions(300, device))
-    buffer = agent.replay_buffer.model_buffer
-
-    def refill() -> None:
-        buffer.begin_refill()
-        with agent.imagining() as policy:
-            for block in start_obs.split(ROLLOUT_BLOCK[device]):
-                buffer.add(branched_rollout(agent.dynamics, policy, agent.terminates, block, 1))
-
+    callback = RolloutCallback()
+    callback.init_callback(agent)
     for i in range(-3, 2 if tiny else 10):
-        rate = n / seconds(refill, device)
+        rate = n / seconds(callback._refill, device)
         if i >= 0:
-            yield f"rollout, {n} states, one step", i, rate, "1/s"
+            yield f"refill, {n} states, one step", i, rate, "1/s"
 
 
 class Deadline(BaseCallback):
@@ -202,6 +197,14 @@ def clocks(device: str, methods: dict[str, tuple[type, str]]) -> Iterator[dict[s
             setattr(cls, method, originals[name])
 
 
+def most_batches(ensemble: ProbabilisticEnsemble, n: int) -> int:
+    """Gradient steps of a fit on ``n`` transitions that ends at its bound, which an epoch may overstep."""
+    held_out = min(int(n * ensemble.holdout_ratio), ensemble.max_holdout)
+    epoch = math.ceil((n - held_out) / ensemble.batch_size)
+    assert ensemble.max_updates is not None and ensemble.epoch_updates is None
+    return math.ceil(ensemble.max_updates / epoch) * epoch
+
+
 def hopper(device: str, tiny: bool) -> Iterator[Row]:
     """Where the time goes in the first steps of Hopper-v5, and what that means for the paper's 125,000 + 5,000 steps."""
     import yaml
@@ -226,14 +229,14 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
     yield "hopper, updates a second", n_updates, n_updates / sums["updates"], "1/s"
     if not spent["fits"]:
         return
-    # A refill costs in proportion to k; a fit is bounded by max_updates, so the last ones stand for those to come.
-    fits_to_come = range(agent.learning_starts, whole, frequency)
-    lengths = sum(rollout_length(agent.rollout_schedule, at) for at in fits_to_come)
+    # An upper end: a refill costs in proportion to k, each fit goes to its bound, and random steps cost nothing.
+    at_fits, steps_after = range(agent.learning_starts, whole, frequency), whole - agent.learning_starts
+    fitted = next(iter(agent.dynamics.optimizer.state.values()))["step"].item()
     hours = {
-        "updates": sums["updates"] / n_updates * agent.gradient_steps * (whole - agent.learning_starts),
-        "fits": statistics.mean(spent["fits"][-5:]) * len(fits_to_come),
-        "rollouts": statistics.median(spent["rollouts"]) * lengths,
-        "env and all else": sums["env and all else"] / steps * whole,
+        "updates": sums["updates"] / n_updates * agent.gradient_steps * steps_after,
+        "fits": sums["fits"] / fitted * sum(map(partial(most_batches, agent.dynamics), at_fits)),
+        "rollouts": statistics.median(spent["rollouts"]) * sum(rollout_length(agent.rollout_schedule, at) for at in at_fits),
+        "env and all else": sums["env and all else"] / (steps - agent.learning_starts) * steps_after,
     }
     for name, value in {**hours, "all": sum(hours.values())}.items():
         yield f"hopper, {name}, EXTRAPOLATED to {whole} steps", whole, value / 3600, "h"

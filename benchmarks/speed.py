@@ -1,7 +1,7 @@
 """
 How fast: each row alternates ours with a peer on the same work, and reports the ratio in each round and absolute figures.
 
-    python benchmarks/speed.py                                 # all rows; with `loop` and `growth`, about an hour
+    python benchmarks/speed.py                                 # all rows; with `loop` and `growth`, over an hour
     python benchmarks/speed.py updates sbx                     # some rows
     python benchmarks/speed.py updates --threads 2 --rounds 20
     python benchmarks/speed.py growth --steps 500              # shorter runs (growth, loop, overhead)

@@ -73,10 +73,11 @@ def seconds(function: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - started
 
 
-def period(function: Callable[[Callable[..., None]], Any]) -> float:
-    """The mean time from one call of ``tick`` to the next in ``function(tick)``."""
-    times: list[float] = []
-    function(lambda *args: times.append(time.perf_counter()))
+def period(function: Callable[[Callable[[str], None]], Any]) -> float:
+    """The mean time from one phase to the next in ``function(say)``: a phase ends when its name was said for the last time."""
+    ends: dict[str, float] = {}
+    function(lambda phase: ends.update({phase: time.perf_counter()}))
+    times = [*ends.values()]
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
