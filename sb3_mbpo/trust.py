@@ -58,7 +58,8 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: t
     Which share of the variance a prediction explains, against a constant: 1 - E|y - prediction|^2 / E|y - constant|^2.
 
     For an observation the constant is the mean of the next one, or of its change, whichever errs less. A dimension that does
-    not vary, or a reward that hardly does, is left out; one predicted worse than by the constant counts down to -1.
+    not vary, or a reward that hardly does, is left out; one predicted worse than by the constant counts down to -1. So are
+    rewards that come with a termination: they are rare, often unlike all others, and one in an episode.
 
     :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
     :param transitions: what came instead, raw and flat
@@ -66,16 +67,30 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: t
         a warm-started dynamics remembers what it cannot know
     :return: for the reward, and the mean over the dimensions of the observation, at least 0; 1 where nothing varies
     """
-    obs, next_obs = transitions.observations.double(), transitions.next_observations.double()
-    truth = th.cat([transitions.rewards.double(), next_obs], dim=1)
-    errors = (prediction - truth) ** 2
-    unexplained = th.maximum(errors.mean(dim=0), errors[unseen].mean(dim=0)) if unseen.any() else errors.mean(dim=0)
-    by_constant = truth.var(dim=0, correction=0)
-    by_constant[1:] = th.minimum(by_constant[1:], (next_obs - obs).var(dim=0, correction=0))
-    varies = by_constant.sqrt() > ROUNDING * truth.abs().amax(dim=0)
-    varies[0] &= by_constant[0] > SMALL**2 * (truth[:, 0] ** 2).mean()
-    shares = th.where(varies, 1 - unexplained / by_constant, 1.0)
-    # The mean is cut at 0, not its parts: good luck in one dimension makes up for bad luck in another.
-    shares = shares.nan_to_num(nan=-1.0).clamp(min=-1)
-    reward, observation = shares[0].item(), shares[1:][varies[1:]].mean().nan_to_num(nan=1.0).item()
-    return max(reward, 0.0), max(observation, 0.0)
+    goes_on = transitions.dones.flatten() < 0.5
+    rewards, obs, next_obs = (
+        transitions.rewards.double(),
+        transitions.observations.double(),
+        transitions.next_observations.double(),
+    )
+    prediction, by_constant = prediction.double(), th.minimum(_variance(next_obs), _variance(next_obs - obs))
+    varies = by_constant.sqrt() > ROUNDING * next_obs.abs().amax(dim=0)
+    observation = _share(prediction[:, 1:] - next_obs, by_constant, unseen)[varies]
+
+    rewards, errors = rewards[goes_on], (prediction[:, :1] - rewards)[goes_on]
+    by_constant = _variance(rewards)
+    reward = _share(errors, by_constant, unseen[goes_on])[by_constant > SMALL**2 * (rewards**2).mean()]
+    # The mean is cut at 0, not its parts: good luck in one dimension makes up for bad luck in another. That of nothing is nan.
+    mean_reward, mean_observation = (share.mean().nan_to_num(nan=1.0).item() for share in (reward, observation))
+    return max(mean_reward, 0.0), max(mean_observation, 0.0)
+
+
+def _variance(values: th.Tensor) -> th.Tensor:
+    return (values - values.mean(dim=0)).square().mean(dim=0)
+
+
+def _share(errors: th.Tensor, by_constant: th.Tensor, unseen: th.Tensor) -> th.Tensor:
+    """:return: 1 - E|error|^2 / E|error of the constant|^2 of each dimension, at least -1, and -1 for what is no number"""
+    squares = errors**2
+    unexplained = th.maximum(squares.mean(dim=0), squares[unseen].mean(dim=0)) if unseen.any() else squares.mean(dim=0)
+    return (1 - unexplained / by_constant).nan_to_num(nan=-1.0).clamp(min=-1)

@@ -9,9 +9,10 @@ from sb3_mbpo import trust
 from sb3_mbpo.trust import imagined_share, reliable_length
 
 
-def transitions(obs, next_obs, rewards):
+def transitions(obs, next_obs, rewards, terminated=()):
     obs, next_obs, rewards = (th.as_tensor(np.array(part), dtype=th.float32) for part in (obs, next_obs, rewards))
-    return ReplayBufferSamples(obs, th.zeros(len(obs), 1), next_obs, th.zeros(len(obs), 1), rewards.reshape(-1, 1))
+    dones = th.isin(th.arange(len(obs)), th.tensor(terminated)).float().unsqueeze(1)
+    return ReplayBufferSamples(obs, th.zeros(len(obs), 1), next_obs, dones, rewards.reshape(-1, 1))
 
 
 def prediction(next_obs, rewards):
@@ -97,6 +98,17 @@ def test_a_reward_that_hardly_varies_is_left_out(rare, share):
     rewards = np.ones(200)
     rewards[:rare] = 0
     assert explained(prediction(obs, np.ones(200)), transitions(obs, obs + 1, rewards))[0] == share
+
+
+def test_rewards_of_terminations_are_left_out():
+    obs = np.random.default_rng(0).normal(size=(50, 1))
+    rewards = np.where(np.arange(50) % 5 == 0, -100.0, obs[:, 0])
+    guess = prediction(obs, obs[:, 0])
+    assert explained(guess, transitions(obs, obs + 1, rewards))[0] == 0
+    assert explained(guess, transitions(obs, obs + 1, rewards, np.arange(0, 50, 5)))[0] == 1
+    # Observations stay in, and where every transition terminates no reward is left to judge.
+    data, ended = (transitions(obs, obs + obs**2, rewards, which) for which in ([], np.arange(50)))
+    assert explained(guess, ended) == (1, explained(guess, data)[1])
 
 
 def test_nothing_is_explained_by_what_is_not_finite():
