@@ -25,6 +25,7 @@ TITLES = {
     "targets_pendulum": "Pendulum-v1, other targets",
     "targets_inverted_pendulum": "InvertedPendulum-v5, other targets",
     "rollouts_pendulum": "Pendulum-v1, 100,000 imagined transitions a refill",
+    "rollouts_half_cheetah": "HalfCheetah-v5, 100,000 imagined transitions a refill",
     "bound_pendulum": "Pendulum-v1, other bounds on a fit",
     "bound_inverted_pendulum": "InvertedPendulum-v5, other bounds on a fit",
 }
@@ -78,8 +79,9 @@ def main() -> None:
     runs = read()
     for study, arms in runs.items():
         for prefix, name in DEFAULTS.items():
-            if study.startswith(prefix):
-                arms = {name: runs[study.removeprefix(prefix)]["MBPO"], **arms}
+            default = runs.get(study.removeprefix(prefix))
+            if study.startswith(prefix) and default is not None:
+                arms = {name: default["MBPO"], **arms}
         draw(study, arms)
         print(f"\n{TITLES[study]}")
         for arm, seeds in arms.items():
