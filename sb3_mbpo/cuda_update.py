@@ -27,7 +27,7 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
 
     Between calls, SB3's objects are the only truth: parameters and optimizer states are read at the start and written at the
     end. What CUDA captured stays, and is captured anew when shapes or Adam's settings change. The host waits for the GPU once,
-    to log. Covers what ``sac_update.why_not_fast`` lets pass; does not ask it. On a CPU the same code runs uncaptured.
+    to log. Covers what ``uncovered.why_not_fast`` lets pass; does not ask it. On a CPU the same code runs uncaptured.
 
     :param agent: the agent whose networks are trained
     :param batches: one for each update, all of one size

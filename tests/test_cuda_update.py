@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mbpo import MBPO, cuda_update
 from sb3_mbpo.cuda_update import train
-from sb3_mbpo.sac_update import why_not_fast
+from sb3_mbpo.uncovered import why_not_fast
 
 # A capture exists on a GPU only; its arithmetic is tested below without one.
 gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
