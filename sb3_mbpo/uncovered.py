@@ -12,13 +12,16 @@ from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 
 _KNOWN_MODULES = (SACPolicy, Actor, ContinuousCritic, FlattenExtractor, nn.Flatten, nn.Sequential, nn.Linear, nn.ReLU)
-# Set where something else takes part in a forward or backward pass.
-_SIDE_PATHS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_compiled_call_impl")
+_NAMES = {kind: frozenset(dir(kind)) for kind in (*_KNOWN_MODULES, SquashedDiagGaussianDistribution, th.optim.Adam)}
+# Not empty where something else takes part in a forward or backward pass; ``_global_...`` are those of all modules.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
     """
     Why our update cannot stand in for this agent's ``SAC.train``; ``None`` where it can.
+
+    Not seen: methods replaced on a class of SB3 or torch, and hooks on all optimizers at once.
 
     :param agent: the agent as it is now
     :param caller: the class whose ``train`` asks, and would else call ``super().train``; ``None``: no such class
@@ -27,7 +30,14 @@ def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
     replaced = getattr(super(caller, agent) if caller else agent, "train", None)
     if getattr(replaced, "__func__", None) is not SAC.train:
         return "train() is overridden"
-    return _unknown_network(agent) or _unknown_optimizer(agent)
+    if "sample" in getattr(agent.replay_buffer, "__dict__", {}):
+        return "sample() of the replay buffer is replaced"
+    return _unknown_network(agent) or _unknown_optimizer(agent) or _unknown_target(agent)
+
+
+def _is_changed(part: Any) -> bool:
+    """Whether an object has something of its own in place of what its class has: a method replaced, itself compiled."""
+    return not _NAMES[type(part)].isdisjoint(vars(part))
 
 
 def _unknown_network(agent: SAC) -> str | None:
@@ -35,6 +45,7 @@ def _unknown_network(agent: SAC) -> str | None:
     actor: Any = agent.actor
     critics: tuple[Any, ...] = (agent.critic, agent.critic_target)
     modules = [agent.policy, *chain(*(net.modules() for net in (actor, *critics)))]
+    tensors = [*chain(*(net.parameters() for net in (actor, *critics))), agent.log_ent_coef]
     if agent.use_sde or getattr(actor, "use_sde", False):
         return "gSDE"
     for module in modules:
@@ -42,8 +53,12 @@ def _unknown_network(agent: SAC) -> str | None:
             return f"a {type(module).__name__} in the policy"
     if type(actor.action_dist) is not SquashedDiagGaussianDistribution:
         return "custom action distribution"
-    if any(getattr(part, path, None) for part in chain(modules, agent.policy.parameters()) for path in _SIDE_PATHS):
-        return "compiled modules or hooks"
+    if any(map(_is_changed, [*modules, actor.action_dist])):
+        return "compiled modules or replaced methods"
+    of_one = [getattr(part, hooks, None) for part in (*modules, *tensors) for hooks in _HOOKS]
+    of_all = [getattr(nn.modules.module, f"_global{hooks}", None) for hooks in _HOOKS]
+    if any(of_one + of_all):
+        return "hooks"
     heads = [[*actor.latent_pi, head] for head in (actor.mu, actor.log_std)]
     for layers in chain(heads, *(critic.q_networks for critic in critics)):
         kinds = [type(layer) for layer in layers]
@@ -67,9 +82,19 @@ def _unknown_optimizer(agent: SAC) -> str | None:
         if len(optimizer.param_groups) > 1 or [id(p) for p in group["params"]] != [id(p) for p in expected]:
             return "parameters shared, missing, additional or in several groups"
         extras = [group[option] for option in ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")]
-        if any([*extras, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]):
-            return "options of Adam other than lr, betas and eps, or hooks on it"
+        if any([*extras, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, _is_changed(optimizer)]):
+            return "options of Adam other than lr, betas and eps, hooks on it or methods replaced"
         device, kinds = parameters[0][0].device, {(p.dtype, p.device, p.requires_grad) for p in expected}
         if device.type not in ("cpu", "cuda") or kinds != {(th.float32, device, True)}:
             return "parameters frozen, or not float32 on the CPU or on one GPU"
+    return None
+
+
+def _unknown_target(agent: SAC) -> str | None:
+    """What is not the critic once more, in tensors of its own."""
+    networks: Any = (agent.critic, agent.critic_target)
+    critic, target = ([*network.parameters()] for network in networks)
+    kinds = [[(p.shape, p.dtype, p.device) for p in parameters] for parameters in (critic, target)]
+    if kinds[0] != kinds[1] or {*map(id, critic)} & {*map(id, target)}:
+        return "a target critic unlike the critic, or sharing its parameters"
     return None

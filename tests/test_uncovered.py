@@ -58,6 +58,15 @@ def unused(agent: SAC) -> None:
     agent.actor.optimizer.add_param_group({"params": [nn.Parameter(th.zeros(1))]})
 
 
+def other_target(agent: SAC, **kwargs: Any) -> None:
+    agent.critic_target = make(**kwargs).critic_target
+
+
+def other_actor_with_a_hook(agent: SAC) -> None:
+    agent.actor = make().actor
+    agent.actor.mu.weight.register_hook(print)  # type: ignore[operator]
+
+
 def new_optimizer(agent: SAC, parameters: list[nn.Parameter]) -> None:
     agent.actor.optimizer = th.optim.Adam(parameters)
 
@@ -92,6 +101,17 @@ REFUSED_CHANGES: dict[str, tuple[str, Any]] = {
     "compiled": ("compiled", lambda agent: setattr(agent.actor, "_compiled_call_impl", print)),
     "module hook": ("hooks", lambda agent: agent.actor.mu.register_forward_hook(print)),
     "parameter hook": ("hooks", lambda agent: agent.actor.mu.weight.register_hook(print)),
+    "hook after a gradient": ("hooks", lambda agent: agent.actor.mu.weight.register_post_accumulate_grad_hook(print)),
+    "hook of another actor": ("hooks", other_actor_with_a_hook),
+    "alpha hook": ("hooks", lambda agent: agent.log_ent_coef.register_hook(print)),
+    "alpha hook after a gradient": ("hooks", lambda agent: agent.log_ent_coef.register_post_accumulate_grad_hook(print)),
+    "forward of the actor": ("replaced", lambda agent: setattr(agent.actor, "forward", print)),
+    "action_log_prob": ("replaced", lambda agent: setattr(agent.actor, "action_log_prob", print)),
+    "forward of a q_network": ("replaced", lambda agent: setattr(agent.critic.q_networks[1], "forward", print)),
+    "forward of a target layer": ("replaced", lambda agent: setattr(agent.critic_target.q_networks[0][0], "forward", print)),
+    "log_prob": ("replaced", lambda agent: setattr(agent.actor.action_dist, "log_prob_from_params", print)),
+    "step of the optimizer": ("replaced", lambda agent: setattr(agent.critic.optimizer, "step", print)),
+    "sample of the buffer": ("replaced", lambda agent: setattr(agent.replay_buffer, "sample", print)),
     "optimizer hook": ("hooks", lambda agent: agent.critic.optimizer.register_step_pre_hook(print)),
     "tied": ("shared", tie),
     "groups": ("several groups", unused),
@@ -99,6 +119,12 @@ REFUSED_CHANGES: dict[str, tuple[str, Any]] = {
     "no bias": ("missing", lambda agent: setattr(agent.actor.mu, "bias", None)),
     "new log_ent_coef": ("shared, missing", lambda agent: setattr(agent, "log_ent_coef", th.zeros(1, requires_grad=True))),
     "frozen": ("frozen", lambda agent: agent.actor.latent_pi.requires_grad_(False)),
+    "wider target": ("target", lambda agent: other_target(agent, policy_kwargs={"net_arch": [64, 64]})),
+    "more targets": ("target", lambda agent: other_target(agent, policy_kwargs={"n_critics": 3})),
+    "target in float64": ("target", lambda agent: agent.critic_target.double()),
+    "target on another device": ("target", lambda agent: agent.critic_target.to("meta")),
+    "target without a bias": ("target", lambda agent: setattr(agent.critic_target.q_networks[0][0], "bias", None)),
+    "target is the critic": ("target", lambda agent: setattr(agent, "critic_target", agent.critic)),
     "train of one agent": ("overridden", lambda agent: setattr(agent, "train", print)),
 }
 
@@ -110,6 +136,14 @@ def test_refused_after_a_change(change):
     assert why_not_fast(agent) is None
     apply(agent)
     assert reason in why_not_fast(agent)
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_refused_with_a_hook_on_all_modules(kind):
+    agent = make()
+    with getattr(nn.modules.module, f"register_module_{kind}_hook")(print):
+        assert "hooks" in why_not_fast(agent)
+    assert why_not_fast(agent) is None
 
 
 def test_refused_on_another_device():
