@@ -106,6 +106,16 @@ def difference(agent: SAC, reference: SAC) -> float:
     return max(float((ours[key] - theirs[key]).norm() / theirs[key].norm().clamp_min(1e-30)) for key in ours)
 
 
+def saved_and_loaded(agent: SAC) -> SAC:
+    file = io.BytesIO()
+    agent.save(file)
+    file.seek(0)
+    loaded = SAC.load(file, env=agent.get_env(), device=agent.device)
+    loaded.replay_buffer = agent.replay_buffer
+    loaded.set_logger(configure(None, []))
+    return loaded
+
+
 def batches(agent: SAC, n: int, size: int = BATCH) -> list[ReplayBufferSamples]:
     """What SB3's own ``train`` would draw."""
     assert agent.replay_buffer is not None
@@ -256,12 +266,8 @@ def test_new_weights_take_effect(in_double):
 @pytest.mark.parametrize("fast", [True, False])
 def test_save_and_load(fast):
     """Bit for bit as without saving, by either train."""
-    agent, file = run(make(), True)[0], io.BytesIO()
-    agent.save(file)
-    file.seek(0)
-    loaded = SAC.load(file, env=agent.get_env(), device="cpu")
-    loaded.replay_buffer = agent.replay_buffer
-    loaded.set_logger(configure(None, []))
+    agent = run(make(), True)[0]
+    loaded = saved_and_loaded(agent)
     assert why_not_fast(loaded) is None
     assert difference(loaded, agent) == 0
     assert difference(run(loaded, fast)[0], run(agent, fast)[0]) == 0
