@@ -27,7 +27,7 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
 
     Between calls, SB3's objects are the only truth: parameters and optimizer states are read at the start and written at the
     end. What CUDA captured stays, and is captured anew when shapes or Adam's settings change. The host waits for the GPU once,
-    to log. Covers what ``sac_update.why_not_fast`` lets pass; does not ask it. On a CPU the same code runs uncaptured.
+    to log. Covers what ``uncovered.why_not_fast`` lets pass; does not ask it. On a CPU the same code runs uncaptured.
 
     :param agent: the agent whose networks are trained
     :param batches: one for each update, all of one size
@@ -102,7 +102,7 @@ def _optimizers(agent: SAC) -> list[Any]:
 
 
 def _originals(agent: Any) -> tuple[list[th.Tensor], list[list[th.Tensor]]]:
-    """SB3's tensors in the order of ``_Update.views``, and each optimizer's counters; a missing state is made as by Adam."""
+    """SB3's tensors in the order of ``_Update.views``, and each optimizer's counters; states are made and kept as by Adam."""
     tensors, counters = [], []
     for group, all_states in ((optimizer.param_groups[0], optimizer.state) for optimizer in _optimizers(agent)):
         states = [all_states[parameter] for parameter in group["params"]]
@@ -110,6 +110,9 @@ def _originals(agent: Any) -> tuple[list[th.Tensor], list[list[th.Tensor]]]:
             if not state:
                 state["step"] = th.zeros((), device=parameter.device if group["fused"] else "cpu")
                 state["exp_avg"], state["exp_avg_sq"] = th.zeros_like(parameter), th.zeros_like(parameter)
+            elif not group["fused"]:
+                # SB3 loads it onto the GPU, where to read it is to wait.
+                state["step"] = state["step"].cpu()
         tensors += [*group["params"], *(state[key] for key in ("exp_avg", "exp_avg_sq") for state in states)]
         counters.append([state["step"] for state in states])
     return [*tensors, *agent.critic_target.parameters()], counters

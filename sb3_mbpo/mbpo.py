@@ -7,6 +7,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo import cuda_update, sac_update
 from sb3_mbpo.model_based import ModelBased
+from sb3_mbpo.uncovered import why_not_fast
 
 
 class MBPO(ModelBased, SAC):
@@ -34,7 +35,7 @@ class MBPO(ModelBased, SAC):
             raise ValueError(f"fast_update={self.fast_update!r} must be None, True or False")
         fast = self._is_fast()
         if self.verbose >= 1:
-            reason = sac_update.why_not_fast(self, MBPO)
+            reason = why_not_fast(self, MBPO)
             print("SAC update: " + ("fast" if fast else f"Stable-Baselines3's own ({reason or 'as asked'})"))
 
     def _is_fast(self) -> bool:
@@ -45,7 +46,7 @@ class MBPO(ModelBased, SAC):
         """
         if self.fast_update is False or (self.fast_update is None and self.real_ratio == 1):
             return False
-        reason = sac_update.why_not_fast(self, MBPO)
+        reason = why_not_fast(self, MBPO)
         if self.fast_update and reason is not None:
             raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")
         return reason is None

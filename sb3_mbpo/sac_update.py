@@ -8,76 +8,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3 import SAC
-from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
-from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, SACPolicy
+from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor
 from torch import nn
-
-_KNOWN_MODULES = (SACPolicy, Actor, ContinuousCritic, FlattenExtractor, nn.Flatten, nn.Sequential, nn.Linear, nn.ReLU)
-# Set where something else takes part in a forward or backward pass.
-_SIDE_PATHS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_compiled_call_impl")
-
-
-def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
-    """
-    Why :func:`train` cannot stand in for this agent's ``SAC.train``; ``None`` where it can.
-
-    :param agent: the agent as it is now
-    :param caller: the class whose ``train`` asks, and would else call ``super().train``; ``None``: no such class
-    :return: a short phrase for a log line
-    """
-    replaced = getattr(super(caller, agent) if caller else agent, "train", None)
-    if getattr(replaced, "__func__", None) is not SAC.train:
-        return "train() is overridden"
-    return _unknown_network(agent) or _unknown_optimizer(agent)
-
-
-def _unknown_network(agent: SAC) -> str | None:
-    """What is not as in SB3's own ``MlpPolicy`` with ReLU."""
-    actor: Any = agent.actor
-    critics: tuple[Any, ...] = (agent.critic, agent.critic_target)
-    modules = [agent.policy, *chain(*(net.modules() for net in (actor, *critics)))]
-    if agent.use_sde or getattr(actor, "use_sde", False):
-        return "gSDE"
-    for module in modules:
-        if type(module) not in _KNOWN_MODULES:
-            return f"a {type(module).__name__} in the policy"
-    if type(actor.action_dist) is not SquashedDiagGaussianDistribution:
-        return "custom action distribution"
-    if any(getattr(part, path, None) for part in chain(modules, agent.policy.parameters()) for path in _SIDE_PATHS):
-        return "compiled modules or hooks"
-    heads = [[*actor.latent_pi, head] for head in (actor.mu, actor.log_std)]
-    for layers in chain(heads, *(critic.q_networks for critic in critics)):
-        kinds = [type(layer) for layer in layers]
-        if len(kinds) < 3 or kinds != [nn.Linear, nn.ReLU] * (len(kinds) // 2) + [nn.Linear]:
-            return "layers other than Linear and ReLU in turn"
-    return None
-
-
-def _unknown_optimizer(agent: SAC) -> str | None:
-    """What is not plain Adam over all parameters of one network, all of them float32 on the CPU or on one GPU."""
-    actor, critic = agent.actor, agent.critic
-    layers: list[list[Any]] = [[*actor.latent_pi, actor.mu, actor.log_std], [*chain(*critic.q_networks)]]  # type: ignore
-    parameters = [[p for linear in _linears(part) for p in (linear.weight, linear.bias)] for part in layers]
-    owned: list[tuple[Any, list[Any]]] = [*zip((actor.optimizer, critic.optimizer), parameters, strict=True)]
-    if agent.ent_coef_optimizer is not None:
-        owned.append((agent.ent_coef_optimizer, [agent.log_ent_coef]))
-    for optimizer, expected in owned:
-        if type(optimizer) is not th.optim.Adam:
-            return f"the optimizer is {type(optimizer).__name__}"
-        group = optimizer.param_groups[0]
-        if len(optimizer.param_groups) > 1 or [id(p) for p in group["params"]] != [id(p) for p in expected]:
-            return "parameters shared, missing, additional or in several groups"
-        extras = [group[option] for option in ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")]
-        if any([*extras, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]):
-            return "options of Adam other than lr, betas and eps, or hooks on it"
-        device, kinds = parameters[0][0].device, {(p.dtype, p.device, p.requires_grad) for p in expected}
-        if device.type not in ("cpu", "cuda") or kinds != {(th.float32, device, True)}:
-            return "parameters frozen, or not float32 on the CPU or on one GPU"
-    return None
 
 
 @th.no_grad()
@@ -86,7 +20,7 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> None:
     ``SAC.train`` on given batches, to rounding: same noise from the same random stream, same equations, same log entries.
 
     SB3's objects stay the only truth: parameters and optimizer states are changed in place, and nothing outlives the call.
-    Covers what :func:`why_not_fast` lets pass; does not ask it.
+    Covers what ``uncovered.why_not_fast`` lets pass; does not ask it.
 
     :param agent: the agent whose networks are trained
     :param batches: one for each update, all of one size

@@ -1,6 +1,5 @@
 import copy
 import gc
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -13,16 +12,15 @@ import pytest
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common import policies
-from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
-from test_sac_update import BATCH, CASES, batches, box, compare, difference, make, parts, run
+from test_sac_update import BATCH, CASES, batches, box, compare, difference, make, parts, run, saved_and_loaded
 from tiny import FAST
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mbpo import MBPO, cuda_update
 from sb3_mbpo.cuda_update import train
-from sb3_mbpo.sac_update import why_not_fast
+from sb3_mbpo.uncovered import why_not_fast
 
 # A capture exists on a GPU only; its arithmetic is tested below without one.
 gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
@@ -140,12 +138,8 @@ def test_other_batch_sizes():
 
 @pytest.mark.parametrize("continued", [True, False])
 def test_save_and_load(continued):
-    agent, file = fast(make()), io.BytesIO()
-    agent.save(file)
-    file.seek(0)
-    loaded = SAC.load(file, env=agent.get_env(), device="cpu")
-    loaded.replay_buffer = agent.replay_buffer
-    loaded.set_logger(configure(None, []))
+    agent = fast(make())
+    loaded = saved_and_loaded(agent)
     assert difference(loaded, agent) == 0
     assert difference(run(loaded, continued, 5, train)[0], run(agent, continued, 5, train)[0]) == 0
 
@@ -180,6 +174,18 @@ def test_optimizer_states_are_those_of_adam():
             for states in (ours, theirs)
         ]
         assert described[0] == described[1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_counters_of_a_loaded_agent(fused):
+    """SB3 loads them onto the GPU (here one of fake tensors); Adam itself keeps them there only if it is fused."""
+    agent = fast(make(policy_kwargs={"optimizer_kwargs": {"fused": fused}}))
+    states = agent.critic.optimizer.state.values()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for state in states:
+            state["step"] = th.ones((), device="cuda")
+        cuda_update._originals(agent)
+    assert {state["step"].device.type for state in states} == {"cuda" if fused else "cpu"}
 
 
 # ---------------------------------------------------------------------- fit to be captured
@@ -349,13 +355,8 @@ def test_replays_draw_new_noise_from_the_default_generator():
 
 @gpu
 def test_a_captured_agent_is_saved_loaded_and_copied():
-    agent, file = fast(make(device="cuda")), io.BytesIO()
-    agent.save(file)
-    file.seek(0)
-    loaded = SAC.load(file, env=agent.get_env(), device="cuda")
-    loaded.replay_buffer = agent.replay_buffer
-    loaded.set_logger(configure(None, []))
-    copied = copy.deepcopy(agent)
+    agent = fast(make(device="cuda"))
+    loaded, copied = saved_and_loaded(agent), copy.deepcopy(agent)
     for other in (loaded, copied):
         assert difference(other, agent) == 0
     results = [fast(learner) for learner in (agent, loaded, copied)]
@@ -363,8 +364,11 @@ def test_a_captured_agent_is_saved_loaded_and_copied():
 
 
 @gpu
-def test_waits_for_the_gpu_once():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_waits_for_the_gpu_once(loaded):
     agent = fast(make(device="cuda"))
+    if loaded:
+        agent = fast(saved_and_loaded(agent))
     ready = batches(agent, 10)
     th.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:

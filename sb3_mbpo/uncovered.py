@@ -1,0 +1,100 @@
+"""The agents that the fast SAC update does not cover."""
+
+from itertools import chain
+from typing import Any
+
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
+from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.sac.policies import Actor, SACPolicy
+from torch import nn
+
+_KNOWN_MODULES = (SACPolicy, Actor, ContinuousCritic, FlattenExtractor, nn.Flatten, nn.Sequential, nn.Linear, nn.ReLU)
+_NAMES = {kind: frozenset(dir(kind)) for kind in (*_KNOWN_MODULES, SquashedDiagGaussianDistribution, th.optim.Adam)}
+# Not empty where something else takes part in a forward or backward pass; ``_global_...`` are those of all modules.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
+    """
+    Why our update cannot stand in for this agent's ``SAC.train``; ``None`` where it can.
+
+    Not seen: methods replaced on a class of SB3 or torch, and hooks on all optimizers at once.
+
+    :param agent: the agent as it is now
+    :param caller: the class whose ``train`` asks, and would else call ``super().train``; ``None``: no such class
+    :return: a short phrase for a log line
+    """
+    replaced = getattr(super(caller, agent) if caller else agent, "train", None)
+    if getattr(replaced, "__func__", None) is not SAC.train:
+        return "train() is overridden"
+    if "sample" in getattr(agent.replay_buffer, "__dict__", {}):
+        return "sample() of the replay buffer is replaced"
+    return _unknown_network(agent) or _unknown_optimizer(agent) or _unknown_target(agent)
+
+
+def _is_changed(part: Any) -> bool:
+    """Whether an object has something of its own in place of what its class has: a method replaced, itself compiled."""
+    return not _NAMES[type(part)].isdisjoint(vars(part))
+
+
+def _unknown_network(agent: SAC) -> str | None:
+    """What is not as in SB3's own ``MlpPolicy`` with ReLU."""
+    actor: Any = agent.actor
+    critics: tuple[Any, ...] = (agent.critic, agent.critic_target)
+    modules = [agent.policy, *chain(*(net.modules() for net in (actor, *critics)))]
+    tensors = [*chain(*(net.parameters() for net in (actor, *critics))), agent.log_ent_coef]
+    if agent.use_sde or getattr(actor, "use_sde", False):
+        return "gSDE"
+    for module in modules:
+        if type(module) not in _KNOWN_MODULES:
+            return f"a {type(module).__name__} in the policy"
+    if type(actor.action_dist) is not SquashedDiagGaussianDistribution:
+        return "custom action distribution"
+    if any(map(_is_changed, [*modules, actor.action_dist])):
+        return "compiled modules or replaced methods"
+    of_one = [getattr(part, hooks, None) for part in (*modules, *tensors) for hooks in _HOOKS]
+    of_all = [getattr(nn.modules.module, f"_global{hooks}", None) for hooks in _HOOKS]
+    if any(of_one + of_all):
+        return "hooks"
+    heads = [[*actor.latent_pi, head] for head in (actor.mu, actor.log_std)]
+    for layers in chain(heads, *(critic.q_networks for critic in critics)):
+        kinds = [type(layer) for layer in layers]
+        if len(kinds) < 3 or kinds != [nn.Linear, nn.ReLU] * (len(kinds) // 2) + [nn.Linear]:
+            return "layers other than Linear and ReLU in turn"
+    return None
+
+
+def _unknown_optimizer(agent: SAC) -> str | None:
+    """What is not plain Adam over all parameters of one network, all of them float32 on the CPU or on one GPU."""
+    actor, critic = agent.actor, agent.critic
+    layers: list[list[Any]] = [[*actor.latent_pi, actor.mu, actor.log_std], [*chain(*critic.q_networks)]]  # type: ignore
+    parameters = [[p for layer in part if isinstance(layer, nn.Linear) for p in (layer.weight, layer.bias)] for part in layers]
+    owned: list[tuple[Any, list[Any]]] = [*zip((actor.optimizer, critic.optimizer), parameters, strict=True)]
+    if agent.ent_coef_optimizer is not None:
+        owned.append((agent.ent_coef_optimizer, [agent.log_ent_coef]))
+    for optimizer, expected in owned:
+        if type(optimizer) is not th.optim.Adam:
+            return f"the optimizer is {type(optimizer).__name__}"
+        group = optimizer.param_groups[0]
+        if len(optimizer.param_groups) > 1 or [id(p) for p in group["params"]] != [id(p) for p in expected]:
+            return "parameters shared, missing, additional or in several groups"
+        extras = [group[option] for option in ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")]
+        if any([*extras, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, _is_changed(optimizer)]):
+            return "options of Adam other than lr, betas and eps, hooks on it or methods replaced"
+        device, kinds = parameters[0][0].device, {(p.dtype, p.device, p.requires_grad) for p in expected}
+        if device.type not in ("cpu", "cuda") or kinds != {(th.float32, device, True)}:
+            return "parameters frozen, or not float32 on the CPU or on one GPU"
+    return None
+
+
+def _unknown_target(agent: SAC) -> str | None:
+    """What is not the critic once more, in tensors of its own."""
+    networks: Any = (agent.critic, agent.critic_target)
+    critic, target = ([*network.parameters()] for network in networks)
+    kinds = [[(p.shape, p.dtype, p.device) for p in parameters] for parameters in (critic, target)]
+    if kinds[0] != kinds[1] or {*map(id, critic)} & {*map(id, target)}:
+        return "a target critic unlike the critic, or sharing its parameters"
+    return None
