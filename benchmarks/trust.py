@@ -11,9 +11,11 @@ they went, with finished = 0.
 
 import argparse
 import csv
+import math
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 
 matplotlib.use("Agg")
@@ -26,6 +28,7 @@ from sb3_mbpo.plots import look
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "trust"
+MEASURED = ["return", "seconds", "fits_seconds", "rollouts_seconds"]
 LOGGED = ("rollout_length", "branch_length", "filtered", "explained_obs", "explained_reward", "holdout_error", "real_share")
 
 # As many imagined transitions as with k = 1.
@@ -43,17 +46,23 @@ HOPPER_ARMS = {
     "1 to 15, from 5,000 to 20,000": "mbpo:rollout_schedule=dict(min_length=1,max_length=15,start=5000,end=20000)",
     **{arm: spec for arm, spec in SMALL_ARMS.items() if spec != "mbpo"},
 }
+# Returns that a run shall reach
+ENOUGH = {"Pendulum-v1": -200, "InvertedPendulum-v5": 950, "Hopper-v5": 1000}
+# A return that a run shall reach
+ENOUGH = {"Pendulum-v1": -200, "InvertedPendulum-v5": 950, "Hopper-v5": 1_000}
 # study -> env, steps, steps between evaluations, seeds, arms
 STUDIES = {
     "pendulum": ("Pendulum-v1", 2_500, 250, 3, SMALL_ARMS),
     "inverted_pendulum": ("InvertedPendulum-v5", 3_000, 250, 3, SMALL_ARMS),
     "hopper": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
+    # Where there is one: other rounding, so another sample.
+    "hopper_gpu": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
 }
 
 
 def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
-    :return: a row per evaluation, ``arm seed step return seconds finished``; a row per fit, ``arm seed step`` and ``LOGGED``
+    :return: a row per evaluation, ``arm seed step``, ``MEASURED``, ``finished``; one per fit, ``arm seed step``, ``LOGGED``
     """
     env, _, _, seeds, arms = STUDIES[study]
     returns, fits = [], []
@@ -62,7 +71,7 @@ def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             folder = ROOT / "logs" / "trust" / study / as_file_name(env) / as_file_name(spec) / f"seed_{seed}"
             if not (folder / FITS).exists():
                 continue
-            rows = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[["return", "seconds"]].mean()
+            rows = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[MEASURED].mean()
             returns.append(rows.assign(arm=arm, seed=seed, finished=int((folder / FINISHED).exists())))
             with (folder / FITS).open(newline="") as file:
                 logged = pd.DataFrame(csv.reader(file), columns=["step", "name", "value"]).astype(
@@ -99,6 +108,28 @@ def draw(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:
     figure.savefig(RESULTS / f"{study}.png", dpi=110)
 
 
+def summarise(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:
+    """Print a table: an arm a row, a number for each seed, and of the fits and rollouts the mean."""
+    enough = ENOUGH[STUDIES[study][0]]
+    fits = fits.assign(length=fits["branch_length"].fillna(fits["rollout_length"]))
+    heads = [f"first above {enough} at", "mean return", "last", "branch", "unexplained", "rollouts", "fits", "minutes"]
+    print("| | " + " | ".join(heads) + " |\n" + "|---" * (1 + len(heads)) + "|")
+    for arm, rows in returns.groupby("arm", sort=False):
+        seeds = [one for _, one in rows.groupby("seed")]
+        ends, mine = [one.iloc[-1] for one in seeds], fits[fits["arm"] == arm]
+        reached = [one.loc[one["return"] > enough, "step"].min() for one in seeds]
+        cells = [
+            ", ".join("never" if math.isnan(step) else f"{step:,.0f}" for step in reached),
+            ", ".join(f"{one['return'].mean():.0f}" for one in seeds),
+            ", ".join(f"{end['return']:.0f}" + ("" if end["finished"] else f" (at {end['step']:,.0f})") for end in ends),
+            f"{mine['length'].mean():.1f}",
+            f"{1 - mine['explained_obs'].mean():.3f}",
+            *(f"{np.mean([end[key] for end in ends]):.0f} s" for key in ("rollouts_seconds", "fits_seconds")),
+            ", ".join(f"{end['seconds'] / 60:.0f}" for end in ends),
+        ]
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
@@ -115,11 +146,10 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     returns, fits = collect(args.study)
     first = ["arm", "seed", "step"]
-    returns[[*first, "return", "seconds", "finished"]].to_csv(RESULTS / f"{args.study}.csv", index=False)
+    returns[[*first, *MEASURED, "finished"]].to_csv(RESULTS / f"{args.study}.csv", index=False)
     fits[[*first, *LOGGED]].to_csv(RESULTS / f"{args.study}_fits.csv", index=False)
     draw(args.study, returns, fits)
-    last = returns.groupby(["arm", "seed"], sort=False).tail(1)
-    print(last.groupby("arm", sort=False)[["step", "return", "seconds"]].agg(["mean", "min", "max"]).round(1).to_string())
+    summarise(args.study, returns, fits)
 
 
 if __name__ == "__main__":
