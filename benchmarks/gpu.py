@@ -143,7 +143,8 @@ def fit(device: str, tiny: bool) -> Iterator[Row]:
     """Seconds of an epoch of the ensemble, its share of everything else in a fit included."""
     for n in (300,) if tiny else (10_000, 50_000):
         data, batches = transitions(n, device), -(-max(n * 4 // 5, n - 5000) // 256)
-        ensemble = ProbabilisticEnsemble(OBS_DIM, ACTION_DIM, seed=0, device=device, patience=1000, max_updates=5 * batches)
+        limits = {"patience": 1000, "max_updates": 5 * batches, "epoch_updates": None}
+        ensemble = ProbabilisticEnsemble(OBS_DIM, ACTION_DIM, seed=0, device=device, **limits)
         ensemble.fit(data)
         for i in range(2 if tiny else 5):
             taken, metrics = timed(partial(ensemble.fit, data), device)
@@ -200,8 +201,8 @@ def clocks(device: str, methods: dict[str, tuple[type, str]]) -> Iterator[dict[s
 def most_batches(ensemble: ProbabilisticEnsemble, n: int) -> int:
     """Gradient steps of a fit on ``n`` transitions that ends at its bound, which an epoch may overstep."""
     held_out = min(int(n * ensemble.holdout_ratio), ensemble.max_holdout)
-    epoch = math.ceil((n - held_out) / ensemble.batch_size)
-    assert ensemble.max_updates is not None and ensemble.epoch_updates is None
+    assert ensemble.max_updates is not None and ensemble.epoch_updates is not None
+    epoch = min(math.ceil((n - held_out) / ensemble.batch_size), ensemble.epoch_updates)
     return math.ceil(ensemble.max_updates / epoch) * epoch
 
 

@@ -141,7 +141,7 @@ def ensemble(steps: int) -> Iterator[Comparison]:
         sizes = (OBS, ACT, OBS, 1, 1)
         transitions = ReplayBufferSamples(*(th.randn(rows, size) for size in sizes))
         limits: dict[str, Any] = {"patience": 10**6, "max_holdout": rows, "max_updates": epochs * -(-n // BATCH)}
-        dynamics = ProbabilisticEnsemble(OBS, ACT, seed=0, **limits)
+        dynamics = ProbabilisticEnsemble(OBS, ACT, seed=0, epoch_updates=None, **limits)
         return {f"s/epoch, {n:,} transitions": period(partial(dynamics.fit, transitions))}
 
     def theirs(n: int, epochs: int) -> Figures:

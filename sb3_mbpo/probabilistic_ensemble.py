@@ -59,8 +59,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         max_holdout: int = 5000,
         patience: int = 5,
         min_improvement: float = 0.01,
-        max_updates: int | None = 1000,
-        epoch_updates: int | None = None,
+        max_updates: int | None = 2000,
+        epoch_updates: int | None = 64,
         target_mode: str = "delta",
         normalize_targets: bool = True,
     ) -> None:
