@@ -143,7 +143,7 @@ def fit(device: str, tiny: bool) -> Iterator[Row]:
     """Seconds of an epoch of the ensemble, its share of everything else in a fit included."""
     for n in (300,) if tiny else (10_000, 50_000):
         data, batches = transitions(n, device), -(-max(n * 4 // 5, n - 5000) // 256)
-        limits = {"patience": 1000, "max_updates": 5 * batches, "epoch_updates": None}
+        limits: dict[str, Any] = {"patience": 1000, "max_updates": 5 * batches, "epoch_updates": None}
         ensemble = ProbabilisticEnsemble(OBS_DIM, ACTION_DIM, seed=0, device=device, **limits)
         ensemble.fit(data)
         for i in range(2 if tiny else 5):
