@@ -57,9 +57,9 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: t
     """
     Which share of the variance a prediction explains, against a constant: 1 - E|y - prediction|^2 / E|y - constant|^2.
 
-    For an observation the constant is the mean of the next one, or of its change, whichever errs less. A dimension that does
-    not vary, or a reward that hardly does, is left out; one predicted worse than by the constant counts down to -1. So are
-    rewards that come with a termination: they are rare, often unlike all others, and one in an episode.
+    For an observation the constant is the mean of the next one, or of its change, whichever errs less. Left out are a dimension
+    that does not vary, a reward that hardly does, and rewards that come with a termination, one in an episode and often unlike
+    all others. A dimension that is predicted worse than by the constant counts down to -1.
 
     :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
     :param transitions: what came instead, raw and flat
@@ -68,11 +68,8 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: t
     :return: for the reward, and the mean over the dimensions of the observation, at least 0; 1 where nothing varies
     """
     goes_on = transitions.dones.flatten() < 0.5
-    rewards, obs, next_obs = (
-        transitions.rewards.double(),
-        transitions.observations.double(),
-        transitions.next_observations.double(),
-    )
+    parts = (transitions.rewards, transitions.observations, transitions.next_observations)
+    rewards, obs, next_obs = (part.double() for part in parts)
     prediction, by_constant = prediction.double(), th.minimum(_variance(next_obs), _variance(next_obs - obs))
     varies = by_constant.sqrt() > ROUNDING * next_obs.abs().amax(dim=0)
     observation = _share(prediction[:, 1:] - next_obs, by_constant, unseen)[varies]
