@@ -57,8 +57,8 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: t
     """
     Which share of the variance a prediction explains, against a constant: 1 - E|y - prediction|^2 / E|y - constant|^2.
 
-    For an observation the constant is the mean of the next one, or of its change, whichever errs less. Left out are a dimension
-    that does not vary, a reward that hardly does, and rewards that come with a termination, one in an episode and often unlike
+    For an observation the constant is the mean of the next one, or of its change, whichever errs less. Left out are dimensions
+    that do not vary, a reward that hardly does, and rewards that come with a termination, one in an episode and often unlike
     all others. A dimension that is predicted worse than by the constant counts down to -1.
 
     :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
