@@ -3,7 +3,7 @@ How much work may one fit do? Hold-out and on-policy error of fits and epochs of
 
     python benchmarks/fit_bound.py [--cadence late] [--seeds 0 1] [--device cuda]
 
-The transitions are those of an agent that learns Hopper-v5 without a model (one update a step, made a hundred at a time).
+The transitions are those of an agent that learns Hopper-v5 without a model (one update a step; "late": a hundred at a time).
 An ensemble is fitted on the first 1,000 of them, then on more and more, each fit going on from the one before; what it says
 is compared with the next 250 transitions, which the policy of that time will bring. The cadence "training" is that of MBPO, a
 fit every 250 steps; in "sparse" the steps between two fits grow with the data, so that a fit has more that is new to learn
@@ -37,13 +37,15 @@ CADENCES: dict[str, Sequence[int]] = {
     "training": range(1_000, 6_001, 250),
     "late": range(100_250, 102_001, 250),
 }
+# Steps, and updates, from one round of updates to the next
+AT_ONCE = {"late": 100}
 WARM_UP = {"late": (10_000, 30_000, 60_000, 100_000)}
 COLUMNS = "env cadence seed max_updates epoch_updates transitions epochs cpu_seconds holdout_error next_error".split()
 
 
-def learning_transitions(task: str, n: int, seed: int, device: str) -> ReplayBufferSamples:
+def learning_transitions(task: str, n: int, seed: int, device: str, at_once: int) -> ReplayBufferSamples:
     """The first ``n`` transitions of an agent that learns without a model, in their order."""
-    settings: dict[str, Any] = {"real_ratio": 1, "train_freq": 100, "gradient_steps": 100, "learning_starts": 1000}
+    settings: dict[str, Any] = {"real_ratio": 1, "train_freq": at_once, "gradient_steps": at_once, "learning_starts": 1000}
     agent = MBPO("MlpPolicy", task, **settings, fast_update=True, seed=seed, device=device)
     return agent.learn(n).replay_buffer.real_transitions()
 
@@ -101,7 +103,7 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerows([COLUMNS, *kept])
         for seed in args.seeds:
-            data = learning_transitions(args.env, sizes[-1] + 250, seed, args.device)
+            data = learning_transitions(args.env, sizes[-1] + 250, seed, args.device, AT_ONCE.get(args.cadence, 1))
             ensemble = warmed_up(data, WARM_UP.get(args.cadence, ()), seed)
             for bound in BOUNDS:
                 origin = [args.env, args.cadence, str(seed), *map(str, bound)]

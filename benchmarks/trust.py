@@ -46,8 +46,6 @@ HOPPER_ARMS = {
     "1 to 15, from 5,000 to 20,000": "mbpo:rollout_schedule=dict(min_length=1,max_length=15,start=5000,end=20000)",
     **{arm: spec for arm, spec in SMALL_ARMS.items() if spec != "mbpo"},
 }
-# Returns that a run shall reach
-ENOUGH = {"Pendulum-v1": -200, "InvertedPendulum-v5": 950, "Hopper-v5": 1000}
 # A return that a run shall reach
 ENOUGH = {"Pendulum-v1": -200, "InvertedPendulum-v5": 950, "Hopper-v5": 1_000}
 # study -> env, steps, steps between evaluations, seeds, arms

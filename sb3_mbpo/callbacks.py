@@ -95,10 +95,10 @@ class RolloutCallback(BaseCallback):
         if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
             return
         unseen = (agent.lifetime_timesteps - agent.dynamics_fitted_at) // agent.n_envs
-        # Two steps in a row need a second real step after each start.
-        if agent.model_train_freq < FEWEST_STARTS + agent.n_envs:
+        # Two steps in a row need a second real step after each start. The first two fits may be nearer to each other.
+        if max(agent.model_train_freq, unseen * agent.n_envs) < FEWEST_STARTS + agent.n_envs:
             enough = FEWEST_STARTS + (LONGEST_AUTO - 1) * agent.n_envs
-            what = f'rollout_schedule="auto" cannot measure k with n_envs={agent.n_envs} and'
+            what = f'rollout_schedule="auto" has too few steps in a row to measure k, with n_envs={agent.n_envs} and'
             remedy = f"k stays {agent.trusted_length}. Raise it, to {enough} for up to {LONGEST_AUTO} steps"
             self._warn_once("auto", f"{what} model_train_freq={agent.model_train_freq}: {remedy}")
         steps = agent.replay_buffer.newest(min(unseen, MOST_STARTS))

@@ -8,6 +8,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 # Rewards that vary by less than this part of their magnitude are as good as constant: there a constant does no harm.
 SMALL = 0.1
+# Of so many held-out rows that are new, an error says something.
+FEWEST_UNSEEN = 20
 # Mean squared error after k steps that is small beside the variance of the observations.
 NEGLIGIBLE = 0.01
 # Beside its magnitude a spread this small is rounding of float32, and the dimension constant.
@@ -63,31 +65,37 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: t
 
     :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
     :param transitions: what came instead, raw and flat
-    :param unseen: which of them no earlier fit was given ``(B,)``; if they are predicted worse, they count, for of the others
-        a warm-started dynamics remembers what it cannot know
+    :param unseen: which of them no earlier fit was given ``(B,)``. ``FEWEST_UNSEEN`` or more are judged by themselves too, and
+        of both shares the lesser counts: a warm-started dynamics remembers of the others what it cannot know
     :return: for the reward, and the mean over the dimensions of the observation, at least 0; 1 where nothing varies
     """
     goes_on = transitions.dones.flatten() < 0.5
-    parts = (transitions.rewards, transitions.observations, transitions.next_observations)
-    rewards, obs, next_obs = (part.double() for part in parts)
-    prediction, by_constant = prediction.double(), th.minimum(_variance(next_obs), _variance(next_obs - obs))
-    varies = by_constant.sqrt() > ROUNDING * next_obs.abs().amax(dim=0)
-    observation = _share(prediction[:, 1:] - next_obs, by_constant, unseen)[varies]
+    rewards, obs, next_obs = (part.double() for part in (transitions.rewards, *transitions[:3:2]))
+    prediction = prediction.double()
+    by_constant = _apart([next_obs, next_obs - obs])
+    varies = by_constant.mean(dim=0).sqrt() > ROUNDING * next_obs.abs().amax(dim=0)
+    observation = _shares(prediction[:, 1:] - next_obs, by_constant, unseen)[varies]
 
     rewards, errors = rewards[goes_on], (prediction[:, :1] - rewards)[goes_on]
-    by_constant = _variance(rewards)
-    reward = _share(errors, by_constant, unseen[goes_on])[by_constant > SMALL**2 * (rewards**2).mean()]
+    by_constant = _apart([rewards])
+    reward = _shares(errors, by_constant, unseen[goes_on])[by_constant.mean(dim=0) > SMALL**2 * (rewards**2).mean()]
     # The mean is cut at 0, not its parts: good luck in one dimension makes up for bad luck in another. That of nothing is nan.
     mean_reward, mean_observation = (share.mean().nan_to_num(nan=1.0).item() for share in (reward, observation))
     return max(mean_reward, 0.0), max(mean_observation, 0.0)
 
 
-def _variance(values: th.Tensor) -> th.Tensor:
-    return (values - values.mean(dim=0)).square().mean(dim=0)
+def _apart(kinds: Sequence[th.Tensor]) -> th.Tensor:
+    """:return: squared distances from the mean ``(B, dim)``, of each dimension those of the kind that varies least"""
+    squares = th.stack([(values - values.mean(dim=0)) ** 2 for values in kinds])
+    return squares.gather(0, squares.mean(dim=1, keepdim=True).argmin(dim=0, keepdim=True).expand(1, *squares.shape[1:]))[0]
 
 
-def _share(errors: th.Tensor, by_constant: th.Tensor, unseen: th.Tensor) -> th.Tensor:
-    """:return: 1 - E|error|^2 / E|error of the constant|^2 of each dimension, at least -1, and -1 for what is no number"""
-    squares = errors**2
-    unexplained = th.maximum(squares.mean(dim=0), squares[unseen].mean(dim=0)) if unseen.any() else squares.mean(dim=0)
-    return (1 - unexplained / by_constant).nan_to_num(nan=-1.0).clamp(min=-1)
+def _shares(errors: th.Tensor, by_constant: th.Tensor, unseen: th.Tensor) -> th.Tensor:
+    """:return: what is explained of each dimension, at least -1, and -1 for what is no number"""
+    squares, of_constant = errors**2, by_constant.mean(dim=0)
+    shares = 1 - squares.mean(dim=0) / of_constant
+    if (n := int(unseen.sum())) >= FEWEST_UNSEEN:
+        # A standard error more, since so few may be lucky; in units of all rows, unless these lie further apart.
+        unexplained = squares[unseen].mean(dim=0) * (1 + math.sqrt(2 / n))
+        shares = th.minimum(shares, 1 - unexplained / th.maximum(of_constant, by_constant[unseen].mean(dim=0)))
+    return shares.nan_to_num(nan=-1.0).clamp(min=-1)

@@ -13,6 +13,7 @@ from torch import nn
 
 _KNOWN_MODULES = (SACPolicy, Actor, ContinuousCritic, FlattenExtractor, nn.Flatten, nn.Sequential, nn.Linear, nn.ReLU)
 _NAMES = {kind: frozenset(dir(kind)) for kind in (*_KNOWN_MODULES, SquashedDiagGaussianDistribution, th.optim.Adam)}
+_DRAWING = {"sample", "_get_samples", "_normalize_obs", "_normalize_reward"}
 # Not empty where something else takes part in a forward or backward pass; ``_global_...`` are those of all modules.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -30,8 +31,8 @@ def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
     replaced = getattr(super(caller, agent) if caller else agent, "train", None)
     if getattr(replaced, "__func__", None) is not SAC.train:
         return "train() is overridden"
-    if "sample" in getattr(agent.replay_buffer, "__dict__", {}):
-        return "sample() of the replay buffer is replaced"
+    if not _DRAWING.isdisjoint(getattr(agent.replay_buffer, "__dict__", {})):
+        return "a method of the replay buffer is replaced"
     return _unknown_network(agent) or _unknown_optimizer(agent) or _unknown_target(agent)
 
 
@@ -95,6 +96,6 @@ def _unknown_target(agent: SAC) -> str | None:
     networks: Any = (agent.critic, agent.critic_target)
     critic, target = ([*network.parameters()] for network in networks)
     kinds = [[(p.shape, p.dtype, p.device) for p in parameters] for parameters in (critic, target)]
-    if kinds[0] != kinds[1] or {*map(id, critic)} & {*map(id, target)}:
+    if kinds[0] != kinds[1] or {p.data_ptr() for p in critic} & {p.data_ptr() for p in target}:
         return "a target critic unlike the critic, or sharing its parameters"
     return None

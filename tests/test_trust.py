@@ -70,15 +70,27 @@ def test_one_hopeless_dimension_counts_as_one_perfect_one():
 
 
 def test_what_no_fit_has_seen_counts():
-    """By hand: of eight rows that vary by 1, six are remembered, and two are wrong by 1 (what a constant is) or by 2."""
-    data = transitions(np.zeros((8, 1)), truth := np.tile([[1.0], [-1.0]], (4, 1)), rewards := np.tile([1.0, -1.0], 4))
-    wrong = np.array([1, 1, 0, 0, 0, 0, 0, 0])
+    """By hand: of 80 rows that vary by 1, 60 are remembered, and 20 are wrong by 1 (what a constant is), rewards by 2."""
+    data = transitions(np.zeros((80, 1)), truth := np.tile([[1.0], [-1.0]], (40, 1)), rewards := np.tile([1.0, -1.0], 40))
+    wrong = np.arange(80) < 20
     guess = prediction(truth + wrong[:, None], rewards + 2 * wrong)
     assert explained(guess, data) == (0, 0.75)
-    assert explained(guess, data, [0, 1]) == (0, 0)
-    # Half of the new rows are right; and where new rows are better than the others, all count.
-    assert explained(guess, data, [1, 2]) == (0, 0.5)
-    assert explained(guess, data, [4, 5, 6]) == (0, 0.75)
+    assert explained(guess, data, np.arange(20)) == (0, 0)
+    # Half of the new rows are right: 1 - 1/2, and a standard error of sqrt(2/20) off.
+    assert explained(guess, data, np.arange(10, 30))[1] == pytest.approx(1 - 0.5 * (1 + math.sqrt(0.1)))
+    # Where new rows are better than the others, all count; so they do where new ones are too few.
+    assert explained(guess, data, np.arange(20, 60)) == explained(guess, data, np.arange(19)) == (0, 0.75)
+
+
+@pytest.mark.parametrize("spread", [0.1, 5.0])
+def test_new_rows_in_another_place(spread):
+    """A system that is known for 90 % stays so where the newest rows lie further apart, or all in one place."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(400, 2)) * np.where(np.arange(400) < 40, spread, 1)[:, None]
+    guess = truth * (1 - math.sqrt(0.1) * rng.choice([-1, 1], size=(400, 2)))
+    data = transitions(np.zeros((400, 2)), truth, truth[:, 0])
+    share = min(explained(prediction(guess, guess[:, 0]), data, np.arange(40)))
+    assert 0.85 < share < 0.91
 
 
 def test_what_does_not_vary_is_left_out():

@@ -112,6 +112,7 @@ REFUSED_CHANGES: dict[str, tuple[str, Any]] = {
     "log_prob": ("replaced", lambda agent: setattr(agent.actor.action_dist, "log_prob_from_params", print)),
     "step of the optimizer": ("replaced", lambda agent: setattr(agent.critic.optimizer, "step", print)),
     "sample of the buffer": ("replaced", lambda agent: setattr(agent.replay_buffer, "sample", print)),
+    "what sample() calls": ("replaced", lambda agent: setattr(agent.replay_buffer, "_get_samples", print)),
     "optimizer hook": ("hooks", lambda agent: agent.critic.optimizer.register_step_pre_hook(print)),
     "tied": ("shared", tie),
     "groups": ("several groups", unused),

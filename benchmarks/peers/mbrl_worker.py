@@ -115,7 +115,8 @@ def fit(train: int, epochs: int) -> dict[str, Any]:
     dynamics, trainer, _ = parts()
     settings = configuration(num_epochs_train_model=epochs, patience=epochs + 1).overrides
     fit = partial(mbrl.util.common.train_model_and_save_model_and_data, dynamics, trainer, settings, data(train * 5 // 4))
-    return {"seconds": period(lambda tick: fit(callback=tick))}
+    # (model, calls so far, epoch, ...)
+    return {"seconds": period(lambda tick: fit(callback=lambda *args: tick(f"epoch {args[2]}")))}
 
 
 @cache
