@@ -86,7 +86,7 @@ def draw(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:
     """Return, k or its realised mean, and what the dynamics explains, against env steps; means over seeds, each seed thin."""
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     fits = fits.assign(length=fits["branch_length"].fillna(fits["rollout_length"]))
-    fits["unexplained"] = 1 - fits["explained_obs"]
+    fits["unexplained"] = (1 - fits["explained_obs"]).clip(lower=1e-4)
     shown = (
         (returns, "return", "return"),
         (fits, "length", "mean length of a branch"),
