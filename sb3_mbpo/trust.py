@@ -8,8 +8,9 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 # Rewards that vary by less than this part of their magnitude are as good as constant: there a constant does no harm.
 SMALL = 0.1
-# Of so many held-out rows that are new, an error says something.
-FEWEST_UNSEEN = 20
+# New rows are judged by themselves if there are so many, and this part of all held-out rows: among more data they say little, and
+# little is remembered.
+FEWEST_UNSEEN, LEAST_UNSEEN = 8, 0.01
 # Mean squared error after k steps that is small beside the variance of the observations.
 NEGLIGIBLE = 0.01
 # Beside its magnitude a spread this small is rounding of float32, and the dimension constant.
@@ -65,8 +66,8 @@ def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: t
 
     :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
     :param transitions: what came instead, raw and flat
-    :param unseen: which of them no earlier fit was given ``(B,)``. ``FEWEST_UNSEEN`` or more are judged by themselves too, and
-        of both shares the lesser counts: a warm-started dynamics remembers of the others what it cannot know
+    :param unseen: which of them no earlier fit was given ``(B,)``. If not too few, they are judged by themselves too, and of
+        both shares the lesser counts: a warm-started dynamics remembers of the others what it cannot know
     :return: for the reward, and the mean over the dimensions of the observation, at least 0; 1 where nothing varies
     """
     goes_on = transitions.dones.flatten() < 0.5
@@ -94,7 +95,7 @@ def _shares(errors: th.Tensor, by_constant: th.Tensor, unseen: th.Tensor) -> th.
     """:return: what is explained of each dimension, at least -1, and -1 for what is no number"""
     squares, of_constant = errors**2, by_constant.mean(dim=0)
     shares = 1 - squares.mean(dim=0) / of_constant
-    if (n := int(unseen.sum())) >= FEWEST_UNSEEN:
+    if (n := int(unseen.sum())) >= max(FEWEST_UNSEEN, LEAST_UNSEEN * len(unseen)):
         # A standard error more, since so few may be lucky; in units of all rows, unless these lie further apart.
         unexplained = squares[unseen].mean(dim=0) * (1 + math.sqrt(2 / n))
         shares = th.minimum(shares, 1 - unexplained / th.maximum(of_constant, by_constant[unseen].mean(dim=0)))

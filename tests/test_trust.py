@@ -79,7 +79,16 @@ def test_what_no_fit_has_seen_counts():
     # Half of the new rows are right: 1 - 1/2, and a standard error of sqrt(2/20) off.
     assert explained(guess, data, np.arange(10, 30))[1] == pytest.approx(1 - 0.5 * (1 + math.sqrt(0.1)))
     # Where new rows are better than the others, all count; so they do where new ones are too few.
-    assert explained(guess, data, np.arange(20, 60)) == explained(guess, data, np.arange(19)) == (0, 0.75)
+    assert explained(guess, data, np.arange(20, 60)) == explained(guess, data, np.arange(7)) == (0, 0.75)
+    assert explained(guess, data, np.arange(8)) == (0, 0)
+
+
+def test_few_new_rows_among_many():
+    """Less than a hundredth is too few, however many."""
+    truth = np.random.default_rng(0).normal(size=(4000, 1))
+    guess = prediction(np.where(np.arange(4000)[:, None] < 40, 0, truth), np.zeros(4000))
+    data = transitions(np.zeros((4000, 1)), truth, np.zeros(4000))
+    assert explained(guess, data, np.arange(39))[1] > 0.95 and explained(guess, data, np.arange(40))[1] == 0
 
 
 @pytest.mark.parametrize("spread", [0.1, 5.0])
