@@ -8,7 +8,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 # Rewards that vary by less than this part of their magnitude are as good as constant: there a constant does no harm.
 SMALL = 0.1
-# New rows are judged by themselves if there are so many, and this part of all held-out rows: among more data they say little, and
+# New rows are judged by themselves if there are so many, and this part of the held-out ones: among more, they say little, and
 # little is remembered.
 FEWEST_UNSEEN, LEAST_UNSEEN = 8, 0.01
 # Mean squared error after k steps that is small beside the variance of the observations.

@@ -86,7 +86,7 @@ def test_what_no_fit_has_seen_counts():
 def test_few_new_rows_among_many():
     """Less than a hundredth is too few, however many."""
     truth = np.random.default_rng(0).normal(size=(4000, 1))
-    guess = prediction(np.where(np.arange(4000)[:, None] < 40, 0, truth), np.zeros(4000))
+    guess = prediction(np.where(np.arange(4000)[:, None] < 40, -truth, truth), np.zeros(4000))
     data = transitions(np.zeros((4000, 1)), truth, np.zeros(4000))
     assert explained(guess, data, np.arange(39))[1] > 0.95 and explained(guess, data, np.arange(40))[1] == 0
 
