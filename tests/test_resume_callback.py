@@ -137,7 +137,11 @@ def pays(obs, actions, next_obs):
         {"kind": MBTD3, "env_id": "Pendulum-v1"},
         {"action_noise": "OU", "env_id": "Pendulum-v1"},
         {"learning_starts": 0, "buffer_size": 50, "model_buffer_size": 40},
-        {"rollout_schedule": "auto", "min_explained_variance": 0.1, "dynamics_kwargs": {"net_arch": [16, 16]}},
+        # As many steps from fit to fit as it takes to measure k.
+        {
+            **{"rollout_schedule": "auto", "model_train_freq": 25},
+            **{"min_explained_variance": 0.1, "dynamics_kwargs": {"net_arch": [16, 16]}},
+        },
         {"rollout_filter": "macura", "rollout_schedule": 3},
         {"rollout_filter": "infoprop", "rollout_schedule": 3, "reward_fn": pays, "termination_fn": "learned"},
         {"rollout_filter": "m2ac", "rollout_schedule": 3, "kind": MBTD3, "env_id": "Pendulum-v1"},
