@@ -424,5 +424,7 @@ def test_costs_little():
         boundary.watch("step", 0)
         env.step(actions)
 
-    plain, ours = (min(timeit.repeat(f, number=500, repeat=15)) for f in (lambda: env.step(actions), watched))
+    # In turns: whatever else the machine does strikes both.
+    rounds = [[timeit.timeit(f, number=500) for f in (lambda: env.step(actions), watched)] for _ in range(15)]
+    plain, ours = (min(seconds) for seconds in zip(*rounds, strict=True))
     assert ours < 1.1 * plain
