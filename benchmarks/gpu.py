@@ -2,7 +2,7 @@
 How fast on a GPU: SAC's update next to Stable-Baselines3's, the ensemble's fit, imagined rollouts, and a stretch of Hopper-v5.
 
     python benchmarks/gpu.py updates     # ours and SB3's SAC.train in turns, on the same GPU; a minute
-    python benchmarks/gpu.py profile     # what takes the time of one of our updates; half a minute
+    python benchmarks/gpu.py profile     # what takes the time of one of our updates; not yet run on a GPU
     python benchmarks/gpu.py fit         # seconds an epoch with 10,000 and 50,000 transitions; half a minute
     python benchmarks/gpu.py rollout     # one imagined step from 100,000 states; ten seconds
     python benchmarks/gpu.py hopper      # 10,000 steps with the settings of hyperparams/mbpo.yml; a minute and a half

@@ -170,6 +170,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.expensive
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs rl_zoo3")
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """Killed after a checkpoint, and after evaluations beyond it: the evaluations in the end are those of a run in one go."""
