@@ -1,12 +1,13 @@
 """
-How long should imagined branches be, and which filter helps? Arms of one study, three seeds each, by ``sb3_mbpo compare``.
+How long should imagined branches be, and which filter helps? Arms of one study, each run like one of ``sb3_mbpo compare``.
 
     python benchmarks/trust.py pendulum              # every arm and seed; finished runs are not made again, others go on
     python benchmarks/trust.py pendulum --collect    # only collect what there is, and draw
 
 Runs are in logs/trust/STUDY. What they have measured goes to docs/benchmarks/trust: STUDY.csv has the mean return of each
 evaluation, STUDY_fits.csv what was logged at each fit, STUDY.png shows both. Runs that are not finished are there as far as
-they went, with finished = 0.
+they went, with finished = 0. Runs that are in the CSV only, made on another machine, stay there, and finished ones are not
+made again.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from sb3_mbpo import compare
 from sb3_mbpo.comparison_experiment import FITS
 from sb3_mbpo.comparison_run import EVALUATIONS, FINISHED, as_file_name
 from sb3_mbpo.plots import look
+from sb3_mbpo.progress import RunProgress
+from sb3_mbpo.workers import LocalWorkers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "trust"
@@ -58,6 +61,31 @@ STUDIES = {
 }
 
 
+def folder_of(study: str) -> Path:
+    return ROOT / "logs" / "trust" / study
+
+
+def known(path: Path) -> pd.DataFrame:
+    """:return: what a CSV of an earlier call has"""
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["arm", "seed", "step", "finished"])
+
+
+def make(study: str, arms: list[str], workers: int) -> None:
+    """Make the runs that neither logs nor CSV has finished, the first seed of each arm first."""
+    env, steps, eval_freq, seeds, specs = STUDIES[study]
+    numbers = {"seeds": seeds, "steps": steps, "eval-freq": eval_freq}
+    options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+    args = compare.parse(["--env", env, "--algo", *(specs[arm] for arm in arms), *options])
+    args.command = f"python benchmarks/trust.py {study}"
+    rows, folder, arm_of = known(RESULTS / f"{study}.csv"), folder_of(study), {spec: arm for arm, spec in specs.items()}
+    done = set(rows.loc[rows["finished"] == 1, ["arm", "seed"]].itertuples(index=False, name=None))
+    runs = compare.grid(args)
+    waiting = [r for r in runs if (arm_of[r.label], r.seed) not in done and not r.is_finished(folder / r.folder)]
+    with RunProgress(len(runs), len(runs) - len(waiting), folder) as progress:
+        for run, failure in compare.make(waiting, LocalWorkers(folder, workers), progress).items():
+            print(f"{run}: {failure}")
+
+
 def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     :return: a row per evaluation, ``arm seed step``, ``MEASURED``, ``finished``; one per fit, ``arm seed step``, ``LOGGED``
@@ -66,7 +94,7 @@ def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     returns, fits = [], []
     for arm, spec in arms.items():
         for seed in range(seeds):
-            folder = ROOT / "logs" / "trust" / study / as_file_name(env) / as_file_name(spec) / f"seed_{seed}"
+            folder = folder_of(study) / as_file_name(env) / as_file_name(spec) / f"seed_{seed}"
             if not (folder / FITS).exists():
                 continue
             rows = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[MEASURED].mean()
@@ -77,9 +105,25 @@ def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
                 )
             table = logged.pivot_table("value", "step", "name").reindex(columns=LOGGED).reset_index()
             fits.append(table.assign(arm=arm, seed=seed))
-    if not fits:
-        raise SystemExit(f"no run of {study} in logs/trust has had a fit yet")
-    return pd.concat(returns).round(3), pd.concat(fits).round(4)
+    first = ["arm", "seed", "step"]
+    return (
+        merged(RESULTS / f"{study}.csv", returns, [*first, *MEASURED, "finished"], list(arms)).round(3),
+        merged(RESULTS / f"{study}_fits.csv", fits, [*first, *LOGGED], list(arms)).round(4),
+    )
+
+
+def merged(path: Path, made: list[pd.DataFrame], columns: list[str], arms: list[str]) -> pd.DataFrame:
+    """The rows of runs made here and, for other runs, those that a CSV has, by arm and seed."""
+    old = known(path).reindex(columns=columns)
+    if made:
+        new = pd.concat(made)[columns]
+        keys = [pd.MultiIndex.from_frame(rows[["arm", "seed"]]) for rows in (old, new)]
+        old = old[~keys[0].isin(keys[1])]
+        # An empty frame would make objects of all numbers.
+        old = pd.concat([old, new]) if len(old) else new
+    elif old.empty:
+        raise SystemExit(f"{path.name} is empty, and no run of it in logs/trust has had a fit yet")
+    return old.sort_values(["arm", "seed", "step"], key=lambda one: one.map(arms.index) if one.name == "arm" else one)
 
 
 def draw(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:
@@ -135,17 +179,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--collect", action="store_true", help="start nothing")
     args = parser.parse_args()
-    env, steps, eval_freq, seeds, arms = STUDIES[args.study]
     if not args.collect:
-        specs = [arms[arm] for arm in args.arms or arms]
-        numbers = {"seeds": seeds, "steps": steps, "eval-freq": eval_freq, "workers": args.workers}
-        options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-        compare.main(["--env", env, "--algo", *specs, *options, "--folder", str(ROOT / "logs" / "trust" / args.study)])
+        make(args.study, args.arms or list(STUDIES[args.study][4]), args.workers)
     RESULTS.mkdir(parents=True, exist_ok=True)
     returns, fits = collect(args.study)
-    first = ["arm", "seed", "step"]
-    returns[[*first, *MEASURED, "finished"]].to_csv(RESULTS / f"{args.study}.csv", index=False)
-    fits[[*first, *LOGGED]].to_csv(RESULTS / f"{args.study}_fits.csv", index=False)
+    returns.to_csv(RESULTS / f"{args.study}.csv", index=False)
+    fits.to_csv(RESULTS / f"{args.study}_fits.csv", index=False)
     draw(args.study, returns, fits)
     summarise(args.study, returns, fits)
 
