@@ -142,7 +142,11 @@ def collect() -> None:
                     continue
                 origin = {"study": study, "arm": arm, "finished": str(int((path.parent / "agent.zip").exists()))}
                 with path.open() as file:
-                    runs[study, arm, seed] = [{**origin, **row} for row in csv.DictReader(file)]
+                    rows = [{**origin, **row} for row in csv.DictReader(file)]
+                collected_before = runs.get((study, arm, seed), [])
+                # Of a run that another machine has brought further, that one stays.
+                if len(rows) >= len(collected_before):
+                    runs[study, arm, seed] = rows
     known = {(study, arm): i for i, (study, arm) in enumerate((study, arm) for study in STUDIES for arm in STUDIES[study])}
     order = sorted(runs, key=lambda run: (known.get(run[:2], len(known)), run[2]))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -113,17 +113,16 @@ def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def merged(path: Path, made: list[pd.DataFrame], columns: list[str], arms: list[str]) -> pd.DataFrame:
-    """The rows of runs made here and, for other runs, those that a CSV has, by arm and seed."""
-    old = known(path).reindex(columns=columns)
-    if made:
-        new = pd.concat(made)[columns]
-        keys = [pd.MultiIndex.from_frame(rows[["arm", "seed"]]) for rows in (old, new)]
-        old = old[~keys[0].isin(keys[1])]
-        # An empty frame would make objects of all numbers.
-        old = pd.concat([old, new]) if len(old) else new
-    elif old.empty:
-        raise SystemExit(f"{path.name} is empty, and no run of it in logs/trust has had a fit yet")
-    return old.sort_values(["arm", "seed", "step"], key=lambda one: one.map(arms.index) if one.name == "arm" else one)
+    """The rows of runs made here and of those that a CSV has, by arm and seed; of a run in both, those that go further."""
+    run = ["arm", "seed"]
+    old = {key: rows for key, rows in known(path).reindex(columns=columns).groupby(run)}
+    for rows in made:
+        key = tuple(rows[run].iloc[0])
+        if key not in old or rows["step"].max() >= old[key]["step"].max():
+            old[key] = rows[columns]
+    if not old:
+        raise SystemExit(f"there is no {path.name}, and no run of it in logs/trust has had a fit yet")
+    return pd.concat(old[key] for key in sorted(old, key=lambda key: (arms.index(key[0]), key[1])))
 
 
 def draw(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:

@@ -48,6 +48,8 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
     update.write(agent, n_updates)
     # Of no effect on what stands above, and here it takes no time: the GPU is still busy.
     agent.policy.set_training_mode(True)
+    for optimizer in _optimizers(agent):
+        optimizer.zero_grad()
 
     agent._n_updates += n_updates
     agent.logger.record("train/n_updates", agent._n_updates, exclude="tensorboard")
@@ -84,11 +86,13 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
             with th.cuda.graph(graph, stream=stream):
                 update.run()
         th.cuda.current_stream(device).wait_stream(stream)
-    except Exception as error:
+    except BaseException as error:
         # The first steps may still be at work on memory that is free from here on.
         th.cuda.synchronize(device)
         # The generator would go on believing in the capture, and refuse to draw.
         generator.graphsafe_set_state(random_state)
+        if not isinstance(error, Exception):
+            raise
         message = f"The SAC update could not be captured as a CUDA graph; Stable-Baselines3's own is used ({error})"
         warnings.warn(message, stacklevel=4)
         return None

@@ -15,7 +15,9 @@ def flushed() -> bool:
 @contextmanager
 def flush_denormals() -> Iterator[None]:
     """
-    Within, denormal results are zero, in this thread and those it starts; afterwards, what was set before.
+    Within, denormal results are zero, in this thread and those it starts; afterwards, what was set before, in this thread.
+
+    Threads that it starts, such as torch's workers at their first use, take the mode over and keep it.
 
     Adam's moments of units that never fire decay into denormals and stay there.
     """

@@ -124,10 +124,11 @@ class Diagnosis:
         A proxy of eps_m', the total variation between the real and the predicted (reward, next observation).
 
         Against a deterministic simulator the total variation of any continuous model is 1. So both are blurred by Gaussian
-        noise as large as ``change``, the typical change of each column within one step, constant ones left out; what is left
-        is estimated from samples: E over x ~ model of D_TV( N(x, S), N(y, S) ), which is at least the blurred distributions'
-        own and is 0 for a perfect model. Its unit, ``change``, is a convention, and k* inherits it. The theorems take the
-        maximum over time; this is the mean over the episodes.
+        noise as large as ``change``, the typical change of each column within one step (of the reward, its standard
+        deviation), constant ones left out; what is left is estimated from samples: E over x ~ model of
+        D_TV( N(x, S), N(y, S) ), which is at least the blurred distributions' own, and 0 for a perfect model of a
+        deterministic env. The unit, ``change``, is a convention, and k* inherits it. The theorems take the maximum over time;
+        this is the mean over the episodes.
         """
         rows = self.known(1)
         if not rows.any():

@@ -94,7 +94,9 @@ def of_prediction(found: Findings) -> Iterator[str]:
     if one["reward_r2_mean"] > 0:
         yield f"Of the reward's variance one step ahead it explains {share(one['reward_r2_mean'])}."
     elif np.isfinite(one["reward_r2_mean"]):
-        yield "It predicts the reward one step ahead worse than a constant would."
+        ends = any(episode.terminated for episode in found.diagnosis.episodes)
+        cause = ": those of terminations, rare and unlike all others, count here too" if ends else ""
+        yield f"It predicts the reward one step ahead worse than a constant would{cause}."
     for k, numbers in {1: one, found.reach: far}.items():
         held = numbers["coverage_90"]
         if np.isfinite(held):

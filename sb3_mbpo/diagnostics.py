@@ -7,9 +7,10 @@ The agents of --earlier are checkpoints of the same run: with them the shift of 
 """
 
 import argparse
+import ast
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -72,14 +73,32 @@ def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
         raise
 
 
-def make_env(name: str, statistics: Path | None) -> VecEnv:
+def env_arguments(items: Sequence[str]) -> dict[str, Any]:
     """
-    :param name: an id
+    :param items: each ``KEY:VALUE``, the value in Python's terms, as for the Zoo
+    :raises ValueError: one that is not
+    """
+    found = {}
+    for item in items:
+        key, _, value = item.partition(":")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"--env-kwargs {item}: write KEY:VALUE, a text as KEY:\"'text'\"") from None
+    return found
+
+
+def make_env(make: Callable[[], gym.Env], name: str, statistics: Path | None) -> VecEnv:
+    """
+    :param make: makes the env
+    :param name: its id
     :param statistics: of VecNormalize, as its ``save`` or the Zoo wrote it: a pickle
-    :raises ValueError: there is no such env or file
+    :raises ValueError: there is no such env or file, or it does not take the arguments
     """
     try:
-        env: VecEnv = DummyVecEnv([lambda: gym.make(name)])
+        env: VecEnv = DummyVecEnv([make])
+    except TypeError as error:
+        raise ValueError(f"--env {name} --env-kwargs: {error}") from error
     except gym.error.Error as error:
         raise ValueError(f"--env {name}: {str(error).splitlines()[0]}{did_you_mean(name, gym.registry)}") from error
     if statistics is None:
@@ -143,10 +162,13 @@ def write_report(
         env.seed(seed)
         spec = env.get_attr("spec")[0]
         agent.dynamics.seed(seed)
-        th.default_generator.manual_seed(seed)
+        # The GPU's too, from which the policy draws there.
+        th.manual_seed(seed)
         diagnosis = diagnose(agent, env, n_episodes, horizon, max_episode_steps)
         first = np.array([episode.obs[0] for episode in diagnosis.episodes])
-        limit = min(max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps)
+        # Also of a limit that no spec tells of.
+        cut = [len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated]
+        limit = min([max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps, *cut])
         shots = [one for one in map(snapshot, earlier) if one is not None]
         findings = Findings(
             diagnosis,
@@ -177,6 +199,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     report = parser.add_subparsers(dest="command", required=True).add_parser("report", help="write the report")
     report.add_argument("agent", type=Path, help="what save() wrote")
     report.add_argument("--env", required=True, help="id of the environment")
+    report.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="its arguments, as in the Zoo")
     report.add_argument("--earlier", type=Path, nargs="+", default=[], help="checkpoints of the same run")
     report.add_argument("--out", type=Path, help="the HTML file (default: beside the agent)")
     report.add_argument("--episodes", type=int, default=5, help="fresh episodes (default: 5)")
@@ -200,13 +223,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(options)
     out = args.out or args.agent.with_suffix(".html")
     try:
-        env = make_env(args.env, args.normalize)
+        make = partial(gym.make, args.env, **env_arguments(args.env_kwargs))
+        env = make_env(make, args.env, args.normalize)
         agent, *earlier = (load_agent(path, env, args.safe) for path in (args.agent, *args.earlier))
         command = shlex.join(["python", "-m", "sb3_mbpo.diagnostics", *options])
         write_report(
             agent,
             out,
-            env=args.env,
+            env=make,
             earlier=earlier,
             n_episodes=args.episodes,
             horizon=args.horizon,

@@ -5,6 +5,9 @@ from itertools import pairwise
 import torch as th
 from torch import nn
 
+# Beside its magnitude a spread this small is rounding of float32, and the dimension constant.
+ROUNDING = 1e-6
+
 
 class EnsembleLinear(nn.Module):
     """
@@ -94,7 +97,7 @@ class Standardizer(nn.Module):
         """:param x: ``(N, size)``, N >= 1; the statistics are computed in float64"""
         data = x.double()
         mean, std = data.mean(dim=0), data.std(dim=0, correction=0)
-        negligible = std <= 1e-6 * mean.abs().clamp(min=1e-6)
+        negligible = std <= ROUNDING * mean.abs().clamp(min=ROUNDING)
         self.mean.copy_(mean)
         self.std.copy_(th.where(negligible, self.constant_std, std))
 

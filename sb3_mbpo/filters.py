@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.checks import number, whole
 from sb3_mbpo.disagreement import draw, geometric_jsd, information_fusion, information_loss, one_vs_rest_kl
-from sb3_mbpo.ensemble import Standardizer
+from sb3_mbpo.ensemble import ROUNDING, Standardizer
 
 # Real transitions that a rule takes its limits from.
 PROBED_ROWS = 10_000
@@ -196,6 +196,9 @@ class Filtering:
         scale = Standardizer(1 + obs.shape[1], constant_std=1e-3).to(obs.device)
         scale.fit(th.cat([rewards, next_obs - obs], dim=1))
         self.std = scale.std
+        values = th.cat([rewards, next_obs], dim=1).double()
+        # Members differ there by float32's rounding, which no unit of the data tells from a disagreement.
+        self.constant = values.std(dim=0, correction=0) <= ROUNDING * values.abs().amax(dim=0)
         self.limits: Any = None
         #: What the rule will remember.
         self.memory: list[float] = []
@@ -212,6 +215,7 @@ class Filtering:
         if hasattr(self.dynamics, "elites"):
             mean, var = mean[self.dynamics.elites], var[self.dynamics.elites]
         change = th.cat([mean[..., :1], mean[..., 1:] - obs], dim=-1)
+        change = th.where(self.constant, change.mean(dim=0), change) if self.constant.any() else change
         return change / self.std, (var / self.std / self.std).clamp(min=LEAST_VARIANCE)
 
     def __call__(self, obs: th.Tensor, actions: th.Tensor, step: int, length: int, state: th.Tensor | None) -> Filtered:

@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_mbpo.ensemble import EnsembleMLP
+from sb3_mbpo.ensemble import EnsembleLinear, EnsembleMLP
 
 # Standardised inputs and targets, (members, rows, ...) each -> a loss, whose gradient is in the parameters' grad afterwards.
 Gradient = Callable[[th.Tensor, th.Tensor], th.Tensor]
@@ -25,6 +25,11 @@ def autograd_of(loss_of: Gradient, parameters: Iterable[nn.Parameter]) -> Gradie
     return gradient
 
 
+def is_replaced(part: Any, kind: type, *names: str) -> bool:
+    """Whether one of these methods of ``kind`` is another in ``part``, by its class or by itself."""
+    return any(name in vars(part) or getattr(type(part), name, None) is not getattr(kind, name) for name in names)
+
+
 class LikelihoodGradient:
     """
     Loss and gradient of an ensemble of Gaussians.
@@ -39,6 +44,13 @@ class LikelihoodGradient:
     :param mlp: gives mu and r, side by side
     :param bounds: min and max, ``(targets,)`` each
     """
+
+    @staticmethod
+    def covers(mlp: nn.Module) -> bool:
+        """Whether these are the networks whose derivatives are written out here."""
+        return not is_replaced(mlp, EnsembleMLP, "forward") and not any(
+            is_replaced(layer, EnsembleLinear, "forward") for layer in mlp.layers  # type: ignore[union-attr]
+        )
 
     def __init__(self, mlp: EnsembleMLP, bounds: Sequence[nn.Parameter]) -> None:
         self.bounds = list(bounds)

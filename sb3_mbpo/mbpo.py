@@ -33,22 +33,36 @@ class MBPO(ModelBased, SAC):
         super()._setup_model()
         if self.fast_update is not None and not isinstance(self.fast_update, bool):
             raise ValueError(f"fast_update={self.fast_update!r} must be None, True or False")
-        fast = self._is_fast()
-        if self.verbose >= 1:
-            reason = why_not_fast(self, MBPO)
-            print("SAC update: " + ("fast" if fast else f"Stable-Baselines3's own ({reason or 'as asked'})"))
+        self._said_update = ""
+        self._is_fast()
 
-    def _is_fast(self) -> bool:
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_said_update"]
+
+    def _why_not_fast(self) -> str | None:
         """
-        Asked before every ``train``: networks and optimizers may have been changed since.
+        Why SB3's own update is the one to run; ``None``: ours is.
 
         :raises ValueError: ``fast_update=True`` for what ours does not cover
         """
-        if self.fast_update is False or (self.fast_update is None and self.real_ratio == 1):
-            return False
-        reason = why_not_fast(self, MBPO)
+        if self.fast_update is False:
+            return "fast_update=False"
+        if self.fast_update is None and self.real_ratio == 1:
+            return "real_ratio=1"
+        # Ours draws many batches at once, and does not ask sample().
+        usual = type(self.replay_buffer) is self.replay_buffer_class and "sample" not in vars(self.replay_buffer)
+        reason = why_not_fast(self, MBPO) if usual else "a replay buffer that draws in its own way"
         if self.fast_update and reason is not None:
             raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")
+        return reason
+
+    def _is_fast(self) -> bool:
+        """Asked before every ``train``, and said when it changes: networks and optimizers are the user's to replace."""
+        reason = self._why_not_fast()
+        line = "SAC update: " + ("fast" if reason is None else f"Stable-Baselines3's own ({reason})")
+        if self.verbose >= 1 and line != self._said_update:
+            print(line)
+        self._said_update = line
         return reason is None
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:

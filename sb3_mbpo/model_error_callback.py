@@ -99,6 +99,10 @@ class ModelErrorCallback(BaseCallback):
         agent = self.model
         steps = agent.lifetime_timesteps
         fitted = agent.dynamics_fitted_at is not None and agent.dynamics.usable
+        if self.diagnosed_at is not None and steps < self.diagnosed_at:
+            # Another agent: its policies are not those of the one before.
+            self.diagnosed_at = None
+            self.snapshots.clear()
         if not fitted or (self.diagnosed_at is not None and steps // self.every <= self.diagnosed_at // self.every):
             return
         self.diagnosed_at = steps

@@ -10,7 +10,7 @@ from sb3_mbpo.checks import ENSEMBLE_RULES, check_ensemble
 from sb3_mbpo.divergence import LastGood
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
-from sb3_mbpo.likelihood_gradient import Gradient, LikelihoodGradient, autograd_of
+from sb3_mbpo.likelihood_gradient import Gradient, LikelihoodGradient, autograd_of, is_replaced
 from sb3_mbpo.trust import explained
 
 
@@ -222,10 +222,10 @@ class ProbabilisticEnsemble(DynamicsModel):
         return x[train], y[train], x[held_out], y[held_out], held_out
 
     def _gradient(self) -> Gradient:
-        own = [getattr(type(self), name) for name in ("negative_log_likelihood", "_distribution")]
-        plain = own == [ProbabilisticEnsemble.negative_log_likelihood, ProbabilisticEnsemble._distribution]
-        bounds = (self.min_log_variance, self.max_log_variance)
-        return LikelihoodGradient(self.mlp, bounds) if plain else autograd_of(self.negative_log_likelihood, self.parameters())
+        own_loss = is_replaced(self, ProbabilisticEnsemble, "negative_log_likelihood", "_distribution", "_bounded")
+        if not own_loss and LikelihoodGradient.covers(self.mlp):
+            return LikelihoodGradient(self.mlp, (self.min_log_variance, self.max_log_variance))
+        return autograd_of(self.negative_log_likelihood, self.parameters())
 
     def _train_epoch(
         self, x: th.Tensor, y: th.Tensor, bootstrap: th.Tensor, gradient: Gradient, say: Progress, what: str

@@ -182,4 +182,7 @@ def optimal_rollout_length(*, model_error: float, policy_shift: float, gamma: fl
     :param longest: what is returned at most, and for a model without error, whose k* is infinite
     """
     _check(model_error=model_error, policy_shift=policy_shift, gamma=gamma, longest=longest)
+    if model_error == 0 < policy_shift and gamma > 0:
+        # Whose power is 0 in floating point, sooner or later.
+        return longest
     return bisect_left(range(longest), True, key=lambda k: gamma**k * policy_shift <= model_error)

@@ -13,7 +13,6 @@ from torch import nn
 
 _KNOWN_MODULES = (SACPolicy, Actor, ContinuousCritic, FlattenExtractor, nn.Flatten, nn.Sequential, nn.Linear, nn.ReLU)
 _NAMES = {kind: frozenset(dir(kind)) for kind in (*_KNOWN_MODULES, SquashedDiagGaussianDistribution, th.optim.Adam)}
-_DRAWING = {"sample", "_get_samples", "_normalize_obs", "_normalize_reward"}
 # Not empty where something else takes part in a forward or backward pass; ``_global_...`` are those of all modules.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -31,9 +30,7 @@ def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
     replaced = getattr(super(caller, agent) if caller else agent, "train", None)
     if getattr(replaced, "__func__", None) is not SAC.train:
         return "train() is overridden"
-    if not _DRAWING.isdisjoint(getattr(agent.replay_buffer, "__dict__", {})):
-        return "a method of the replay buffer is replaced"
-    return _unknown_network(agent) or _unknown_optimizer(agent) or _unknown_target(agent)
+    return _unknown_network(agent) or _unknown_optimizer(agent) or _unknown_critics(agent)
 
 
 def _is_changed(part: Any) -> bool:
@@ -45,7 +42,9 @@ def _unknown_network(agent: SAC) -> str | None:
     """What is not as in SB3's own ``MlpPolicy`` with ReLU."""
     actor: Any = agent.actor
     critics: tuple[Any, ...] = (agent.critic, agent.critic_target)
-    modules = [agent.policy, *chain(*(net.modules() for net in (actor, *critics)))]
+    # Compiled or not, SB3 trains the actor and the critics as they are.
+    policy = getattr(agent.policy, "_orig_mod", agent.policy)
+    modules = [policy, *chain(*(net.modules() for net in (actor, *critics)))]
     tensors = [*chain(*(net.parameters() for net in (actor, *critics))), agent.log_ent_coef]
     if agent.use_sde or getattr(actor, "use_sde", False):
         return "gSDE"
@@ -91,11 +90,13 @@ def _unknown_optimizer(agent: SAC) -> str | None:
     return None
 
 
-def _unknown_target(agent: SAC) -> str | None:
-    """What is not the critic once more, in tensors of its own."""
+def _unknown_critics(agent: SAC) -> str | None:
+    """What is not critics of one shape, and the same once more as targets, in tensors of their own."""
     networks: Any = (agent.critic, agent.critic_target)
     critic, target = ([*network.parameters()] for network in networks)
     kinds = [[(p.shape, p.dtype, p.device) for p in parameters] for parameters in (critic, target)]
     if kinds[0] != kinds[1] or {p.data_ptr() for p in critic} & {p.data_ptr() for p in target}:
         return "a target critic unlike the critic, or sharing its parameters"
+    if len({tuple(p.shape for p in q_network.parameters()) for q_network in networks[0].q_networks}) > 1:
+        return "critics of unequal shape"
     return None

@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import configure
 from tiny import TruePendulum, equal_agents
 
 from sb3_mbpo import MBPO, DynamicsModel
+from sb3_mbpo.drift import drift
 
 FAST: dict[str, Any] = {
     "policy": "MlpPolicy",
@@ -397,6 +398,19 @@ def test_dynamics_that_cannot_be_learned_are_not_learned_from():
     assert equal_agents(SAC(env=gym.wrappers.TimeLimit(NoPast(), 50), **settings).learn(310), model)
 
 
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_what_is_remembered_from_fit_to_fit_earns_nothing(n_envs):
+    """Each fit holds out rows that earlier ones were given; nothing is imagined after any of four."""
+    env = make_vec_env(lambda: gym.wrappers.TimeLimit(NoPast(), 50), n_envs, seed=0)
+    shares = []
+    settings = {**LEARNING, "model_train_freq": 100, "gradient_steps": 1, "learning_starts": 200}
+    model = MBPO(env=env, **settings)
+    model.learn(520, callback=lambda *_: shares.append((model.dynamics_fitted_at, model.imagined_share)) or True)
+    fits = dict(shares)
+    fits.pop(None)
+    assert len(fits) >= 4 and set(fits.values()) == {0}
+
+
 def test_dynamics_that_can_be_learned_lose_nothing():
     model = MBPO(env="Pendulum-v1", **LEARNING).learn(310)
     assert model.imagined_share == 1 and model.replay_buffer.real_rows(100) == 5
@@ -413,9 +427,12 @@ def test_auto_goes_as_far_as_the_true_system_would(n_envs):
     assert lengths[0] == lengths[110 // n_envs] == 1 and model.rollout_length == 15
 
 
-def test_auto_stays_at_one_step_with_a_bad_dynamics():
+def test_auto_stays_at_one_step_with_a_bad_dynamics(monkeypatch):
+    measured = []
+    monkeypatch.setattr("sb3_mbpo.callbacks.drift", lambda *args: measured.append(drift(*args)) or measured[-1])
     model = agent(rollout_schedule="auto", model_train_freq=50).learn(200)
     assert len(model.dynamics.fits) == 5 and model.rollout_length == 1
+    assert len(measured) > 1 and all(len(errors) > 1 for errors in measured)
 
 
 def test_auto_warns_where_it_cannot_measure():

@@ -5,6 +5,7 @@ import pickle
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -105,6 +106,34 @@ def test_env_without_a_spec_gets_no_video(tmp_path):
     assert found.film == "it has no spec of Gymnasium's"
 
 
+def test_imagined_returns_are_as_long_as_real_ones(tmp_path):
+    """Under a time limit that no spec tells of, with the true system: a return that stood out would be of more steps."""
+
+    class Bare(gym.Wrapper):
+        spec = None
+
+    settings = {**FAST, "dynamics_kwargs": {}}
+    agent = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=TruePendulum, **settings).learn(25)
+    limited = lambda: gym.wrappers.TimeLimit(Bare(gym.make("Pendulum-v1").unwrapped), 7)  # noqa: E731
+    found = write_report(agent, tmp_path / "page.html", env=limited, n_episodes=2, horizon=2)
+    assert [len(episode.rewards) for episode in found.diagnosis.episodes] == [7, 7]
+    real = [episode.rewards.sum() for episode in found.diagnosis.episodes]
+    # The policy draws other actions, worth little in so few steps.
+    np.testing.assert_allclose(found.imagined_returns.mean(axis=0), real, rtol=0.3)
+
+
+def test_arguments_of_the_env(agents, tmp_path, capsys):
+    """As those that the agent was trained with."""
+    options = [str(agents / "late.zip"), "--env", "Pendulum-v1", "--episodes", "1", "--horizon", "2"]
+    found = []
+    with mock.patch("sb3_mbpo.diagnostics.write_page", lambda path, findings, about: found.append((findings, about))):
+        for more in ([], ["--env-kwargs", "g:0.0"]):
+            main(["report", *options, *more, "--out", str(tmp_path / "page.html")])
+    first, second = (findings.diagnosis.episodes[0] for findings, _ in found)
+    assert np.array_equal(first.obs[0], second.obs[0]) and not np.allclose(first.obs, second.obs)
+    assert found[1][1]["command"].endswith("--env-kwargs g:0.0 --out " + str(tmp_path / "page.html"))
+
+
 @pytest.mark.parametrize(
     ("agent", "options", "message"),
     [
@@ -117,6 +146,12 @@ def test_env_without_a_spec_gets_no_video(tmp_path):
             r"late\.zip was trained in another env: Observation spaces do not",
         ),
         ("late.zip", ["--env", "Pendulun-v1"], r"--env Pendulun-v1: .*; did you mean 'Pendulum-v1'\?$"),
+        ("late.zip", ["--env-kwargs", "g=1"], r"--env-kwargs g=1: write KEY:VALUE, a text as KEY:\"'text'\"$"),
+        (
+            "late.zip",
+            ["--env-kwargs", "gravity:1"],
+            r"--env Pendulum-v1 --env-kwargs: .*unexpected keyword argument 'gravity'",
+        ),
         ("late.zip", ["--normalize", "none.pkl"], r"there is no file none\.pkl$"),
         ("late.zip", ["--earlier", "none.zip"], r"there is no file none\.zip$"),
         ("late.zip", ["--earlier", "wide.zip"], r"an earlier policy has other networks than this one$"),

@@ -228,6 +228,27 @@ def test_a_rule_sees_changes_in_standard_deviations_of_the_real_data():
     th.testing.assert_close(var[1, 0], th.stack([0.08**2 / one**2 for one in std]))
 
 
+class WithConstant(Members):
+    """A second dimension, which is always 1000; the members are of one mind about that, but for rounding."""
+
+    def predict(self, obs, actions):
+        mean, var = super().predict(obs[:, :1], actions)
+        last = obs[:, 1:] + 4e-5 * th.tensor([-1.0, 0, 1]).reshape(3, 1, 1) * (obs[:, :1] > 0)
+        return th.cat([mean, last], dim=-1), th.cat([var, 1e-6 * th.ones_like(last)], dim=-1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_constant_dimension_cuts_nothing(name):
+    def beside(obs):
+        return th.cat([obs, th.full_like(obs, 1000)], dim=1)
+
+    start, action, data = th.linspace(-1, 1, 64).unsqueeze(1), th.zeros(64, 1), real(Members())
+    more = data._replace(observations=beside(data.observations), next_observations=beside(data.next_observations))
+    without = Filtering(FILTERS[name](), Members(), data, [])(start, action, 0, 4, None).stored
+    assert th.equal(Filtering(FILTERS[name](), WithConstant(), more, [])(beside(start), action, 0, 4, None).stored, without)
+    assert without.any()
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_members_that_are_sure_of_themselves(name):
     """Known physics: no variance, and no disagreement."""

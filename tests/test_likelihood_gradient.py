@@ -56,17 +56,43 @@ def test_gradient_of_the_ensembles_own_loss():
 
 
 class Weighted(ProbabilisticEnsemble):
-    """A loss of one's own; as it is 0 everywhere, nothing may change."""
-
     def negative_log_likelihood(self, x, y):
         return 0 * super().negative_log_likelihood(x, y)
 
 
-def test_a_loss_of_ones_own_is_the_one_that_is_minimised():
+class Constant(ProbabilisticEnsemble):
+    def _bounded(self, output):
+        return tuple(0 * part for part in super()._bounded(output))
+
+
+class ConstantMLP(EnsembleMLP):
+    def forward(self, x):
+        return 0 * super().forward(x)
+
+
+def replace(part: object, name: str) -> None:
+    """By a method that gives zeros, on this object only."""
+    original = getattr(part, name)
+    setattr(part, name, lambda *args: 0 * original(*args))
+
+
+# The networks' gradient is 0 in each, so no weight may move.
+OWN_LOSSES = {
+    "the loss": (Weighted, lambda ensemble: None),
+    "the bounds of the variance": (Constant, lambda ensemble: None),
+    "networks of another class": (ProbabilisticEnsemble, lambda ensemble: setattr(ensemble.mlp, "__class__", ConstantMLP)),
+    "the loss of one ensemble": (ProbabilisticEnsemble, lambda ensemble: replace(ensemble, "negative_log_likelihood")),
+    "its networks": (ProbabilisticEnsemble, lambda ensemble: replace(ensemble.mlp, "forward")),
+    "one layer": (ProbabilisticEnsemble, lambda ensemble: replace(ensemble.mlp.layers[-1], "forward")),
+}
+
+
+@pytest.mark.parametrize("own", [*OWN_LOSSES, None])
+def test_a_loss_of_ones_own_is_the_one_that_is_minimised(own):
     data = ReplayBufferSamples(th.randn(60, 2), th.randn(60, 1), th.randn(60, 2), th.zeros(60, 1), th.randn(60, 1))
-    kwargs = {"net_arch": [8], "weight_decays": [0, 0], "max_updates": 3, "seed": 0}
-    for cls, moved in ((Weighted, False), (ProbabilisticEnsemble, True)):
-        ensemble = cls(2, 1, **kwargs)
-        before = ensemble.max_log_variance.detach().clone()
-        ensemble.fit(data)
-        assert th.equal(ensemble.max_log_variance, before) != moved
+    cls, change = OWN_LOSSES.get(own, (ProbabilisticEnsemble, lambda ensemble: None))
+    ensemble = cls(2, 1, net_arch=[8], weight_decays=[0, 0], max_updates=3, seed=0)
+    change(ensemble)
+    before = ensemble.mlp.layers[0].weight.detach().clone()
+    ensemble.fit(data)
+    assert th.equal(ensemble.mlp.layers[0].weight, before) == (own is not None)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from tiny import FAST, TruePendulum, equal_agents
 
@@ -96,6 +98,55 @@ def test_which_update_runs(kwargs, fast, capsys, monkeypatch):
 def test_fast_update_that_does_not_cover_the_agent():
     with pytest.raises(ValueError, match=r"fast_update=True does not cover this agent: gSDE. Leave it at None"):
         MBPO("MlpPolicy", "Pendulum-v1", use_sde=True, fast_update=True)
+
+
+@pytest.mark.parametrize("how", ["class", "object"])
+def test_a_buffer_that_draws_in_its_own_way_is_asked(how):
+    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+    buffer, asked = model.replay_buffer, []
+
+    def sample(*args: Any, **kwargs: Any) -> ReplayBufferSamples:
+        asked.append(args)
+        return MixedReplayBuffer.sample(buffer, *args, **kwargs)
+
+    if how == "class":
+        buffer.__class__ = type("Own", (MixedReplayBuffer,), {"sample": staticmethod(sample)})
+    else:
+        buffer.sample = sample
+    model.train(3, 16)
+    assert len(asked) == 3
+
+
+def test_a_plain_replay_buffer_can_be_trained_from():
+    model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+    plain = ReplayBuffer(100, model.observation_space, model.action_space, device="cpu")
+    for _ in range(20):
+        obs, action = model.observation_space.sample(), model.action_space.sample()
+        plain.add(obs, obs, action, np.zeros(1), np.zeros(1), [{}])
+    model.replay_buffer = plain
+    before = model.actor.mu.weight.detach().clone()
+    model.train(3, 16)
+    assert not th.equal(model.actor.mu.weight, before)
+
+
+def test_another_update_is_said_once(capsys):
+    model = MBPO("MlpPolicy", "Pendulum-v1", verbose=1, **FAST).learn(25)
+    model.actor.mu.register_forward_hook(lambda *args: None)
+    model.train(1, 16)
+    model.train(1, 16)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SAC update")]
+    assert said == ["SAC update: fast", "SAC update: Stable-Baselines3's own (hooks)"]
+
+
+def test_a_compiled_policy_is_updated_fast(capsys):
+    """SB3 trains the actor and the critics that it wraps."""
+    models = []
+    for compiled in (False, True):
+        model = MBPO("MlpPolicy", "Pendulum-v1", verbose=1, **FAST)
+        model.policy = th.compile(model.policy, backend="eager") if compiled else model.policy
+        models.append(model.learn(25))
+    assert [line for line in capsys.readouterr().out.splitlines() if "SAC update" in line] == ["SAC update: fast"] * 2
+    assert all(map(th.equal, *(model.actor.parameters() for model in models)))
 
 
 @pytest.mark.parametrize("fast_update", [True, None])

@@ -157,6 +157,16 @@ def test_resumed_it_goes_on_as_it_would_have(tmp_path):
     assert same(resumed[-1], expected[-1])
 
 
+def test_a_second_agent_is_looked_at_too():
+    """And is not taken for the first one at an earlier time."""
+    callback, fresh = ModelErrorCallback(**SMALL), ModelErrorCallback(**SMALL)
+    logged(MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy(FAST)), callback, 60)
+    assert len(callback.snapshots) > 1
+    lines = [logged(MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy(FAST)), one, 45) for one in (callback, fresh)]
+    assert [step for step, _ in lines[0]] == [step for step, _ in lines[1]] != []
+    assert len(callback.snapshots) == len(fresh.snapshots)
+
+
 def test_another_env_may_be_given():
     callback = ModelErrorCallback(lambda: gym.make("Pendulum-v1", g=1.0), **SMALL)
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25, callback=callback)

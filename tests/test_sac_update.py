@@ -297,3 +297,11 @@ def test_autograd_goes_on_as_before():
     obs = th.zeros(3, 4)
     agent.critic(obs, agent.actor(obs))[0].mean().backward()
     assert all(p.grad is not None for p in agent.actor.parameters())
+
+
+def test_no_gradient_of_an_earlier_update_stays():
+    """It would look like that of the newest one."""
+    agent = make()
+    for step in (SAC.train, lambda agent, *_: train(agent, batches(agent, 1))):
+        step(agent, 1, BATCH)
+    assert all(p.grad is None for p in [*agent.actor.parameters(), *agent.critic.parameters(), agent.log_ent_coef])

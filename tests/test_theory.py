@@ -97,6 +97,8 @@ def test_optimal_length_is_the_argmin(model_error: Any, policy_shift: Any, gamma
         (0.1, 0.5, 0.0, 1),
         # A perfect model
         (0.0, 0.5, 0.99, 10_000),
+        (0.0, 0.5, 0.5, 10_000),
+        (0.0, 0.5, 0.0, 1),
     ],
 )
 def test_optimal_length(model_error: float, policy_shift: float, gamma: float, expected: int) -> None:

@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -62,6 +63,14 @@ def other_target(agent: SAC, **kwargs: Any) -> None:
     agent.critic_target = make(**kwargs).critic_target
 
 
+def other_critic(agent: SAC, *layers: nn.Module) -> None:
+    """Critic and target alike, but not the first critic and the second."""
+    for network in (agent.critic, agent.critic_target):
+        network.qf1 = nn.Sequential(*map(copy.deepcopy, layers))
+        network.q_networks[1] = network.qf1  # type: ignore[index]
+    agent.critic.optimizer = th.optim.Adam(agent.critic.parameters())
+
+
 def other_actor_with_a_hook(agent: SAC) -> None:
     agent.actor = make().actor
     agent.actor.mu.weight.register_hook(print)  # type: ignore[operator]
@@ -92,6 +101,7 @@ def test_refused_from_the_start(reason, kwargs):
     assert reason in why_not_fast(make(**kwargs))
 
 
+DEEPER = [nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)]
 REFUSED_CHANGES: dict[str, tuple[str, Any]] = {
     "layer norm": ("LayerNorm", lambda agent: insert(nn.LayerNorm(32), agent)),
     "batch norm": ("BatchNorm1d", lambda agent: insert(nn.BatchNorm1d(32), agent)),
@@ -111,8 +121,6 @@ REFUSED_CHANGES: dict[str, tuple[str, Any]] = {
     "forward of a target layer": ("replaced", lambda agent: setattr(agent.critic_target.q_networks[0][0], "forward", print)),
     "log_prob": ("replaced", lambda agent: setattr(agent.actor.action_dist, "log_prob_from_params", print)),
     "step of the optimizer": ("replaced", lambda agent: setattr(agent.critic.optimizer, "step", print)),
-    "sample of the buffer": ("replaced", lambda agent: setattr(agent.replay_buffer, "sample", print)),
-    "what sample() calls": ("replaced", lambda agent: setattr(agent.replay_buffer, "_get_samples", print)),
     "optimizer hook": ("hooks", lambda agent: agent.critic.optimizer.register_step_pre_hook(print)),
     "tied": ("shared", tie),
     "groups": ("several groups", unused),
@@ -126,6 +134,8 @@ REFUSED_CHANGES: dict[str, tuple[str, Any]] = {
     "target on another device": ("target", lambda agent: agent.critic_target.to("meta")),
     "target without a bias": ("target", lambda agent: setattr(agent.critic_target.q_networks[0][0], "bias", None)),
     "target is the critic": ("target", lambda agent: setattr(agent, "critic_target", agent.critic)),
+    "one critic wider": ("unequal", lambda agent: other_critic(agent, nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 1))),
+    "one critic deeper": ("unequal", lambda agent: other_critic(agent, *DEEPER)),
     "train of one agent": ("overridden", lambda agent: setattr(agent, "train", print)),
 }
 
@@ -137,6 +147,14 @@ def test_refused_after_a_change(change):
     assert why_not_fast(agent) is None
     apply(agent)
     assert reason in why_not_fast(agent)
+
+
+@pytest.mark.parametrize("layers", [[nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 1)], DEEPER], ids=["wider", "deeper"])
+def test_sb3_trains_critics_of_unequal_shape(layers):
+    """So they are no mistake of the user's."""
+    agent = make()
+    other_critic(agent, *layers)
+    run(agent, False)
 
 
 @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
