@@ -29,7 +29,7 @@ TITLES = {
     "bound_pendulum": "Pendulum-v1, other bounds on a fit",
     "bound_inverted_pendulum": "InvertedPendulum-v5, other bounds on a fit",
 }
-# Studies of one setting: prefix -> what the default is called beside the others
+# Studies of one setting: prefix -> what the default, as it was then, is called beside the others
 DEFAULTS = {"targets_": "delta, normalised (default)", "bound_": "1,000 updates", "rollouts_": "1 step from visited states"}
 # study -> arm -> seed -> step -> returns of the episodes
 Runs = dict[str, dict[str, dict[int, dict[int, list[float]]]]]

@@ -37,7 +37,7 @@ def keep_all(mean: th.Tensor, var: th.Tensor, branches: Branches) -> Filtered:
 RULES: dict[str, Any] = {
     "none": keep_all,
     **{f"macura zeta={zeta}": Macura(zeta=zeta) for zeta in (50, 75, 90, 95, 99)},
-    **{f"macura xi={xi} zeta=95": Macura(xi=xi) for xi in (0.3, 3, 30)},
+    **{f"macura xi={xi} zeta=95": Macura(xi=xi, zeta=95) for xi in (0.3, 3, 30)},
     "infoprop": Infoprop(),
     "infoprop horizon=10": Infoprop(horizon=10),
     "m2ac": M2AC(),

@@ -65,7 +65,7 @@ def warmed_up(data: ReplayBufferSamples, sizes: Sequence[int], seed: int) -> Pro
 
 def sequence(
     ensemble: ProbabilisticEnsemble, data: ReplayBufferSamples, sizes: Sequence[int], bound: Bound
-) -> Iterator[list[object]]:
+) -> Iterator[list[str]]:
     """A copy's fits on the first ``sizes`` transitions: those, then the columns after them."""
     ensemble = copy.deepcopy(ensemble)
     ensemble.max_updates, ensemble.epoch_updates = bound
@@ -75,17 +75,22 @@ def sequence(
         on_cpu = data.observations.device.type == "cpu"
         seconds = f"{time.process_time() - started:.1f}" if on_cpu else ""
         error = errors(ensemble, between(data, n, n + 250)).log().mean().exp().item()
-        yield [n, fit["epochs"], seconds, f"{fit['holdout_error']:.5f}", f"{error:.4f}"]
+        yield [str(n), str(fit["epochs"]), seconds, f"{fit['holdout_error']:.5f}", f"{error:.4f}"]
 
 
-def measured(path: Path) -> list[list[str]]:
-    """The complete sequences in the CSV."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        rows = list(csv.reader(file))[1:]
-    complete = {tuple(row[:5]) for row in rows if row[5] == str(CADENCES[row[1]][-1])}
-    return [row for row in rows if tuple(row[:5]) in complete]
+def measured(path: Path) -> dict[tuple[str, ...], list[list[str]]]:
+    """The rows of the CSV by sequence: env, cadence, seed and bound."""
+    sequences: dict[tuple[str, ...], list[list[str]]] = {}
+    if path.exists():
+        with path.open() as file:
+            for row in list(csv.reader(file))[1:]:
+                sequences.setdefault(tuple(row[:5]), []).append(row)
+    return sequences
+
+
+def write(path: Path, sequences: dict[tuple[str, ...], list[list[str]]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *(row for rows in sequences.values() for row in rows)])
 
 
 def main() -> None:
@@ -97,20 +102,23 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args()
     th.set_num_threads(1)
-    kept, sizes = measured(args.csv), CADENCES[args.cadence]
-    done = {tuple(row[:5]) for row in kept}
-    with args.csv.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([COLUMNS, *kept])
-        for seed in args.seeds:
-            data = learning_transitions(args.env, sizes[-1] + 250, seed, args.device, AT_ONCE.get(args.cadence, 1))
-            ensemble = warmed_up(data, WARM_UP.get(args.cadence, ()), seed)
-            for bound in BOUNDS:
-                origin = [args.env, args.cadence, str(seed), *map(str, bound)]
-                for row in () if tuple(origin) in done else sequence(ensemble, data, sizes, bound):
-                    writer.writerow([*origin, *row])
-                    file.flush()
-                    print(*origin, *row, flush=True)
+    sequences, sizes = measured(args.csv), CADENCES[args.cadence]
+    for seed in args.seeds:
+        origins = {bound: (args.env, args.cadence, str(seed), *map(str, bound)) for bound in BOUNDS}
+        missing = [bound for bound in BOUNDS if len(sequences.get(origins[bound], [])) < len(sizes)]
+        if not missing:
+            continue
+        data = learning_transitions(args.env, sizes[-1] + 250, seed, args.device, AT_ONCE.get(args.cadence, 1))
+        ensemble = warmed_up(data, WARM_UP.get(args.cadence, ()), seed)
+        for bound in missing:
+            rows: list[list[str]] = []
+            for row in sequence(ensemble, data, sizes, bound):
+                rows.append([*origins[bound], *row])
+                print(*rows[-1], flush=True)
+                # What there is of a sequence that was cut stays until there is as much anew.
+                if len(rows) >= len(sequences.get(origins[bound], [])):
+                    sequences[origins[bound]] = rows
+                    write(args.csv, sequences)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,9 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
     if not spent["fits"]:
         return
     # An upper end: a refill costs in proportion to k, each fit goes to its bound, and random steps cost nothing.
-    at_fits, steps_after = range(agent.learning_starts, whole, frequency), whole - agent.learning_starts
+    # The first fit comes with the first step after the random ones, the others at each multiple.
+    first, steps_after = agent.learning_starts + 1, whole - agent.learning_starts
+    at_fits = [first, *range(first - first % frequency + frequency, whole + 1, frequency)]
     fitted = next(iter(agent.dynamics.optimizer.state.values()))["step"].item()
     hours = {
         "updates": sums["updates"] / n_updates * agent.gradient_steps * steps_after,

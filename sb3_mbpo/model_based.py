@@ -42,7 +42,7 @@ class ModelBased(Imagining, Resuming):
     :param model_train_freq: env transitions from one fit of the dynamics to the next
     :param rollout_batch_size: real states that imagined rollouts start from after each fit
     :param rollout_schedule: the rollout length k: a number; or ``min_length``, ``max_length``, ``start`` and ``end`` (env
-        transitions) of a linear growth; or ``"auto"``: as far as the dynamics predicts the newest real steps, see
+        transitions) of a linear growth; or ``"auto"``: as far as the dynamics predicts the newest real steps, at most 15, see
         :func:`.trust.reliable_length`; or a callable from env transitions to k
     :param retained_rollouts: imagined are the transitions of so many last fits
     :param model_buffer_size: most imagined transitions kept; ``None``: what schedule and retention imply
