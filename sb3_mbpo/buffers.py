@@ -56,7 +56,8 @@ class MixedReplayBuffer(ReplayBuffer):
 
     A batch of ``batch_size`` has ``int(batch_size * real_ratio)`` real rows, first, then the imagined ones (the paper's 5 % of
     256 is 12): whoever cuts a batch into pieces has to shuffle it. While nothing is imagined, everything is real.
-    Both kinds are stored raw and normalised when sampled, in float32 (SB3 subtracts the mean in float64 first). A pickle holds what is filled, not what is allocated.
+    Both kinds are stored raw and normalised when sampled, in float32 (SB3 subtracts the mean in float64 first). A pickle holds
+    what is filled, not what is allocated.
 
     :param buffer_size: most real transitions, over all envs
     :param observation_space: a Box
