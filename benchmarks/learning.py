@@ -144,8 +144,8 @@ def collect() -> None:
                 with path.open() as file:
                     rows = [{**origin, **row} for row in csv.DictReader(file)]
                 collected_before = runs.get((study, arm, seed), [])
-                # Of a run that another machine has brought further, that one stays.
-                if len(rows) >= len(collected_before):
+                # Of a run that another machine has brought as far, or further, that one stays.
+                if len(rows) > len(collected_before) or origin["finished"] == "1":
                     runs[study, arm, seed] = rows
     known = {(study, arm): i for i, (study, arm) in enumerate((study, arm) for study in STUDIES for arm in STUDIES[study])}
     order = sorted(runs, key=lambda run: (known.get(run[:2], len(known)), run[2]))

@@ -34,6 +34,9 @@ RESULTS = ROOT / "docs" / "benchmarks" / "trust"
 MEASURED = ["return", "seconds", "fits_seconds", "rollouts_seconds"]
 LOGGED = ("rollout_length", "branch_length", "filtered", "explained_obs", "explained_reward", "holdout_error", "real_share")
 
+# Rows of its evaluations, and of its fits
+Run = tuple[pd.DataFrame, pd.DataFrame]
+
 # As many imagined transitions as with k = 1.
 LONG = "rollout_schedule=10,rollout_batch_size=10000"
 SMALL_ARMS = {
@@ -57,7 +60,7 @@ STUDIES = {
     "pendulum": ("Pendulum-v1", 2_500, 250, 3, SMALL_ARMS),
     "inverted_pendulum": ("InvertedPendulum-v5", 3_000, 250, 3, SMALL_ARMS),
     "hopper": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
-    # The paper's setting and the best of those.
+    # The paper's setting and the one that needs no number.
     "hopper_20000": ("Hopper-v5", 20_000, 1_000, 3, {arm: HOPPER_ARMS[arm] for arm in (PAPER, "auto")}),
     # Where there is one: other rounding, so another sample.
     "hopper_gpu": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
@@ -66,6 +69,10 @@ STUDIES = {
 
 def folder_of(study: str) -> Path:
     return ROOT / "logs" / "trust" / study
+
+
+def results(study: str) -> tuple[Path, Path]:
+    return RESULTS / f"{study}.csv", RESULTS / f"{study}_fits.csv"
 
 
 def known(path: Path) -> pd.DataFrame:
@@ -80,52 +87,53 @@ def make(study: str, arms: list[str], workers: int) -> None:
     options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
     args = compare.parse(["--env", env, "--algo", *(specs[arm] for arm in arms), *options])
     args.command = f"python benchmarks/trust.py {study}"
-    rows, folder, arm_of = known(RESULTS / f"{study}.csv"), folder_of(study), {spec: arm for arm, spec in specs.items()}
+    rows, folder, arm_of = known(results(study)[0]), folder_of(study), {spec: arm for arm, spec in specs.items()}
     done = set(rows.loc[rows["finished"] == 1, ["arm", "seed"]].itertuples(index=False, name=None))
     runs = compare.grid(args)
     waiting = [r for r in runs if (arm_of[r.label], r.seed) not in done and not r.is_finished(folder / r.folder)]
     with RunProgress(len(runs), len(runs) - len(waiting), folder) as progress:
-        for run, failure in compare.make(waiting, LocalWorkers(folder, workers), progress).items():
-            print(f"{run}: {failure}")
+        failures = compare.make(waiting, LocalWorkers(folder, workers), progress)
+    if failures:
+        raise SystemExit("\n".join(f"{run}: {failure}" for run, failure in failures.items()))
 
 
-def collect(study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def made(study: str, arm: str, seed: int) -> Run | None:
+    """What logs/trust has of a run that has had a fit."""
+    env, *_, arms = STUDIES[study]
+    folder = folder_of(study) / as_file_name(env) / as_file_name(arms[arm]) / f"seed_{seed}"
+    if not (folder / FITS).exists():
+        return None
+    returns = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[MEASURED].mean()
+    with (folder / FITS).open(newline="") as file:
+        logged = pd.DataFrame(csv.reader(file), columns=["step", "name", "value"]).astype({"step": int, "value": float})
+    fits = logged.pivot_table("value", "step", "name").reindex(columns=LOGGED).reset_index()
+    finished = int((folder / FINISHED).exists())
+    return returns.assign(arm=arm, seed=seed, finished=finished), fits.assign(arm=arm, seed=seed)
+
+
+def reach(run: Run) -> tuple[int, int]:
+    """How far a run came: whether it is finished, and its last fit."""
+    return run[0]["finished"].max(), run[1]["step"].max()
+
+
+def collect(study: str) -> Run:
     """
+    Of all runs, in logs/trust or in the CSV; of one in both, what came further.
+
     :return: a row per evaluation, ``arm seed step``, ``MEASURED``, ``finished``; one per fit, ``arm seed step``, ``LOGGED``
     """
-    env, _, _, seeds, arms = STUDIES[study]
-    returns, fits = [], []
-    for arm, spec in arms.items():
-        for seed in range(seeds):
-            folder = folder_of(study) / as_file_name(env) / as_file_name(spec) / f"seed_{seed}"
-            if not (folder / FITS).exists():
-                continue
-            rows = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[MEASURED].mean()
-            returns.append(rows.assign(arm=arm, seed=seed, finished=int((folder / FINISHED).exists())))
-            with (folder / FITS).open(newline="") as file:
-                logged = pd.DataFrame(csv.reader(file), columns=["step", "name", "value"]).astype(
-                    {"step": int, "value": float}
-                )
-            table = logged.pivot_table("value", "step", "name").reindex(columns=LOGGED).reset_index()
-            fits.append(table.assign(arm=arm, seed=seed))
+    _, _, _, seeds, arms = STUDIES[study]
+    old = [{key: rows for key, rows in known(path).groupby(["arm", "seed"])} for path in results(study)]
+    runs = []
+    for key in ((arm, seed) for arm in arms for seed in range(seeds)):
+        found = [run for run in (made(study, *key), (old[0][key], old[1][key]) if key in old[0] else None) if run is not None]
+        if found:
+            runs.append(max(found, key=reach))
+    if not runs:
+        raise SystemExit(f"no run of {study} has had a fit yet, here or in docs/benchmarks/trust")
+    returns, fits = (pd.concat(part) for part in zip(*runs, strict=True))
     first = ["arm", "seed", "step"]
-    return (
-        merged(RESULTS / f"{study}.csv", returns, [*first, *MEASURED, "finished"], list(arms)).round(3),
-        merged(RESULTS / f"{study}_fits.csv", fits, [*first, *LOGGED], list(arms)).round(4),
-    )
-
-
-def merged(path: Path, made: list[pd.DataFrame], columns: list[str], arms: list[str]) -> pd.DataFrame:
-    """The rows of runs made here and of those that a CSV has, by arm and seed; of a run in both, those that go further."""
-    run = ["arm", "seed"]
-    old = {key: rows for key, rows in known(path).reindex(columns=columns).groupby(run)}
-    for rows in made:
-        key = tuple(rows[run].iloc[0])
-        if key not in old or rows["step"].max() >= old[key]["step"].max():
-            old[key] = rows[columns]
-    if not old:
-        raise SystemExit(f"there is no {path.name}, and no run of it in logs/trust has had a fit yet")
-    return pd.concat(old[key] for key in sorted(old, key=lambda key: (arms.index(key[0]), key[1])))
+    return returns[[*first, *MEASURED, "finished"]].round(3), fits[[*first, *LOGGED]].round(4)
 
 
 def draw(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:
@@ -185,8 +193,8 @@ def main() -> None:
         make(args.study, args.arms or list(STUDIES[args.study][4]), args.workers)
     RESULTS.mkdir(parents=True, exist_ok=True)
     returns, fits = collect(args.study)
-    returns.to_csv(RESULTS / f"{args.study}.csv", index=False)
-    fits.to_csv(RESULTS / f"{args.study}_fits.csv", index=False)
+    for path, rows in zip(results(args.study), (returns, fits), strict=True):
+        rows.to_csv(path, index=False)
     draw(args.study, returns, fits)
     summarise(args.study, returns, fits)
 

@@ -95,7 +95,7 @@ def of_prediction(found: Findings) -> Iterator[str]:
         yield f"Of the reward's variance one step ahead it explains {share(one['reward_r2_mean'])}."
     elif np.isfinite(one["reward_r2_mean"]):
         ends = any(episode.terminated for episode in found.diagnosis.episodes)
-        cause = ": those of terminations, rare and unlike all others, count here too" if ends else ""
+        cause = "; rewards that come with a termination count here too, and may be unlike all others" if ends else ""
         yield f"It predicts the reward one step ahead worse than a constant would{cause}."
     for k, numbers in {1: one, found.reach: far}.items():
         held = numbers["coverage_90"]

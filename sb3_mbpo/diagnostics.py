@@ -98,7 +98,7 @@ def make_env(make: Callable[[], gym.Env], name: str, statistics: Path | None) ->
     try:
         env: VecEnv = DummyVecEnv([make])
     except TypeError as error:
-        raise ValueError(f"--env {name} --env-kwargs: {error}") from error
+        raise ValueError(f"--env {name} cannot be made with these --env-kwargs: {error}") from error
     except gym.error.Error as error:
         raise ValueError(f"--env {name}: {str(error).splitlines()[0]}{did_you_mean(name, gym.registry)}") from error
     if statistics is None:
@@ -166,9 +166,9 @@ def write_report(
         th.manual_seed(seed)
         diagnosis = diagnose(agent, env, n_episodes, horizon, max_episode_steps)
         first = np.array([episode.obs[0] for episode in diagnosis.episodes])
-        # Also of a limit that no spec tells of.
-        cut = [len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated]
-        limit = min([max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps, *cut])
+        limit = min(max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps)
+        # Also a limit that no spec tells of.
+        limit = max((len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated), default=limit)
         shots = [one for one in map(snapshot, earlier) if one is not None]
         findings = Findings(
             diagnosis,

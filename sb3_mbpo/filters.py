@@ -215,7 +215,8 @@ class Filtering:
         if hasattr(self.dynamics, "elites"):
             mean, var = mean[self.dynamics.elites], var[self.dynamics.elites]
         change = th.cat([mean[..., :1], mean[..., 1:] - obs], dim=-1)
-        change = th.where(self.constant, change.mean(dim=0), change) if self.constant.any() else change
+        if self.constant.any():
+            change, var = (th.where(self.constant, part.mean(dim=0), part) for part in (change, var))
         return change / self.std, (var / self.std / self.std).clamp(min=LEAST_VARIANCE)
 
     def __call__(self, obs: th.Tensor, actions: th.Tensor, step: int, length: int, state: th.Tensor | None) -> Filtered:

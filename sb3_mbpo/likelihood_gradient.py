@@ -26,8 +26,9 @@ def autograd_of(loss_of: Gradient, parameters: Iterable[nn.Parameter]) -> Gradie
 
 
 def is_replaced(part: Any, kind: type, *names: str) -> bool:
-    """Whether one of these methods of ``kind`` is another in ``part``, by its class or by itself."""
-    return any(name in vars(part) or getattr(type(part), name, None) is not getattr(kind, name) for name in names)
+    """Whether one of these methods of ``kind`` is another in ``part``, by its class, by itself or by a hook."""
+    hooked = any(vars(part)[f"_{hooks}"] for hooks in ("forward_pre_hooks", "forward_hooks", "backward_hooks"))
+    return hooked or any(name in vars(part) or getattr(type(part), name, None) is not getattr(kind, name) for name in names)
 
 
 class LikelihoodGradient:

@@ -6,6 +6,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo import cuda_update, sac_update
+from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.uncovered import why_not_fast
 
@@ -50,7 +51,7 @@ class MBPO(ModelBased, SAC):
         if self.fast_update is None and self.real_ratio == 1:
             return "real_ratio=1"
         # Ours draws many batches at once, and does not ask sample().
-        usual = type(self.replay_buffer) is self.replay_buffer_class and "sample" not in vars(self.replay_buffer)
+        usual = type(self.replay_buffer) is MixedReplayBuffer and "sample" not in vars(self.replay_buffer)
         reason = why_not_fast(self, MBPO) if usual else "a replay buffer that draws in its own way"
         if self.fast_update and reason is not None:
             raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")

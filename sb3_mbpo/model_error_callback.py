@@ -44,6 +44,8 @@ class ModelErrorCallback(BaseCallback):
 
     Under ``model_error_by_dimension/`` the errors of each dimension of the observation, in its own units.
 
+    For each agent a callback of its own: the policies that it remembers are one agent's.
+
     :param env: what the episodes are played in: an id, a function that makes an env, an env, or a VecEnv of one; ``None``:
         another of the agent's first. A ``VecNormalize`` around the agent's envs is read, never updated
     :param every: env transitions of the agent from one diagnosis to the next
@@ -100,7 +102,7 @@ class ModelErrorCallback(BaseCallback):
         steps = agent.lifetime_timesteps
         fitted = agent.dynamics_fitted_at is not None and agent.dynamics.usable
         if self.diagnosed_at is not None and steps < self.diagnosed_at:
-            # Another agent: its policies are not those of the one before.
+            # A younger agent: its policies are not those of the one before.
             self.diagnosed_at = None
             self.snapshots.clear()
         if not fitted or (self.diagnosed_at is not None and steps // self.every <= self.diagnosed_at // self.every):

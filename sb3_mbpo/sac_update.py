@@ -30,15 +30,15 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> None:
     optimizers += [] if agent.ent_coef_optimizer is None else [agent.ent_coef_optimizer]
     agent._update_learning_rate(optimizers)
     sources, targets = ([p.detach() for p in net.parameters()] for net in (agent.critic, agent.critic_target))
+    # No gradient is better than that of an update of SB3's, long ago.
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     update, history = None, []
     for step, batch in enumerate(batches):
         update = update or _Update(agent, len(batch.rewards))
         history.append(update(batch))
         if step % agent.target_update_interval == 0:
             th._foreach_lerp_(targets, sources, agent.tau)
-    # No gradient is better than that of an update of SB3's, long ago.
-    for optimizer in optimizers:
-        optimizer.zero_grad()
 
     agent._n_updates += len(history)
     agent.logger.record("train/n_updates", agent._n_updates, exclude="tensorboard")
@@ -66,6 +66,7 @@ def _adam_step(optimizer: Any, grads: list[th.Tensor]) -> None:
     for parameter, grad in zip(group["params"], grads, strict=True):
         parameter.grad = grad
     optimizer.step()
+    optimizer.zero_grad()
 
 
 class _Hidden:

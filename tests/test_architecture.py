@@ -100,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "terminations",
         "unsupported",
     },
-    "mbpo": {"cuda_update", "model_based", "sac_update", "uncovered"},
+    "mbpo": {"buffers", "cuda_update", "model_based", "sac_update", "uncovered"},
     "variants": {"checks", "model_based"},
     "theory": set(),
     "model_error": set(),

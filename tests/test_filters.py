@@ -229,12 +229,12 @@ def test_a_rule_sees_changes_in_standard_deviations_of_the_real_data():
 
 
 class WithConstant(Members):
-    """A second dimension, which is always 1000; the members are of one mind about that, but for rounding."""
+    """A second dimension, always 1000, about which the members differ by rounding only, and are not equally sure."""
 
     def predict(self, obs, actions):
         mean, var = super().predict(obs[:, :1], actions)
         last = obs[:, 1:] + 4e-5 * th.tensor([-1.0, 0, 1]).reshape(3, 1, 1) * (obs[:, :1] > 0)
-        return th.cat([mean, last], dim=-1), th.cat([var, 1e-6 * th.ones_like(last)], dim=-1)
+        return th.cat([mean, last], dim=-1), th.cat([var, 1e-6 * (1 + 10 * (last - 1000).abs() * 1e4)], dim=-1)
 
 
 @pytest.mark.parametrize("name", RULES)

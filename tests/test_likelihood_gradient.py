@@ -83,6 +83,10 @@ OWN_LOSSES = {
     "networks of another class": (ProbabilisticEnsemble, lambda ensemble: setattr(ensemble.mlp, "__class__", ConstantMLP)),
     "the loss of one ensemble": (ProbabilisticEnsemble, lambda ensemble: replace(ensemble, "negative_log_likelihood")),
     "its networks": (ProbabilisticEnsemble, lambda ensemble: replace(ensemble.mlp, "forward")),
+    "a hook": (
+        ProbabilisticEnsemble,
+        lambda ensemble: ensemble.mlp.layers[-1].register_forward_hook(lambda layer, args, out: 0 * out),
+    ),
     "one layer": (ProbabilisticEnsemble, lambda ensemble: replace(ensemble.mlp.layers[-1], "forward")),
 }
 

@@ -12,7 +12,7 @@ import speed
 def test_rows(row, steps, monkeypatch):
     experienced = speed.experienced_agent
     # At the real sizes its twenty fits take a quarter of an hour.
-    monkeypatch.setattr(speed, "experienced_agent", lambda n: experienced(n // 500 + 100))
+    monkeypatch.setattr(speed, "experienced_agent", lambda n: experienced(n // 500 + 200))
     for comparison in islice(speed.ROWS[row].compare(steps), 1):
         sides = [comparison.ours(), comparison.theirs()]
     assert sides[0].keys() & sides[1].keys()
