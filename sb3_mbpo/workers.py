@@ -30,7 +30,8 @@ def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
     """
     run.begin(folder)
     threads = {f"{library}_NUM_THREADS": str(run.threads) for library in ("OMP", "MKL", "OPENBLAS")}
-    command = [sys.executable, "-m", "sb3_mbpo.comparison_run", str(folder)]
+    # Unbuffered: output can be watched, and what went wrong comes last.
+    command = [sys.executable, "-u", "-m", "sb3_mbpo.comparison_run", str(folder)]
     with (folder / OUTPUT).open("wb") as output:
         # A session of its own: Ctrl-C is for the driver, and the Zoo would take it for a wish to save what there is.
         return subprocess.Popen(

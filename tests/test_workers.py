@@ -28,7 +28,9 @@ def does(monkeypatch: pytest.MonkeyPatch) -> Does:
             run.begin(folder)
             lines = f"import os, sys, time\nfrom pathlib import Path\nf = Path({str(folder)!r})\nseed = {run.seed}\n{code}"
             with (folder / "output.txt").open("wb") as output:
-                return subprocess.Popen([sys.executable, "-c", lines], stdin=subprocess.PIPE, stdout=output, stderr=output)
+                return subprocess.Popen(
+                    [sys.executable, "-u", "-c", lines], stdin=subprocess.PIPE, stdout=output, stderr=output
+                )
 
         monkeypatch.setattr(workers, "start", start)
 
@@ -96,7 +98,8 @@ def test_process_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     workers.start(dataclasses.replace(RUN, threads=3), tmp_path / "run")
-    assert seen["command"] == [sys.executable, "-m", "sb3_mbpo.comparison_run", str(tmp_path / "run")]
+    # -u: the error comes after what was printed before it, whatever the environment says of buffers.
+    assert seen["command"] == [sys.executable, "-u", "-m", "sb3_mbpo.comparison_run", str(tmp_path / "run")]
     assert seen["env"]["OMP_NUM_THREADS"] == "3" and seen["stdin"] == subprocess.PIPE
     # Out of the reach of a terminal's Ctrl-C.
     assert seen["start_new_session"]
