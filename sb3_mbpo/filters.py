@@ -198,7 +198,9 @@ class Filtering:
         self.std = scale.std
         values = th.cat([rewards, next_obs], dim=1).double()
         # Members differ there by float32's rounding, which no unit of the data tells from a disagreement.
-        self.constant = values.std(dim=0, correction=0) <= ROUNDING * values.abs().amax(dim=0)
+        constant = values.std(dim=0, correction=0) <= ROUNDING * values.abs().amax(dim=0)
+        # Asked here: within a rollout, a GPU would have to be waited for.
+        self.constant = constant if constant.any() else None
         self.limits: Any = None
         #: What the rule will remember.
         self.memory: list[float] = []
@@ -215,7 +217,7 @@ class Filtering:
         if hasattr(self.dynamics, "elites"):
             mean, var = mean[self.dynamics.elites], var[self.dynamics.elites]
         change = th.cat([mean[..., :1], mean[..., 1:] - obs], dim=-1)
-        if self.constant.any():
+        if self.constant is not None:
             change, var = (th.where(self.constant, part.mean(dim=0), part) for part in (change, var))
         return change / self.std, (var / self.std / self.std).clamp(min=LEAST_VARIANCE)
 
