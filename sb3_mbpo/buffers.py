@@ -20,6 +20,12 @@ BLOCK_NUMBERS = 2**20
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
 
+def on_device(array: np.ndarray, device: th.device) -> th.Tensor:
+    """As float32 there; the host does not wait for a GPU to have it."""
+    tensor = th.as_tensor(array, dtype=th.float32)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
     """
     ``VecNormalize.normalize_obs`` for tensors, with its current statistics.
@@ -31,8 +37,7 @@ def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
     if env is None or not env.norm_obs:
         return obs
     assert isinstance(env.obs_rms, RunningMeanStd)
-    mean = th.as_tensor(env.obs_rms.mean, dtype=th.float32, device=obs.device)
-    std = th.as_tensor(np.sqrt(env.obs_rms.var + env.epsilon), dtype=th.float32, device=obs.device)
+    mean, std = (on_device(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
     return ((obs - mean) / std).clamp(-env.clip_obs, env.clip_obs)
 
 
@@ -234,7 +239,7 @@ class MixedReplayBuffer(ReplayBuffer):
         return array[: self.size()].reshape(self.size() * self.n_envs, -1)
 
     def _tensor(self, array: np.ndarray) -> th.Tensor:
-        return th.as_tensor(array, dtype=th.float32, device=self.device)
+        return on_device(array, self.device)
 
     def _real_rows(self, rows: np.ndarray | slice) -> th.Tensor:
         """Real transitions, packed like those of the model buffer; dones without time limits, as SB3's samples have them."""

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +13,8 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN
 
-from sb3_mbpo.stacks import Stack, StaticAdam, rows_for, through_relu, views_of
+from sb3_mbpo.sac_memory import SACMemory, adam_settings, counts_of, optimizers_of, why_no_memory
+from sb3_mbpo.stacks import LEAD, Stack, lead_of
 
 # What was captured for an agent, and for which settings; not an attribute, so that it is neither saved nor copied with it.
 _UPDATES: "WeakKeyDictionary[SAC, tuple[Any, _Update | None]]" = WeakKeyDictionary()
@@ -31,43 +31,51 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
 
     :param agent: the agent whose networks are trained
     :param batches: one for each update, all of one size
-    :return: whether it was done; ``False`` where the capture failed (which warns once), and the agent is as before
+    :return: whether it was done; ``False`` where it cannot be (which warns once), and the agent is as before
     """
-    agent._update_learning_rate(_optimizers(agent))
-    update, n_updates = None, 0
+    agent._update_learning_rate(optimizers_of(agent))
+    update, n_updates, counts = None, 0, counts_of(agent)
     for batch in batches:
         if update is None:
-            update = _update_for(agent, batch)
+            update = _update_for(agent, batch, counts)
             if update is None:
                 return False
-            update.read(agent)
+            update.read(agent, counts)
         update.put(agent, batch, agent.tau if n_updates % agent.target_update_interval == 0 else 0.0)
         update.run()
         n_updates += 1
     assert update is not None
-    update.write(agent, n_updates)
+    update.memory.write(agent, n_updates)
     # Of no effect on what stands above, and here it takes no time: the GPU is still busy.
     agent.policy.set_training_mode(True)
-    for optimizer in _optimizers(agent):
+    for optimizer in optimizers_of(agent):
         optimizer.zero_grad()
 
     agent._n_updates += n_updates
     agent.logger.record("train/n_updates", agent._n_updates, exclude="tensorboard")
-    means = np.divide(update.sums.tolist(), n_updates)
-    for key, mean in zip(("ent_coef", "actor_loss", "critic_loss", "ent_coef_loss"), means, strict=False):
+    for key, mean in zip(("ent_coef", "actor_loss", "critic_loss", "ent_coef_loss"), update.means(n_updates), strict=False):
         agent.logger.record(f"train/{key}", mean)
     return True
 
 
-def _update_for(agent: SAC, batch: ReplayBufferSamples) -> "_Update | None":
-    """The update captured for this agent and batches like this one; ``None`` where that was tried in vain."""
-    groups = [optimizer.param_groups[0] for optimizer in _optimizers(agent)]
+def _update_for(agent: SAC, batch: ReplayBufferSamples, counts: list[set[float]]) -> "_Update | None":
+    """The update captured for this agent and batches like this one; ``None`` where there cannot be one."""
+    groups = [optimizer.param_groups[0] for optimizer in optimizers_of(agent)]
     adams = [(g["betas"], g["eps"], [(p.shape, p.dtype, p.device) for p in g["params"]]) for g in groups]
-    settings = (len(batch.rewards), batch.discounts is None, agent.actor.action_dist.epsilon, adams)  # type: ignore
+    epsilon, together = agent.actor.action_dist.epsilon, len({*adam_settings(agent)[1:]})  # type: ignore[union-attr]
+    obstacle = why_no_memory(agent, counts)
+    settings = (len(batch.rewards), batch.discounts is None, epsilon, adams, together, obstacle)
     if agent not in _UPDATES or _UPDATES[agent][0] != settings:
         _UPDATES.pop(agent, None)
-        _UPDATES[agent] = (settings, _captured(agent, batch, groups[0]["params"][0].device))
+        if obstacle:
+            _warn(obstacle)
+        _UPDATES[agent] = (settings, None if obstacle else _captured(agent, batch, groups[0]["params"][0].device))
     return _UPDATES[agent][1]
+
+
+def _warn(reason: object) -> None:
+    message = f"The SAC update could not be captured as a CUDA graph; Stable-Baselines3's own is used ({reason})"
+    warnings.warn(message, stacklevel=5)
 
 
 def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update | None":
@@ -93,164 +101,131 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
         generator.graphsafe_set_state(random_state)
         if not isinstance(error, Exception):
             raise
-        message = f"The SAC update could not be captured as a CUDA graph; Stable-Baselines3's own is used ({error})"
-        warnings.warn(message, stacklevel=4)
+        _warn(error)
         return None
     update.run = graph.replay  # type: ignore[method-assign]
     return update
 
 
-def _optimizers(agent: SAC) -> list[Any]:
-    optional = [] if agent.ent_coef_optimizer is None else [agent.ent_coef_optimizer]
-    return [agent.actor.optimizer, agent.critic.optimizer, *optional]
-
-
-def _originals(agent: Any) -> tuple[list[th.Tensor], list[list[th.Tensor]]]:
-    """SB3's tensors in the order of ``_Update.views``, and each optimizer's counters; states are made and kept as by Adam."""
-    tensors, counters = [], []
-    for group, all_states in ((optimizer.param_groups[0], optimizer.state) for optimizer in _optimizers(agent)):
-        states = [all_states[parameter] for parameter in group["params"]]
-        for parameter, state in zip(group["params"], states, strict=True):
-            if not state:
-                state["step"] = th.zeros((), device=parameter.device if group["fused"] else "cpu")
-                state["exp_avg"], state["exp_avg_sq"] = th.zeros_like(parameter), th.zeros_like(parameter)
-            elif not group["fused"]:
-                # SB3 loads it onto the GPU, where to read it is to wait.
-                state["step"] = state["step"].cpu()
-        tensors += [*group["params"], *(state[key] for key in ("exp_avg", "exp_avg_sq") for state in states)]
-        counters.append([state["step"] for state in states])
-    return [*tensors, *agent.critic_target.parameters()], counters
-
-
 class _Actions:
     """Actions ``values (N, action_dim)`` of the squashed Gaussian, their ``log_probs (N,)``, and what derivatives need."""
 
-    def __init__(self, heads: th.Tensor, noise: th.Tensor, epsilon: float) -> None:
-        (mean, self.raw_log_std), self.epsilon = heads, epsilon
+    def __init__(self, heads: th.Tensor, noise: th.Tensor, epsilon: float, one: th.Tensor) -> None:
+        mean, self.raw_log_std = heads.chunk(2, dim=1)
         self.log_std = self.raw_log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-        self.spread = self.log_std.exp() * noise
+        self.spread = self.log_std.exp().mul_(noise)
         self.values = (mean + self.spread).tanh_()
-        self.slope = 1 - self.values.square()
-        terms = th.addcmul(self.log_std, noise, noise, value=0.5) + (self.slope + epsilon).log()
-        self.log_probs = -(terms.sum(1) + noise.shape[1] * 0.5 * math.log(2 * math.pi))
+        self.slope = th.addcmul(one, self.values, self.values, value=-1)
+        self.lifted_slope = self.slope + epsilon
+        terms = th.addcmul(self.log_std, noise, noise, value=0.5).add_(self.lifted_slope.log())
+        self.log_probs = -noise.shape[1] * 0.5 * math.log(2 * math.pi) - terms.sum(1)
 
-    def backward(self, dq: th.Tensor, alpha: th.Tensor) -> th.Tensor:
-        """``sum(alpha log pi) + <dq, a>`` of the first ``len(dq)`` rows, by mean and log_std: ``(2, len(dq), action_dim)``."""
+    def backward(self, dq: th.Tensor, scale: th.Tensor, out: th.Tensor) -> None:
+        """``<dq, a> - sum(scale log pi)`` of the first ``len(dq)`` rows, by mean and log_std: ``out``, side by side."""
         n = len(dq)
-        values, slope = self.values[:n], self.slope[:n]
-        by_mean = slope * (2 * alpha * values / (slope + self.epsilon) + dq)
-        by_log_std = by_mean * self.spread[:n] - alpha
+        by_mean, by_log_std = out.chunk(2, dim=1)
+        by_action = th.addcmul(dq, self.values[:n] / self.lifted_slope[:n], scale, value=-2)
+        th.mul(self.slope[:n], by_action, out=by_mean)
+        th.addcmul(scale, by_mean, self.spread[:n], out=by_log_std)
         by_log_std.masked_fill_(self.raw_log_std[:n] != self.log_std[:n], 0)
-        return th.stack([by_mean, by_log_std])
 
 
 class _Update:
     """One gradient step of SAC in static memory, for batches like the one given; keeps nothing of the agent."""
 
     def __init__(self, agent: Any, batch: ReplayBufferSamples) -> None:
-        optimizers, n = _optimizers(agent), len(agent.critic.q_networks)
-        actor, critic, *alpha = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
-        # Target critics, then critics: one product for both.
-        pi, q = rows_for(1, actor), rows_for(2 * n, 2 * critic)
-        self.target_rows, self.critic_rows = q.chunk(2)
-        log_alpha = [rows_for(1, part) for part in alpha]
-        self.adams = [StaticAdam(*pair) for pair in zip(optimizers, (pi, self.critic_rows, *log_alpha), strict=True)]
-        self.views = [*chain(*(part.views for part in self.adams)), *views_of(self.target_rows, critic)]
-        shapes, q_shapes = ([tuple(p.shape) for p in part if p.dim() == 2] for part in (actor, critic[: len(critic) // n]))
-        self.all_critics, self.fixed_critics = Stack(q, q_shapes), Stack(self.critic_rows, q_shapes)
-        self.critics = Stack(self.critic_rows, q_shapes, self.adams[1].grads)
-        pi_grads, end = self.adams[0].grads, sum(p.numel() for p in actor)
-        start = end - sum(p.numel() for p in actor[-4:])
-        self.hidden = Stack(pi, shapes[:-2], pi_grads)
-        # Mean and log_std are two networks of one layer.
-        self.heads = Stack(pi[0, start:end].view(2, -1), shapes[-1:], pi_grads[0, start:end].view(2, -1))
-        rows, (action_dim, _), self.obs_dim = len(batch.rewards), shapes[-1], shapes[0][1]
-        self.epsilon, self.noise = agent.actor.action_dist.epsilon, pi.new_zeros(2, rows, action_dim)
-        self.gamma, self.rate, self.target_entropy, self.alpha = (pi.new_zeros(1) for _ in range(4))
-        self.log_alpha = log_alpha[0][0, :1] if log_alpha else None
-        # Side by side: (s, pi(s)), (s', pi(s')), (s, a), done, reward and, if it varies, the discount.
-        width = self.obs_dim + action_dim
-        self.batch = pi.new_zeros(rows, 3 * width + 2 + (batch.discounts is not None))
-        self.inputs = self.batch[:, : 3 * width].unflatten(1, (3, width)).transpose(0, 1)
-        self.outcomes = self.batch[:, 3 * width :].split(1, dim=1)
-        self.sums = pi.new_zeros(3 + len(alpha), dtype=th.float64)
+        self.memory = memory = SACMemory(agent)
+        self.n, self.rows, new = memory.n_critics, len(batch.rewards), memory.actor.new_zeros
+        (_, self.obs_dim), (heads, _) = memory.pi_shapes[0], memory.pi_shapes[-1]
+        self.actor = Stack(memory.actor, memory.pi_shapes, (2, self.rows))
+        self.all_critics = Stack(memory.all_critics, memory.q_shapes, (2 * self.n, self.rows))
+        self.critics = Stack(memory.critics, memory.q_shapes, (self.n, self.rows))
+        # Side by side, once for each critic: (s, pi(s)), (s', pi(s')), (s, a); then done, reward and, if it varies, discount.
+        width = LEAD + self.obs_dim + heads // 2
+        self.batch = new(self.rows, 3 * self.n * width + 2 + (batch.discounts is not None))
+        inputs, outcomes = self.batch.tensor_split([3 * self.n * width], dim=1)
+        self.inputs, self.outcomes = inputs.unflatten(1, (3 * self.n, width)).transpose(0, 1), outcomes.split(1, dim=1)
+        self.epsilon, self.lead = agent.actor.action_dist.epsilon, lead_of(self.rows, memory.actor)
+        self.noise, self.by_heads = new(2, self.rows, heads // 2), new(1, self.rows, heads)
+        self.one, self.gamma, self.rate, self.minus_target_entropy = (new(1) for _ in range(4))
+        # What is logged: alpha and the losses of actor, critics and, if it is learned, alpha.
+        self.logged = new(3 + (memory.log_alpha is not None))
+        self.sums, self.last_rate = th.zeros_like(self.logged, dtype=th.float64), 0.0
+        self.one.fill_(1)
 
-    def read(self, agent: Any) -> None:
-        """Take over what SB3's objects hold."""
-        tensors, counters = _originals(agent)
-        th._foreach_copy_(self.views, tensors)
-        for part, optimizer, counts in zip(self.adams, _optimizers(agent), counters, strict=True):
-            part.learning_rate.fill_(optimizer.param_groups[0]["lr"])
-            part.set_counters(th.stack(counts).tolist())
-        if self.log_alpha is None:
-            self.alpha.copy_(agent.ent_coef_tensor)
+    def read(self, agent: Any, counts: list[set[float]]) -> None:
+        """Take over what SB3's objects hold; ``counts``: of ``counts_of``."""
+        self.memory.read(agent, counts)
+        if self.memory.log_alpha is None:
+            self.logged[:1].copy_(agent.ent_coef_tensor)
         else:
-            self.target_entropy.fill_(agent.target_entropy)
+            self.minus_target_entropy.fill_(-agent.target_entropy)
         self.gamma.fill_(agent.gamma)
         self.sums.zero_()
 
-    def write(self, agent: Any, n_steps: int) -> None:
-        """Give SB3's objects what they hold after ``n_steps``."""
-        tensors, counters = _originals(agent)
-        th._foreach_copy_(tensors, self.views)
-        th._foreach_add_([*chain(*counters)], n_steps)
+    def means(self, n_steps: int) -> Any:
+        """Of what is logged, over ``n_steps``; waits for the GPU."""
+        sums = np.array(self.sums.tolist())
+        # So far the sum of squared errors.
+        sums[2] /= 2 * self.rows
+        return sums / n_steps
 
     def put(self, agent: Any, data: ReplayBufferSamples, rate: float) -> None:
         """Lay a batch, and the share of the critics that goes into their targets, where ``run`` looks for them."""
         raw, options = (data.observations, data.next_observations), (agent.observation_space, agent.policy.normalize_images)
         obs, next_obs = (preprocess_obs(part, *options).flatten(1) for part in raw)  # type: ignore[union-attr]
         # The first two actions only keep the place of the policy's.
-        inputs = [obs, data.actions, next_obs, data.actions, obs, data.actions]
+        inputs = [part for each in (obs, next_obs, obs) for part in self.n * [self.lead, each, data.actions]]
         discounts = [] if data.discounts is None else [data.discounts]
         th.cat([*inputs, data.dones, data.rewards, *discounts], dim=1, out=self.batch)
-        self.rate.fill_(rate)
+        if rate != self.last_rate:
+            self.rate.fill_(rate)
+            self.last_rate = rate
 
     def run(self) -> None:
         """Learn from the batch. All of it is captured: it must neither wait for the GPU nor depend on values."""
         for noise in self.noise:  # drawn one by one, as by SB3
             noise.normal_()
-        hidden = self.hidden.forward(self.inputs[:2, :, : self.obs_dim].flatten(0, 1).unsqueeze(0))
-        heads = self.heads.forward(hidden[-1].relu_().expand(2, -1, -1))
-        actions = _Actions(heads[-1], self.noise.flatten(0, 1), self.epsilon)
-        self.inputs[:2, :, self.obs_dim :] = actions.values.unflatten(0, (2, -1))
-        log_probs, next_log_probs = actions.log_probs.chunk(2)
-        alpha, *alpha_loss = self._alpha_step(log_probs)
-        critic_loss = self._critic_step(alpha * next_log_probs)
+        outputs = self.actor.forward(self.inputs[: 2 * self.n : self.n, :, : LEAD + self.obs_dim])
+        actions = _Actions(outputs[-1].flatten(0, 1), self.noise.flatten(0, 1), self.epsilon, self.one)
+        places = self.inputs[: 2 * self.n, :, LEAD + self.obs_dim :].unflatten(0, (2, self.n))
+        places.copy_(actions.values.unflatten(0, (2, 1, self.rows)))
+        self._alpha_gradient(actions.log_probs[: self.rows])
+        # Until the next update, alpha is what it was before this one's step.
+        alpha = self.logged[:1]
+        penalty, next_penalty = (alpha * actions.log_probs).chunk(2)
+        self._critic_step(next_penalty)
         values, dq = self._least_critic()
-        rows = len(dq)
-        delta = actions.backward(dq, alpha / rows)
-        self.heads.backward([heads[0][:, :rows]], delta)
-        delta = through_relu(th.bmm(delta, self.heads.layers[0][0]).sum(0, keepdim=True), hidden[-1][:, :rows])
-        self.hidden.backward([output[:, :rows] for output in hidden], delta)
-        self.adams[0].step()
-        self.target_rows.lerp_(self.critic_rows, self.rate)
-        self.sums += th.cat([alpha, (alpha * log_probs - values).mean(0, keepdim=True), critic_loss, *alpha_loss])
+        th.mean(penalty - values, 0, keepdim=True, out=self.logged[1:2])
+        actions.backward(dq, alpha * (-1 / self.rows), self.by_heads[0])
+        self.actor.backward([output[:1] for output in outputs], self.by_heads, self.memory.actor_grads)
+        self.memory.step_actor_and_alpha()
+        self.memory.targets.lerp_(self.memory.critics, self.rate)
+        self.sums += self.logged
 
-    def _alpha_step(self, log_probs: th.Tensor) -> list[th.Tensor]:
-        """``J(alpha) = -log alpha mean(log pi + target entropy)``; returns alpha before the step and, if learned, the loss."""
-        if self.log_alpha is None:
-            return [self.alpha]
-        grad = -(log_probs.mean(0, keepdim=True) + self.target_entropy)
-        alpha, loss = self.log_alpha.exp(), self.log_alpha * grad
-        self.adams[2].grads[0, :1] = grad
-        self.adams[2].step()
-        return [alpha, loss]
+    def _alpha_gradient(self, log_probs: th.Tensor) -> None:
+        """``J(alpha) = -log alpha mean(log pi + target entropy)``, where alpha is learned."""
+        log_alpha, grad = self.memory.log_alpha, self.memory.alpha_grad
+        if log_alpha is not None and grad is not None:
+            th.exp(log_alpha, out=self.logged[:1])
+            th.sub(self.minus_target_entropy, log_probs.mean(0, keepdim=True), out=grad)
+            th.mul(log_alpha, grad, out=self.logged[3:])
 
-    def _critic_step(self, penalty: th.Tensor) -> th.Tensor:
+    def _critic_step(self, penalty: th.Tensor) -> None:
         """``J(Q) = 1/2 sum_i mean (Q_i(s, a) - r - (1 - done) gamma (min_j Q'_j(s', a') - penalty))^2``."""
-        n, rows = len(self.critic_rows), len(penalty)
-        outputs = self.all_critics.forward(self.inputs[1:].unsqueeze(1).expand(-1, n, -1, -1).flatten(0, 1))
+        outputs = self.all_critics.forward(self.inputs[self.n :])
         dones, rewards, *discounts = self.outcomes
-        next_values = outputs[-1][:n].amin(0) - penalty.unsqueeze(1)
-        errors = outputs[-1][n:] - (rewards + (1 - dones) * (discounts[0] if discounts else self.gamma) * next_values)
-        self.critics.backward([output[n:] for output in outputs], errors / rows)
-        self.adams[1].step()
-        return errors.square().sum().view(1) / (2 * rows)
+        gamma = discounts[0] if discounts else self.gamma
+        next_values = outputs[-1][: self.n].amin(0) - penalty.unsqueeze(1)
+        returns = th.addcmul(rewards, th.addcmul(gamma, gamma, dones, value=-1), next_values)
+        errors = outputs[-1][self.n :] - returns
+        self.critics.backward([output[self.n :] for output in outputs], errors / self.rows, self.memory.critic_grads)
+        self.memory.step_critics()
+        th.mm(errors.view(1, -1), errors.view(-1, 1), out=self.logged[2:3].view(1, 1))
 
     def _least_critic(self) -> tuple[th.Tensor, th.Tensor]:
         """``min_i Q_i(s, pi(s)) (B,)``, and ``-1/B`` of it by the action, ``(B, action_dim)``."""
-        outputs = self.fixed_critics.forward(self.inputs[:1].expand(len(self.critic_rows), -1, -1))
+        outputs = self.critics.forward(self.inputs[: self.n])
         values, least = outputs[-1].min(0, keepdim=True)
-        delta = th.zeros_like(outputs[-1]).scatter_(0, least, -1 / values.shape[1])
-        delta = self.fixed_critics.backward(outputs, delta)
-        return values.flatten(), th.bmm(delta, self.critics.layers[0][0][:, :, self.obs_dim :]).sum(0)
+        delta = self.critics.backward(outputs, th.zeros_like(outputs[-1]).scatter_(0, least, -1 / self.rows))
+        return values.flatten(), th.bmm(delta, self.critics.layers[0][:, :, LEAD + self.obs_dim :]).sum(0)

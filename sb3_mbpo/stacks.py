@@ -1,28 +1,55 @@
 """Networks of one shape side by side in static memory: few operations for all of them, and always at the same addresses."""
 
-import math
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch as th
 from torch.optim.adam import adam
 
+# Numbers in front of each input, a one and zeros, and of each row of weights, a bias and zeros: one product does both.
+# Four, so that what comes after them begins where a GPU likes to read.
+LEAD = 4
 # Numbers: rows begin where a GPU likes to read.
 _ALIGNMENT = 64
 # Numbers: the fused kernel of Adam gives a short tensor to one block of threads, so the work on a long one is divided.
 _PIECE = 8192
 
-
-def rows_for(n: int, parameters: list[th.Tensor]) -> th.Tensor:
-    """Zeros for the parameters of ``n`` networks of one shape, a row each: ``(n, P)``."""
-    size = sum(parameter.numel() for parameter in parameters) // n
-    return parameters[0].new_zeros(n, -(-size // _ALIGNMENT) * _ALIGNMENT)
+Shapes = list[tuple[int, int]]
 
 
-def views_of(rows: th.Tensor, parameters: list[th.Tensor]) -> list[th.Tensor]:
-    """The parts of ``rows`` that stand for these parameters, network by network, in their shapes."""
-    sizes = [parameter.numel() for parameter in parameters[: len(parameters) // len(rows)]]
-    parts = [part for row in rows for part in row[: sum(sizes)].split(sizes)]
-    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+def _sizes(shapes: Shapes) -> list[int]:
+    return [n_out * (LEAD + n_in) for n_out, n_in in shapes]
+
+
+def row_size(shapes: Shapes) -> int:
+    """Numbers that a network with layers of these shapes ``(out, in)`` takes."""
+    return -(-sum(_sizes(shapes)) // _ALIGNMENT) * _ALIGNMENT
+
+
+def layers_of(rows: th.Tensor, shapes: Shapes) -> list[th.Tensor]:
+    """The parts of ``rows (n, row_size)`` that are ``[bias, 0, 0, 0, weight]``, ``(n, out, LEAD + in)``, layer by layer."""
+    sizes = _sizes(shapes)
+    parts = rows[:, : sum(sizes)].split(sizes, dim=1)
+    return [part.unflatten(1, (n_out, -1)) for part, (n_out, _) in zip(parts, shapes, strict=True)]
+
+
+def views_of(rows: th.Tensor, shapes: Shapes, heads: int = 1) -> list[th.Tensor]:
+    """
+    The parts of ``rows`` that stand for weight and bias of each linear layer in turn, network by network.
+
+    :param rows: ``(n, row_size)``
+    :param shapes: ``(out, in)`` of each layer
+    :param heads: linear layers that the last one consists of
+    """
+    layers = layers_of(rows, shapes)
+    parts = [part for network in zip(*layers, strict=True) for part in (*network[:-1], *network[-1].chunk(heads))]
+    return [view for part in parts for view in (part[:, LEAD:], part[:, 0])]
+
+
+def lead_of(rows: int, like: th.Tensor) -> th.Tensor:
+    """What stands in front of an input: a one and zeros, ``(rows, LEAD)``."""
+    return like.new_tensor([1.0] + [0.0] * (LEAD - 1)).repeat(rows, 1)
 
 
 def through_relu(delta: th.Tensor, output: th.Tensor) -> th.Tensor:
@@ -30,91 +57,104 @@ def through_relu(delta: th.Tensor, output: th.Tensor) -> th.Tensor:
     return th.ops.aten.threshold_backward(delta, output, 0)
 
 
-def _layers(rows: th.Tensor, shapes: list[tuple[int, ...]]) -> list[tuple[th.Tensor, th.Tensor]]:
-    """The parts of ``rows`` that are weights ``(n, out, in)`` and biases ``(n, 1, out)``, layer by layer."""
-    sizes = [size for shape in shapes for size in (math.prod(shape), shape[0])]
-    parts = rows[:, : sum(sizes)].split(sizes, dim=1)
-    return [(w.unflatten(1, shape), b.unsqueeze(1)) for w, b, shape in zip(parts[::2], parts[1::2], shapes, strict=True)]
-
-
 class Stack:
     """
     ``n`` networks of linear layers with ReLU between them.
 
-    :param rows: their parameters ``(n, P)``, weight and bias in turn
+    :param rows: their parameters ``(n, row_size)``
     :param shapes: ``(out, in)`` of each layer
-    :param grads: where gradients go, laid out as ``rows``; ``None``: they are not wanted
+    :param inputs: how many inputs there will be, ``(m, B)``; ``m`` is ``n``, or any number if ``n`` is one
     """
 
-    def __init__(self, rows: th.Tensor, shapes: list[tuple[int, ...]], grads: th.Tensor | None = None) -> None:
-        self.layers, self.grads = _layers(rows, shapes), [] if grads is None else _layers(grads, shapes)
+    def __init__(self, rows: th.Tensor, shapes: Shapes, inputs: tuple[int, int]) -> None:
+        self.layers, lead = layers_of(rows, shapes), lead_of(inputs[1], rows).expand(*inputs, -1)
+        self._hidden = [th.cat([lead, rows.new_zeros(*inputs, n_out)], dim=2) for n_out, _ in shapes[:-1]]
 
     def forward(self, x: th.Tensor) -> list[th.Tensor]:
         """
         ``h_l = relu(h_{l-1} W_l^T + b_l)``, the last without relu.
 
-        :param x: ``h_0``, ``(n, B, in)``
-        :return: all ``h_l``, ``h_0`` included
+        :param x: ``h_0`` behind its lead, ``(m, B, LEAD + in)``
+        :return: all ``h_l``, ``h_0`` included, each behind its lead but the last; overwritten by the next call
         """
-        outputs = [x]
-        for weight, bias in self.layers:
-            if len(outputs) > 1:
-                outputs[-1].relu_()
-            outputs.append(th.baddbmm(bias, outputs[-1], weight.transpose(1, 2)))
-        return outputs
+        outputs = [x, *self._hidden]
+        for layer, before, hidden in zip(self.layers, outputs, self._hidden, strict=False):
+            th.bmm(before, layer.transpose(1, 2).expand(len(x), -1, -1), out=hidden[:, :, LEAD:])
+            hidden.relu_()
+        return [*outputs, th.bmm(outputs[-1], self.layers[-1].transpose(1, 2).expand(len(x), -1, -1))]
 
-    def backward(self, outputs: list[th.Tensor], delta: th.Tensor) -> th.Tensor:
+    def backward(self, outputs: list[th.Tensor], delta: th.Tensor, grads: Sequence[th.Tensor] = ()) -> th.Tensor:
         """
-        Set the gradients, if they are wanted.
-
-        :param outputs: of :meth:`forward`; the last one is not looked at
+        :param outputs: of :meth:`forward`, ``n`` of them; the last one is not looked at
         :param delta: the loss by the last output, ``(n, B, out)``
+        :param grads: where the loss by each layer goes, if it is wanted: :func:`layers_of` rows of their own
         :return: the loss by the first layer's output, before its relu
         """
         for i in reversed(range(len(self.layers))):
-            if self.grads:
-                th.bmm(delta.transpose(1, 2), outputs[i], out=self.grads[i][0])
-                th.sum(delta, 1, keepdim=True, out=self.grads[i][1])
+            if grads:
+                th.bmm(delta.transpose(1, 2), outputs[i], out=grads[i])
             if i > 0:
-                delta = through_relu(th.bmm(delta, self.layers[i][0]), outputs[i])
+                delta = through_relu(th.bmm(delta, self.layers[i][:, :, LEAD:]), outputs[i][:, :, LEAD:])
         return delta
+
+
+class Mirror:
+    """
+    Memory that holds the numbers of other tensors in an order of its own, with zeros between them.
+
+    :param memory: ``(N,)``; zero where no view looks
+    :param views: given ``memory`` or its like, the parts that stand for the tensors, in their order and shapes
+    """
+
+    def __init__(self, memory: th.Tensor, views: Callable[[th.Tensor], list[th.Tensor]]) -> None:
+        self.memory, self._zero = memory, memory.new_zeros(1)
+        parts = views(index := th.zeros(memory.shape, dtype=th.int64))
+        self._shapes = [part.shape for part in parts]
+        self._sizes = [part.numel() for part in parts]
+        # Of each place in memory its place among all numbers of the tensors, after a zero; and the other way round.
+        for part, numbers in zip(parts, (1 + th.arange(sum(self._sizes))).split(self._sizes), strict=True):
+            part.copy_(numbers.view_as(part))
+        places = index.argsort(stable=True)[len(index) - sum(self._sizes) :]
+        self._index, self._places = index.to(memory.device), places.to(memory.device)
+
+    def read(self, tensors: list[th.Tensor]) -> None:
+        """Take over what the tensors hold."""
+        numbers = th.cat([self._zero, *(tensor.reshape(-1) for tensor in tensors)])
+        th.index_select(numbers, 0, self._index, out=self.memory)
+
+    def write(self, tensors: list[th.Tensor]) -> None:
+        """Let the tensors hold what stands in memory."""
+        parts = self.memory.index_select(0, self._places).split(self._sizes)
+        th._foreach_copy_(tensors, [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)])
 
 
 class StaticAdam:
     """
-    What an Adam without options other than betas and eps does, on ``rows``; the learning rate is a tensor.
+    What Adams without options other than betas and eps do, each on a part of its own; the learning rate is a tensor.
 
-    :param optimizer: the one that it stands in for; all its parameters are in ``rows``
-    :param rows: see :func:`rows_for`
+    A number whose gradient and moments are zero stays as it is, unless eps is zero.
+
+    :param group: their settings, as in ``param_groups``
+    :param parts: of each, parameters, gradients, first and second moments: ``(N,)``
     """
 
-    def __init__(self, optimizer: Any, rows: th.Tensor) -> None:
-        group = optimizer.param_groups[0]
-        parameters = group["params"]
+    def __init__(self, group: Any, parts: Sequence[Sequence[th.Tensor]]) -> None:
         (self.beta1, self.beta2), self.eps = group["betas"], group["eps"]
-        self.learning_rate = rows.new_zeros(())
-        self.grads, *moments = (th.zeros_like(rows) for _ in range(3))
-        values, grads, averages, squares = (views_of(part, parameters) for part in (rows, self.grads, *moments))
-        #: Parameters, first and second moments, each as :func:`views_of` orders them.
-        self.views = [*values, *averages, *squares]
-        self._pieces: list[Any] = [
-            [piece for view in part for piece in view.flatten().split(_PIECE)] for part in (values, grads, averages, squares)
-        ]
-        counts = [-(-parameter.numel() // _PIECE) for parameter in parameters]
+        self.learning_rate = parts[0][0].new_zeros(())
+        pieces = [[tensor.split(_PIECE) for tensor in part] for part in parts]
+        self._pieces: list[Any] = [[*chain(*tensors)] for tensors in zip(*pieces, strict=True)]
+        counts = [len(values) for values, *_ in pieces]
         # The fused kernel knows float32 counters only.
-        self._counters = th.zeros(sum(counts), dtype=th.float32, device=rows.device)
-        self._steps, self._counters_of = list(self._counters.unbind()), self._counters.split(counts)
+        counters = th.zeros(sum(counts), dtype=th.float32, device=self.learning_rate.device)
+        self._steps, self._counters_of = list(counters.unbind()), counters.split(counts)
 
-    def set_counters(self, counts: list[float]) -> None:
-        """:param counts: the steps so far of each parameter"""
-        if len(set(counts)) == 1:
-            self._counters.fill_(counts[0])
-            return
+    def set_counters(self, counts: Sequence[float]) -> None:
+        """:param counts: the steps so far of each part"""
         for counters, count in zip(self._counters_of, counts, strict=True):
             counters.fill_(count)
 
     def step(self) -> None:
-        """One step from the gradients in ``grads``."""
+        """One step from the gradients."""
         params, grads, averages, squares = self._pieces
         options: Any = {"lr": self.learning_rate, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "fused": True}
         adam(params, grads, averages, squares, [], self._steps, amsgrad=False, maximize=False, weight_decay=0.0, **options)

@@ -12,7 +12,9 @@ import pytest
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common import policies
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecNormalize
 from test_sac_update import BATCH, CASES, batches, box, compare, difference, make, parts, run, saved_and_loaded
 from tiny import FAST
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mbpo import MBPO, cuda_update
 from sb3_mbpo.cuda_update import train
+from sb3_mbpo.sac_memory import counts_of
 from sb3_mbpo.uncovered import why_not_fast
 
 # A capture exists on a GPU only; its arithmetic is tested below without one.
@@ -86,10 +89,19 @@ def test_either_continues_the_other(first, in_double):
         assert difference(agent, reference) < 1e-12
 
 
-def test_counters_may_differ(in_double):
+@pytest.mark.parametrize("own", [{"betas": (0.5, 0.9)}, {"eps": 1e-5}, {"lr": 0.5}], ids=str)
+def test_alpha_may_have_an_adam_of_its_own(own, in_double, monkeypatch):
+    """Actor and alpha take a step together only where they can."""
+    monkeypatch.setattr(SAC, "_update_learning_rate", lambda self, optimizers: None)
+    agent = make(double=True)
+    agent.ent_coef_optimizer.param_groups[0].update(own)  # type: ignore[union-attr]
+    compare(agent, 1e-12, steps=5, update=train)
+
+
+def test_optimizers_may_have_had_unequal_numbers_of_steps(in_double):
     agent = make(double=True)
     SAC.train(agent, 2, BATCH)
-    agent.actor.optimizer.state[agent.actor.mu.weight]["step"] += 30  # type: ignore[union-attr, index]
+    agent.ent_coef_optimizer.state[agent.log_ent_coef]["step"] += 30  # type: ignore[union-attr, index]
     compare_from_here(agent)
 
 
@@ -179,18 +191,6 @@ def test_optimizer_states_are_those_of_adam():
         assert described[0] == described[1]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_counters_of_a_loaded_agent(fused):
-    """SB3 loads them onto the GPU (here one of fake tensors); Adam itself keeps them there only if it is fused."""
-    agent = fast(make(policy_kwargs={"optimizer_kwargs": {"fused": fused}}))
-    states = agent.critic.optimizer.state.values()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for state in states:
-            state["step"] = th.ones((), device="cuda")
-        cuda_update._originals(agent)
-    assert {state["step"].device.type for state in states} == {"cuda" if fused else "cpu"}
-
-
 # ---------------------------------------------------------------------- fit to be captured
 
 
@@ -198,7 +198,7 @@ def test_counters_of_a_loaded_agent(fused):
 def captured_part(agent: SAC, size: int = BATCH) -> Any:
     batch = batches(agent, 1, size)[0]
     update = cuda_update._Update(agent, batch)
-    update.read(agent)
+    update.read(agent, counts_of(agent))
     update.put(agent, batch, 0.1)
     return update
 
@@ -232,21 +232,26 @@ class Launches(TorchDispatchMode):
 
 
 def test_few_launches():
-    """The time of an update on a GPU goes by their number: 105 as of writing."""
+    """The time of an update on a GPU goes by their number: 80 as of writing."""
     update = captured_part(make())
     with th.no_grad(), Launches() as counted:
         update.run()
-    assert len(counted.launches) <= 110, counted.launches
+    assert len(counted.launches) <= 80, counted.launches
 
 
 def test_static_memory_is_not_replaced():
     """A replay reads and writes the addresses of the capture, whatever Python's attributes say later."""
     update = captured_part(make())
-    addresses = {name: value.data_ptr() for name, value in vars(update).items() if isinstance(value, th.Tensor)}
-    assert {"batch", "noise", "sums", "rate", "gamma", "target_rows", "critic_rows"} <= addresses.keys()
+    addresses = [
+        {name: value.data_ptr() for name, value in vars(part).items() if isinstance(value, th.Tensor)}
+        for part in (update, update.memory)
+    ]
+    assert {"batch", "noise", "sums", "rate", "gamma"} <= addresses[0].keys()
+    assert {"targets", "critics", "actor", "log_alpha", "alpha_grad"} <= addresses[1].keys()
     with th.no_grad():
         update.run()
-    assert {name: getattr(update, name).data_ptr() for name in addresses} == addresses
+    for part, expected in zip((update, update.memory), addresses, strict=True):
+        assert {name: getattr(part, name).data_ptr() for name in expected} == expected
 
 
 @pytest.fixture
@@ -297,6 +302,26 @@ def test_the_agent_survives_a_failed_capture(monkeypatch):
     assert len(tried) == 1
     train(agent, batches(agent, 2, 7))
     assert len(tried) == 2
+
+
+@pytest.mark.parametrize(("what", "reason"), [("counters", "unequal numbers of steps"), ("eps", "eps is not above zero")])
+def test_what_memory_has_no_place_for_is_left_to_sb3(what, reason):
+    agent = run(make(), False)[0]
+    if what == "counters":
+        agent.actor.optimizer.state[agent.actor.mu.weight]["step"] += 30  # type: ignore[union-attr, index]
+    else:
+        agent.critic.optimizer.param_groups[0]["eps"] = 0.0
+    before = copy.deepcopy(agent)
+    with pytest.warns(UserWarning, match=f"Stable-Baselines3's own is used .*{reason}"):
+        assert train(agent, batches(agent, 2)) is False
+    # Warnings are errors here: it says so once.
+    assert train(agent, batches(agent, 2)) is False
+    assert difference(agent, before) == 0
+    for group, states in ((o.param_groups[0], o.state.values()) for o in (agent.actor.optimizer, agent.critic.optimizer)):
+        group["eps"] = 1e-8
+        for state in states:
+            state["step"].fill_(5)
+    assert train(agent, batches(agent, 2)) is True
 
 
 def test_interrupted_within_a_capture(stand_ins):
@@ -376,6 +401,18 @@ def test_a_captured_agent_is_saved_loaded_and_copied():
     assert max(difference(other, agent) for other in results) < 1e-4
 
 
+def waits(call: Callable[[], Any]) -> list[str]:
+    """What ``call`` has waited for the GPU for."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        th.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            th.cuda.set_sync_debug_mode("default")
+    return [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
+
+
 @gpu
 @pytest.mark.parametrize("loaded", [False, True])
 def test_waits_for_the_gpu_once(loaded):
@@ -384,27 +421,32 @@ def test_waits_for_the_gpu_once(loaded):
         agent = fast(saved_and_loaded(agent))
     ready = batches(agent, 10)
     th.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        th.cuda.set_sync_debug_mode("warn")
-        try:
-            train(agent, ready)
-        finally:
-            th.cuda.set_sync_debug_mode("default")
-    assert len([warning for warning in caught if "called a synchronizing" in str(warning.message)]) == 1
+    assert len(waits(lambda: train(agent, ready))) == 1
+
+
+@gpu
+@pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize])
+def test_a_call_of_mbpo_waits_once(wrap):
+    """Also for the real rows of its batches, which come from the host."""
+    agent = MBPO("MlpPolicy", wrap(make_vec_env("Pendulum-v1")), device="cuda", **FAST)
+    agent.learn(60)
+    assert len(agent.replay_buffer.model_buffer) > 0  # type: ignore[union-attr]
+    agent.train(5, 32)
+    th.cuda.synchronize()
+    assert len(waits(lambda: agent.train(5, 32))) == 1
 
 
 @gpu
 def test_a_capture_that_fails_leaves_agent_and_generator_intact(monkeypatch):
     run_ = cuda_update._Update.run
 
-    def waits(self) -> None:
+    def waiting(self) -> None:
         run_(self)
         self.sums.tolist()
 
     agent = run(make(device="cuda"), False)[0]
     before = copy.deepcopy(agent)
-    monkeypatch.setattr(cuda_update._Update, "run", waits)
+    monkeypatch.setattr(cuda_update._Update, "run", waiting)
     with pytest.warns(UserWarning, match="could not be captured"):
         assert not train(agent, batches(agent, 2))
     assert difference(agent, before) == 0
