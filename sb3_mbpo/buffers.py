@@ -20,9 +20,13 @@ BLOCK_NUMBERS = 2**20
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
 
-def on_device(array: np.ndarray, device: th.device) -> th.Tensor:
-    """As float32 there; the host does not wait for a GPU to have it."""
-    tensor = th.as_tensor(array, dtype=th.float32)
+def sent(array: np.ndarray, device: th.device) -> th.Tensor:
+    """
+    A small array as float32 on a device, for whose copy the host does not wait.
+
+    On the way to a GPU its memory is pinned, and what was pinned once stays so: not for large ones.
+    """
+    tensor = th.as_tensor(array, dtype=th.float32, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -37,7 +41,7 @@ def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
     if env is None or not env.norm_obs:
         return obs
     assert isinstance(env.obs_rms, RunningMeanStd)
-    mean, std = (on_device(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
+    mean, std = (sent(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
     return ((obs - mean) / std).clamp(-env.clip_obs, env.clip_obs)
 
 
@@ -207,10 +211,11 @@ class MixedReplayBuffer(ReplayBuffer):
         while n > 0:
             self._check()
             drawn = min(n, max(1, BLOCK_NUMBERS // (batch_size * sum(widths))))
-            real = self._real_rows(np.random.randint(self.size() * self.n_envs, size=drawn * n_real))
+            rows = np.random.randint(self.size() * self.n_envs, size=drawn * n_real)
+            real = sent(self._real_rows(rows), self.device)
             imagined = self.model_buffer.sample(drawn * (batch_size - n_real), self.generator)
-            rows = th.cat([real.unflatten(0, (drawn, n_real)), imagined.unflatten(0, (drawn, -1))], dim=1)
-            obs, actions, next_obs, dones, rewards = rows.split(widths, dim=2)
+            mixed = th.cat([real.unflatten(0, (drawn, n_real)), imagined.unflatten(0, (drawn, -1))], dim=1)
+            obs, actions, next_obs, dones, rewards = mixed.split(widths, dim=2)
             obs, next_obs = (normalize_obs(raw.unflatten(2, self.obs_shape), env) for raw in (obs, next_obs))
             fields = (obs, actions, next_obs, dones, normalize_rewards(rewards, env))
             yield from map(ReplayBufferSamples, *(field.unbind() for field in fields))
@@ -239,18 +244,18 @@ class MixedReplayBuffer(ReplayBuffer):
         return array[: self.size()].reshape(self.size() * self.n_envs, -1)
 
     def _tensor(self, array: np.ndarray) -> th.Tensor:
-        return on_device(array, self.device)
+        return th.as_tensor(array, dtype=th.float32, device=self.device)
 
-    def _real_rows(self, rows: np.ndarray | slice) -> th.Tensor:
+    def _real_rows(self, rows: np.ndarray | slice) -> np.ndarray:
         """Real transitions, packed like those of the model buffer; dones without time limits, as SB3's samples have them."""
         *parts, timeouts = (self._flat(getattr(self, name))[rows] for name in ROWS)
         parts[3] = parts[3] * (1 - timeouts)
         # MuJoCo's observations are float64 in SB3's buffer; the networks are float32.
-        return self._tensor(np.concatenate(parts, axis=1, dtype=np.float32))
+        return np.concatenate(parts, axis=1, dtype=np.float32)
 
     def real_transitions(self) -> ReplayBufferSamples:
         """All real transitions, raw, flat, float32."""
-        return ReplayBufferSamples(*self._real_rows(slice(None)).split(self.model_buffer.widths, dim=1))
+        return ReplayBufferSamples(*self._tensor(self._real_rows(slice(None))).split(self.model_buffer.widths, dim=1))
 
     def newest(self, n: int) -> ReplayBufferSamples:
         """

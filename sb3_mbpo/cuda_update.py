@@ -13,7 +13,7 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN
 
-from sb3_mbpo.sac_memory import SACMemory, adam_settings, counts_of, optimizers_of, why_no_memory
+from sb3_mbpo.sac_memory import SACMemory, adam_settings, optimizers_of
 from sb3_mbpo.stacks import LEAD, Stack, lead_of
 
 # What was captured for an agent, and for which settings; not an attribute, so that it is neither saved nor copied with it.
@@ -26,21 +26,22 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
     ``SAC.train`` on given batches, to rounding: same noise from the same random stream, same equations, same log entries.
 
     Between calls, SB3's objects are the only truth: parameters and optimizer states are read at the start and written at the
-    end. What CUDA captured stays, and is captured anew when shapes or Adam's settings change. The host waits for the GPU once,
-    to log. Covers what ``uncovered.why_not_fast`` lets pass; does not ask it. On a CPU the same code runs uncaptured.
+    end. What CUDA captured stays, and is captured anew when shapes or Adam's settings change. Where Adam's counters are on the
+    CPU, the host waits for the GPU once, to log. Covers what ``uncovered.why_not_fast`` and ``sac_memory.why_not_static`` let
+    pass; does not ask them. On a CPU the same code runs uncaptured.
 
     :param agent: the agent whose networks are trained
     :param batches: one for each update, all of one size
-    :return: whether it was done; ``False`` where it cannot be (which warns once), and the agent is as before
+    :return: whether it was done; ``False`` where the capture failed (which warns once), and the agent is as before
     """
     agent._update_learning_rate(optimizers_of(agent))
-    update, n_updates, counts = None, 0, counts_of(agent)
+    update, n_updates = None, 0
     for batch in batches:
         if update is None:
-            update = _update_for(agent, batch, counts)
+            update = _update_for(agent, batch)
             if update is None:
                 return False
-            update.read(agent, counts)
+            update.read(agent)
         update.put(agent, batch, agent.tau if n_updates % agent.target_update_interval == 0 else 0.0)
         update.run()
         n_updates += 1
@@ -58,24 +59,16 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
     return True
 
 
-def _update_for(agent: SAC, batch: ReplayBufferSamples, counts: list[set[float]]) -> "_Update | None":
-    """The update captured for this agent and batches like this one; ``None`` where there cannot be one."""
+def _update_for(agent: SAC, batch: ReplayBufferSamples) -> "_Update | None":
+    """The update captured for this agent and batches like this one; ``None`` where that was tried in vain."""
     groups = [optimizer.param_groups[0] for optimizer in optimizers_of(agent)]
     adams = [(g["betas"], g["eps"], [(p.shape, p.dtype, p.device) for p in g["params"]]) for g in groups]
     epsilon, together = agent.actor.action_dist.epsilon, len({*adam_settings(agent)[1:]})  # type: ignore[union-attr]
-    obstacle = why_no_memory(agent, counts)
-    settings = (len(batch.rewards), batch.discounts is None, epsilon, adams, together, obstacle)
+    settings = (len(batch.rewards), batch.discounts is None, epsilon, adams, together)
     if agent not in _UPDATES or _UPDATES[agent][0] != settings:
         _UPDATES.pop(agent, None)
-        if obstacle:
-            _warn(obstacle)
-        _UPDATES[agent] = (settings, None if obstacle else _captured(agent, batch, groups[0]["params"][0].device))
+        _UPDATES[agent] = (settings, _captured(agent, batch, groups[0]["params"][0].device))
     return _UPDATES[agent][1]
-
-
-def _warn(reason: object) -> None:
-    message = f"The SAC update could not be captured as a CUDA graph; Stable-Baselines3's own is used ({reason})"
-    warnings.warn(message, stacklevel=5)
 
 
 def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update | None":
@@ -101,7 +94,8 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
         generator.graphsafe_set_state(random_state)
         if not isinstance(error, Exception):
             raise
-        _warn(error)
+        message = f"The SAC update could not be captured as a CUDA graph; Stable-Baselines3's own is used ({error})"
+        warnings.warn(message, stacklevel=5)
         return None
     update.run = graph.replay  # type: ignore[method-assign]
     return update
@@ -153,9 +147,9 @@ class _Update:
         self.sums, self.last_rate = th.zeros_like(self.logged, dtype=th.float64), 0.0
         self.one.fill_(1)
 
-    def read(self, agent: Any, counts: list[set[float]]) -> None:
-        """Take over what SB3's objects hold; ``counts``: of ``counts_of``."""
-        self.memory.read(agent, counts)
+    def read(self, agent: Any) -> None:
+        """Take over what SB3's objects hold."""
+        self.memory.read(agent)
         if self.memory.log_alpha is None:
             self.logged[:1].copy_(agent.ent_coef_tensor)
         else:

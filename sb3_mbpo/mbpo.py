@@ -8,6 +8,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from sb3_mbpo import cuda_update, sac_update
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.model_based import ModelBased
+from sb3_mbpo.sac_memory import why_not_static
 from sb3_mbpo.uncovered import why_not_fast
 
 
@@ -53,6 +54,8 @@ class MBPO(ModelBased, SAC):
         # Ours draws many batches at once, and does not ask sample().
         usual = type(self.replay_buffer) is MixedReplayBuffer and "sample" not in vars(self.replay_buffer)
         reason = why_not_fast(self, MBPO) if usual else "a replay buffer that draws in its own way"
+        if reason is None and self.device.type == "cuda":
+            reason = why_not_static(self)
         if self.fast_update and reason is not None:
             raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")
         return reason

@@ -3,10 +3,11 @@
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3 import SAC
 
-from sb3_mbpo.stacks import Mirror, StaticAdam, layers_of, row_size, views_of
+from sb3_mbpo.stacks import Mirror, StaticAdam, aligned, layers_of, row_size, views_of
 
 
 def optimizers_of(agent: Any) -> list[Any]:
@@ -25,13 +26,13 @@ def counts_of(agent: SAC) -> list[set[float]]:
     return counts
 
 
-def why_no_memory(agent: SAC, counts: list[set[float]]) -> str | None:
+def why_not_static(agent: SAC) -> str | None:
     """What keeps :class:`SACMemory` from standing in for an agent's optimizers, as a short phrase; ``None``: nothing."""
-    if any(len(of_one) > 1 for of_one in counts):
-        return "parameters of one optimizer have had unequal numbers of steps"
-    # Zeros between the parameters would not stay zeros.
-    if not all(optimizer.param_groups[0]["eps"] > 0 for optimizer in optimizers_of(agent)):
-        return "Adam's eps is not above zero"
+    if any(len(counts) > 1 for counts in counts_of(agent)):
+        return "on a GPU, unequal numbers of steps of one optimizer's parameters"
+    # What stands between the parameters would not stay zero.
+    if not all(np.float32(optimizer.param_groups[0]["eps"]) > 0 for optimizer in optimizers_of(agent)):
+        return "on a GPU, an eps of zero"
     return None
 
 
@@ -57,7 +58,7 @@ def _originals(agent: Any) -> tuple[list[th.Tensor], list[th.Tensor]]:
 def adam_settings(agent: SAC) -> list[tuple[Any, ...]]:
     """By which optimizers can take a step together."""
     groups = (optimizer.param_groups[0] for optimizer in optimizers_of(agent))
-    return [(group["betas"], group["eps"], group["lr"]) for group in groups]
+    return [(*group["betas"], group["eps"], group["lr"]) for group in groups]
 
 
 class SACMemory:
@@ -74,7 +75,7 @@ class SACMemory:
         self.q_shapes = critics[: len(critics) // self.n_critics]
         # Mean and log_std are one layer.
         self.pi_shapes = [*hidden, (2 * head[0], head[1])]
-        self._sizes = [self.n_critics * row_size(self.q_shapes), row_size(self.pi_shapes), *(1 for _ in groups[2:])]
+        self._sizes = [self.n_critics * row_size(self.q_shapes), row_size(self.pi_shapes), *(aligned(1) for _ in groups[2:])]
         memory = groups[0]["params"][0].new_zeros(self._sizes[0] + 3 * sum(self._sizes))
         self._mirror = Mirror(memory, self._views)
 
@@ -91,7 +92,7 @@ class SACMemory:
         self.critic_grads = layers_of(q_grads.view_as(self.critics), self.q_shapes)
         self.actor_grads = layers_of(pi_grads.view_as(self.actor), self.pi_shapes)
         #: Log alpha and its gradient ``(1,)``, if it is learned.
-        self.log_alpha, self.alpha_grad = of_alpha[0][:2] if of_alpha else (None, None)
+        self.log_alpha, self.alpha_grad = (of_alpha[0][0][:1], of_alpha[0][1][:1]) if of_alpha else (None, None)
         # The critics' step comes first; the others need not wait for each other.
         settings = adam_settings(agent)
         self._together = [[0], *([*which] for _, which in groupby(range(1, len(groups)), key=settings.__getitem__))]
@@ -106,15 +107,17 @@ class SACMemory:
         for part in learned:
             critics, actor, *log_alpha = part.split(self._sizes)
             views += views_of(critics.view(self.n_critics, -1), self.q_shapes)
-            views += [*views_of(actor.view(1, -1), self.pi_shapes, heads=2), *log_alpha]
+            views += [*views_of(actor.view(1, -1), self.pi_shapes, heads=2), *(part[:1] for part in log_alpha)]
         return views
 
-    def read(self, agent: SAC, counts: list[set[float]]) -> None:
-        """Take over what SB3's objects hold; ``counts``: of :func:`counts_of`, one each."""
+    def read(self, agent: SAC) -> None:
+        """Take over what SB3's objects hold."""
+        # Before they are made where there are none yet, and fetched from a GPU.
+        counts = [max(of_one) for of_one in counts_of(agent)]
         self._mirror.read(_originals(agent)[0])
         for adam, which in zip(self._adams, self._together, strict=True):
             adam.learning_rate.fill_(optimizers_of(agent)[which[0]].param_groups[0]["lr"])
-            adam.set_counters([max(counts[i]) for i in which])
+            adam.set_counters([counts[i] for i in which])
 
     def write(self, agent: SAC, n_steps: int) -> None:
         """Give SB3's objects what they hold after ``n_steps``."""

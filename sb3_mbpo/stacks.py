@@ -8,9 +8,9 @@ import torch as th
 from torch.optim.adam import adam
 
 # Numbers in front of each input, a one and zeros, and of each row of weights, a bias and zeros: one product does both.
-# Four, so that what comes after them begins where a GPU likes to read.
+# Four, so that what comes after them begins where a GPU likes to read, if layers are a multiple of four wide.
 LEAD = 4
-# Numbers: rows begin where a GPU likes to read.
+# Numbers: so do whole networks, and their moments for Adam.
 _ALIGNMENT = 64
 # Numbers: the fused kernel of Adam gives a short tensor to one block of threads, so the work on a long one is divided.
 _PIECE = 8192
@@ -22,9 +22,14 @@ def _sizes(shapes: Shapes) -> list[int]:
     return [n_out * (LEAD + n_in) for n_out, n_in in shapes]
 
 
+def aligned(size: int) -> int:
+    """The room for so many numbers."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 def row_size(shapes: Shapes) -> int:
-    """Numbers that a network with layers of these shapes ``(out, in)`` takes."""
-    return -(-sum(_sizes(shapes)) // _ALIGNMENT) * _ALIGNMENT
+    """The room for a network with layers of these shapes ``(out, in)``."""
+    return aligned(sum(_sizes(shapes)))
 
 
 def layers_of(rows: th.Tensor, shapes: Shapes) -> list[th.Tensor]:
@@ -103,13 +108,12 @@ class Mirror:
     Memory that holds the numbers of other tensors in an order of its own, with zeros between them.
 
     :param memory: ``(N,)``; zero where no view looks
-    :param views: given ``memory`` or its like, the parts that stand for the tensors, in their order and shapes
+    :param views: given ``memory`` or its like, the parts that stand for the tensors, in their order, of their sizes
     """
 
     def __init__(self, memory: th.Tensor, views: Callable[[th.Tensor], list[th.Tensor]]) -> None:
         self.memory, self._zero = memory, memory.new_zeros(1)
         parts = views(index := th.zeros(memory.shape, dtype=th.int64))
-        self._shapes = [part.shape for part in parts]
         self._sizes = [part.numel() for part in parts]
         # Of each place in memory its place among all numbers of the tensors, after a zero; and the other way round.
         for part, numbers in zip(parts, (1 + th.arange(sum(self._sizes))).split(self._sizes), strict=True):
@@ -125,7 +129,7 @@ class Mirror:
     def write(self, tensors: list[th.Tensor]) -> None:
         """Let the tensors hold what stands in memory."""
         parts = self.memory.index_select(0, self._places).split(self._sizes)
-        th._foreach_copy_(tensors, [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)])
+        th._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 class StaticAdam:

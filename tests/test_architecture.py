@@ -101,7 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "terminations",
         "unsupported",
     },
-    "mbpo": {"buffers", "cuda_update", "model_based", "sac_update", "uncovered"},
+    "mbpo": {"buffers", "cuda_update", "model_based", "sac_memory", "sac_update", "uncovered"},
     "variants": {"checks", "model_based"},
     "theory": set(),
     "model_error": set(),

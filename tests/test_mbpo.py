@@ -176,6 +176,25 @@ def test_on_a_gpu_the_update_is_captured_or_sb3s(captured, monkeypatch):
     assert ran == (["captured"] if captured else ["captured", "SB3"])
 
 
+def test_what_a_gpu_has_no_place_for(monkeypatch, capsys):
+    """It is SB3's update there, ours on a CPU; and it is ours again when that has passed."""
+    agent = MBPO("MlpPolicy", "Pendulum-v1", verbose=1, **FAST).learn(25)
+    counter = agent.actor.optimizer.state[agent.actor.mu.weight]["step"]
+    counter += 30
+    assert agent._is_fast()
+    monkeypatch.setattr(agent, "device", th.device("cuda"))
+    capsys.readouterr()
+    assert not agent._is_fast()
+    assert (
+        "Stable-Baselines3's own (on a GPU, unequal numbers of steps of one optimizer's parameters)" in capsys.readouterr().out
+    )
+    agent.fast_update = True
+    with pytest.raises(ValueError, match="fast_update=True does not cover this agent: on a GPU, unequal"):
+        agent._is_fast()
+    counter -= 30
+    assert agent._is_fast()
+
+
 def test_a_subclass_may_change_the_update():
     class Slow(MBPO):
         def train(self, gradient_steps, batch_size=64):

@@ -6,7 +6,7 @@ from stable_baselines3 import SAC
 from test_sac_update import BATCH, CASES, difference, make, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sb3_mbpo.sac_memory import SACMemory, _originals, counts_of, why_no_memory
+from sb3_mbpo.sac_memory import SACMemory, _originals, counts_of, why_not_static
 from sb3_mbpo.stacks import LEAD, layers_of
 
 
@@ -17,7 +17,7 @@ def trained(seed: int = 0, **kwargs) -> SAC:
 @th.no_grad()
 def memory_of(agent: SAC) -> SACMemory:
     memory = SACMemory(agent)
-    memory.read(agent, counts_of(agent))
+    memory.read(agent)
     return memory
 
 
@@ -59,18 +59,40 @@ def test_counts():
     agent = make()
     assert counts_of(agent) == [{0.0}] * 3
     SAC.train(agent, 2, BATCH)
-    assert counts_of(agent) == [{2.0}] * 3 and why_no_memory(agent, counts_of(agent)) is None
+    assert counts_of(agent) == [{2.0}] * 3 and why_not_static(agent) is None
     agent.critic.optimizer.state[agent.critic.q_networks[0][0].weight]["step"] += 1  # type: ignore[index]
     assert counts_of(agent) == [{2.0, 3.0}, {2.0}, {2.0}]
     del agent.actor.optimizer.state[agent.actor.mu.weight]  # type: ignore[union-attr, arg-type]
     assert counts_of(agent)[1] == {0.0, 2.0}
-    assert "unequal numbers of steps" in str(why_no_memory(agent, counts_of(agent)))
+    assert "unequal numbers of steps" in str(why_not_static(agent))
 
 
 def test_an_eps_of_zero_would_move_what_stands_between():
     agent = make()
-    agent.critic.optimizer.param_groups[0]["eps"] = 0.0
-    assert "eps" in str(why_no_memory(agent, counts_of(agent)))
+    # The second is zero in float32.
+    for eps in (0.0, 1e-50):
+        agent.critic.optimizer.param_groups[0]["eps"] = eps
+        assert "eps" in str(why_not_static(agent))
+
+
+@pytest.mark.parametrize("case", ["plain", "unequal", "fixed alpha", "deep, one critic"])
+def test_where_a_gpu_likes_to_read(case):
+    """The fused kernel of Adam reads four numbers at once only where all its tensors begin at 16 bytes."""
+    memory = SACMemory(make(**CASES[case]))
+    pieces = [piece for adam in memory._adams for kind in adam._pieces for piece in kind]
+    assert {piece.data_ptr() % 16 for piece in pieces} == {0}
+
+
+def test_log_alpha_may_be_a_scalar():
+    """SB3 trains it as it is."""
+    agent, other = trained(), trained(seed=1)
+    with th.no_grad():
+        other.log_ent_coef.set_(th.zeros(()))  # type: ignore[union-attr, call-overload]
+        for key in ("exp_avg", "exp_avg_sq"):
+            other.ent_coef_optimizer.state[other.log_ent_coef][key].set_(th.zeros(()))  # type: ignore
+        memory_of(agent).write(other, 0)
+        assert other.log_ent_coef.shape == () and other.log_ent_coef == agent.log_ent_coef  # type: ignore[union-attr]
+        assert th.equal(memory_of(other)._mirror.memory, memory_of(agent)._mirror.memory)
 
 
 def test_nothing_of_the_agent_is_kept():
