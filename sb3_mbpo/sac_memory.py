@@ -79,11 +79,9 @@ class SACMemory:
         memory = groups[0]["params"][0].new_zeros(self._sizes[0] + 3 * sum(self._sizes))
         self._mirror = Mirror(memory, self._views)
 
-        _, *learned = self._parts(memory)
+        _, learned, *moments = self._parts(memory)
         # Of each optimizer what it changes, its gradients and its moments.
-        parts = [
-            *zip(*(part.split(self._sizes) for part in (learned[0], th.zeros_like(learned[0]), *learned[1:])), strict=True)
-        ]
+        parts = [*zip(*(kind.split(self._sizes) for kind in (learned, th.zeros_like(learned), *moments)), strict=True)]
         (_, q_grads, *_), (pi, pi_grads, *_), *of_alpha = parts
         #: Rows of target critics, then critics; of the critics; of the actor.
         self.all_critics = memory[: 2 * self._sizes[0]].view(2 * self.n_critics, -1)
@@ -92,7 +90,8 @@ class SACMemory:
         self.critic_grads = layers_of(q_grads.view_as(self.critics), self.q_shapes)
         self.actor_grads = layers_of(pi_grads.view_as(self.actor), self.pi_shapes)
         #: Log alpha and its gradient ``(1,)``, if it is learned.
-        self.log_alpha, self.alpha_grad = (of_alpha[0][0][:1], of_alpha[0][1][:1]) if of_alpha else (None, None)
+        self.log_alpha: th.Tensor | None = of_alpha[0][0][:1] if of_alpha else None
+        self.alpha_grad: th.Tensor | None = of_alpha[0][1][:1] if of_alpha else None
         # The critics' step comes first; the others need not wait for each other.
         settings = adam_settings(agent)
         self._together = [[0], *([*which] for _, which in groupby(range(1, len(groups)), key=settings.__getitem__))]
