@@ -172,6 +172,7 @@ class _Update:
         inputs = [part for each in (obs, next_obs, obs) for part in self.n * [self.lead, each, data.actions]]
         discounts = [] if data.discounts is None else [data.discounts]
         th.cat([*inputs, data.dones, data.rewards, *discounts], dim=1, out=self.batch)
+        # Asking the tensor would be to wait, filling it each time a launch more.
         if rate != self.last_rate:
             self.rate.fill_(rate)
             self.last_rate = rate

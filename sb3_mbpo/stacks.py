@@ -57,11 +57,6 @@ def lead_of(rows: int, like: th.Tensor) -> th.Tensor:
     return like.new_tensor([1.0] + [0.0] * (LEAD - 1)).repeat(rows, 1)
 
 
-def through_relu(delta: th.Tensor, output: th.Tensor) -> th.Tensor:
-    """``delta * 1[output > 0]``"""
-    return th.ops.aten.threshold_backward(delta, output, 0)
-
-
 class Stack:
     """
     ``n`` networks of linear layers with ReLU between them.
@@ -99,7 +94,9 @@ class Stack:
             if grads:
                 th.bmm(delta.transpose(1, 2), outputs[i], out=grads[i])
             if i > 0:
-                delta = through_relu(th.bmm(delta, self.layers[i][:, :, LEAD:]), outputs[i][:, :, LEAD:])
+                # delta W_i where h_i > 0: relu's derivative, in one operation.
+                delta = th.bmm(delta, self.layers[i][:, :, LEAD:])
+                delta = th.ops.aten.threshold_backward(delta, outputs[i][:, :, LEAD:], 0)
         return delta
 
 
