@@ -2,7 +2,7 @@
 How fast on a GPU: SAC's update next to Stable-Baselines3's, the ensemble's fit, imagined rollouts, and a stretch of Hopper-v5.
 
     python benchmarks/gpu.py updates     # ours and SB3's SAC.train in turns, on the same GPU; a minute
-    python benchmarks/gpu.py profile     # what takes the time of one of our updates; not yet run on a GPU
+    python benchmarks/gpu.py profile     # what takes the time of one of our updates; ten seconds
     python benchmarks/gpu.py fit         # seconds an epoch with 10,000 and 50,000 transitions; half a minute
     python benchmarks/gpu.py rollout     # one imagined step from 100,000 states; ten seconds
     python benchmarks/gpu.py hopper      # 10,000 steps with the settings of hyperparams/mbpo.yml; a minute and a half
@@ -35,7 +35,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mbpo import MBPO, ProbabilisticEnsemble
+from sb3_mbpo import MBPO, ProbabilisticEnsemble, cuda_update
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.rollouts import rollout_length
 
@@ -137,6 +137,11 @@ def profile(device: str, tiny: bool) -> Iterator[Row]:
     taken, count = (sum(numbers) for numbers in zip(*times.values(), strict=True))
     yield "profile, all kernels", f"{count / n:.3g} an update", taken / n, "us"
     yield "profile, an update without the profiler", n, whole / n * 1e6, "us"
+    if not tiny:
+        captured = cuda_update._UPDATES[agent][1]
+        assert captured is not None
+        alone = seconds(lambda: [captured.run() for _ in range(n)], device)
+        yield "profile, what is captured of it, over and over", n, alone / n * 1e6, "us"
 
 
 def fit(device: str, tiny: bool) -> Iterator[Row]:

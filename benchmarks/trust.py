@@ -64,6 +64,7 @@ STUDIES = {
     "hopper_20000": ("Hopper-v5", 20_000, 1_000, 3, {arm: HOPPER_ARMS[arm] for arm in (PAPER, "auto")}),
     # Where there is one: other rounding, so another sample.
     "hopper_gpu": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
+    "hopper_20000_gpu": ("Hopper-v5", 20_000, 1_000, 3, {arm: HOPPER_ARMS[arm] for arm in (PAPER, "auto")}),
 }
 
 

@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN
 
 from sb3_mbpo.sac_memory import SACMemory, adam_settings, optimizers_of
+from sb3_mbpo.side_stream import SideStream
 from sb3_mbpo.stacks import LEAD, Stack, lead_of
 
 # What was captured for an agent, and for which settings; not an attribute, so that it is neither saved nor copied with it.
@@ -102,17 +103,20 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
 
 
 class _Actions:
-    """Actions ``values (N, action_dim)`` of the squashed Gaussian, their ``log_probs (N,)``, and what derivatives need."""
+    """Actions ``values (N, action_dim)`` of the squashed Gaussian, and what derivatives need."""
 
-    def __init__(self, heads: th.Tensor, noise: th.Tensor, epsilon: float, one: th.Tensor) -> None:
+    def __init__(self, heads: th.Tensor, noise: th.Tensor) -> None:
         mean, self.raw_log_std = heads.chunk(2, dim=1)
         self.log_std = self.raw_log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         self.spread = self.log_std.exp().mul_(noise)
         self.values = (mean + self.spread).tanh_()
+
+    def log_probs(self, noise: th.Tensor, epsilon: float, one: th.Tensor) -> th.Tensor:
+        """``log pi`` of each row, ``(N,)``; called once, before :meth:`backward`."""
         self.slope = th.addcmul(one, self.values, self.values, value=-1)
         self.lifted_slope = self.slope + epsilon
         terms = th.addcmul(self.log_std, noise, noise, value=0.5).add_(self.lifted_slope.log())
-        self.log_probs = -noise.shape[1] * 0.5 * math.log(2 * math.pi) - terms.sum(1)
+        return -noise.shape[1] * 0.5 * math.log(2 * math.pi) - terms.sum(1)
 
     def backward(self, dq: th.Tensor, scale: th.Tensor, out: th.Tensor) -> None:
         """``<dq, a> - sum(scale log pi)`` of the first ``len(dq)`` rows, by mean and log_std: ``out``, side by side."""
@@ -145,6 +149,7 @@ class _Update:
         # What is logged: alpha and the losses of actor, critics and, if it is learned, alpha.
         self.logged = new(3 + (memory.log_alpha is not None))
         self.sums, self.last_rate = th.zeros_like(self.logged, dtype=th.float64), 0.0
+        self.side = SideStream(memory.actor.device)
         self.one.fill_(1)
 
     def read(self, agent: Any) -> None:
@@ -182,20 +187,27 @@ class _Update:
         for noise in self.noise:  # drawn one by one, as by SB3
             noise.normal_()
         outputs = self.actor.forward(self.inputs[: 2 * self.n : self.n, :, : LEAD + self.obs_dim])
-        actions = _Actions(outputs[-1].flatten(0, 1), self.noise.flatten(0, 1), self.epsilon, self.one)
-        places = self.inputs[: 2 * self.n, :, LEAD + self.obs_dim :].unflatten(0, (2, self.n))
-        places.copy_(actions.values.unflatten(0, (2, 1, self.rows)))
-        self._alpha_gradient(actions.log_probs[: self.rows])
+        noise = self.noise.flatten(0, 1)
+        actions = _Actions(outputs[-1].flatten(0, 1), noise)
         # Until the next update, alpha is what it was before this one's step.
         alpha = self.logged[:1]
-        penalty, next_penalty = (alpha * actions.log_probs).chunk(2)
-        self._critic_step(next_penalty)
+        with self.side.beside():
+            log_probs = actions.log_probs(noise, self.epsilon, self.one)
+            self._alpha_gradient(log_probs[: self.rows])
+            penalty, next_penalty = (alpha * log_probs).chunk(2)
+        places = self.inputs[: 2 * self.n, :, LEAD + self.obs_dim :].unflatten(0, (2, self.n))
+        places.copy_(actions.values.unflatten(0, (2, 1, self.rows)))
+        errors = self._critic_step(next_penalty)
+        with self.side.beside():
+            th.mm(errors.view(1, -1), errors.view(-1, 1), out=self.logged[2:3].view(1, 1))
+            self.memory.targets.lerp_(self.memory.critics, self.rate)
         values, dq = self._least_critic()
-        th.mean(penalty - values, 0, keepdim=True, out=self.logged[1:2])
+        with self.side.beside():
+            th.mean(penalty - values, 0, keepdim=True, out=self.logged[1:2])
         actions.backward(dq, alpha * (-1 / self.rows), self.by_heads[0])
         self.actor.backward([output[:1] for output in outputs], self.by_heads, self.memory.actor_grads)
         self.memory.step_actor_and_alpha()
-        self.memory.targets.lerp_(self.memory.critics, self.rate)
+        self.side.join()
         self.sums += self.logged
 
     def _alpha_gradient(self, log_probs: th.Tensor) -> None:
@@ -206,9 +218,10 @@ class _Update:
             th.sub(self.minus_target_entropy, log_probs.mean(0, keepdim=True), out=grad)
             th.mul(log_alpha, grad, out=self.logged[3:])
 
-    def _critic_step(self, penalty: th.Tensor) -> None:
-        """``J(Q) = 1/2 sum_i mean (Q_i(s, a) - r - (1 - done) gamma (min_j Q'_j(s', a') - penalty))^2``."""
+    def _critic_step(self, penalty: th.Tensor) -> th.Tensor:
+        """``J(Q) = 1/2 sum_i mean (Q_i(s, a) - r - (1 - done) gamma (min_j Q'_j(s', a') - penalty))^2``; these errors."""
         outputs = self.all_critics.forward(self.inputs[self.n :])
+        self.side.join()
         dones, rewards, *discounts = self.outcomes
         gamma = discounts[0] if discounts else self.gamma
         next_values = outputs[-1][: self.n].amin(0) - penalty.unsqueeze(1)
@@ -216,7 +229,7 @@ class _Update:
         errors = outputs[-1][self.n :] - returns
         self.critics.backward([output[self.n :] for output in outputs], errors / self.rows, self.memory.critic_grads)
         self.memory.step_critics()
-        th.mm(errors.view(1, -1), errors.view(-1, 1), out=self.logged[2:3].view(1, 1))
+        return errors
 
     def _least_critic(self) -> tuple[th.Tensor, th.Tensor]:
         """``min_i Q_i(s, pi(s)) (B,)``, and ``-1/B`` of it by the action, ``(B, action_dim)``."""

@@ -7,13 +7,15 @@ from typing import Any
 import torch as th
 from torch.optim.adam import adam
 
+from sb3_mbpo.side_stream import SideStream
+
 # Numbers in front of each input, a one and zeros, and of each row of weights, a bias and zeros: one product does both.
 # Four, so that what comes after them begins where a GPU likes to read, if layers are a multiple of four wide.
 LEAD = 4
 # Numbers: so do whole networks, and their moments for Adam.
 _ALIGNMENT = 64
 # Numbers: the fused kernel of Adam gives a short tensor to one block of threads, so the work on a long one is divided.
-_PIECE = 8192
+_PIECE = 4096
 
 Shapes = list[tuple[int, int]]
 
@@ -69,6 +71,7 @@ class Stack:
     def __init__(self, rows: th.Tensor, shapes: Shapes, inputs: tuple[int, int]) -> None:
         self.layers, lead = layers_of(rows, shapes), lead_of(inputs[1], rows).expand(*inputs, -1)
         self._hidden = [th.cat([lead, rows.new_zeros(*inputs, n_out)], dim=2) for n_out, _ in shapes[:-1]]
+        self._side = SideStream(rows.device)
 
     def forward(self, x: th.Tensor) -> list[th.Tensor]:
         """
@@ -90,14 +93,17 @@ class Stack:
         :param grads: where the loss by each layer goes, if it is wanted: :func:`layers_of` rows of their own
         :return: the loss by the first layer's output, before its relu
         """
+        deltas = [delta]
         for i in reversed(range(len(self.layers))):
             if grads:
-                th.bmm(delta.transpose(1, 2), outputs[i], out=grads[i])
+                with self._side.beside():
+                    th.bmm(deltas[-1].transpose(1, 2), outputs[i], out=grads[i])
             if i > 0:
                 # delta W_i where h_i > 0: relu's derivative, in one operation.
-                delta = th.bmm(delta, self.layers[i][:, :, LEAD:])
-                delta = th.ops.aten.threshold_backward(delta, outputs[i][:, :, LEAD:], 0)
-        return delta
+                delta = th.bmm(deltas[-1], self.layers[i][:, :, LEAD:])
+                deltas.append(th.ops.aten.threshold_backward(delta, outputs[i][:, :, LEAD:], 0))
+        self._side.join()
+        return deltas[-1]
 
 
 class Mirror:

@@ -14,7 +14,8 @@ from torch import nn
 _KNOWN_MODULES = (SACPolicy, Actor, ContinuousCritic, FlattenExtractor, nn.Flatten, nn.Sequential, nn.Linear, nn.ReLU)
 _NAMES = {kind: frozenset(dir(kind)) for kind in (*_KNOWN_MODULES, SquashedDiagGaussianDistribution, th.optim.Adam)}
 # Not empty where something else takes part in a forward or backward pass; ``_global_...`` are those of all modules.
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks")
+_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
@@ -45,7 +46,6 @@ def _unknown_network(agent: SAC) -> str | None:
     # Compiled or not, SB3 trains the actor and the critics as they are.
     policy = getattr(agent.policy, "_orig_mod", agent.policy)
     modules = [policy, *chain(*(net.modules() for net in (actor, *critics)))]
-    tensors = [*chain(*(net.parameters() for net in (actor, *critics))), agent.log_ent_coef]
     if agent.use_sde or getattr(actor, "use_sde", False):
         return "gSDE"
     for module in modules:
@@ -55,9 +55,12 @@ def _unknown_network(agent: SAC) -> str | None:
         return "custom action distribution"
     if any(map(_is_changed, [*modules, actor.action_dist])):
         return "compiled modules or replaced methods"
-    of_one = [getattr(part, hooks, None) for part in (*modules, *tensors) for hooks in _HOOKS]
-    of_all = [getattr(nn.modules.module, f"_global{hooks}", None) for hooks in _HOOKS]
-    if any(of_one + of_all):
+    # Of a module's dictionary: what is not there, torch looks for in three others.
+    tensors = [*chain(*(vars(module)["_parameters"].values() for module in modules)), agent.log_ent_coef]
+    of_modules = [vars(module)[hooks] for module in modules for hooks in _MODULE_HOOKS]
+    of_tensors = [getattr(tensor, hooks) for tensor in tensors if tensor is not None for hooks in _TENSOR_HOOKS]
+    of_all = [getattr(nn.modules.module, f"_global{hooks}") for hooks in _MODULE_HOOKS]
+    if any([*of_modules, *of_tensors, *of_all]):
         return "hooks"
     heads = [[*actor.latent_pi, head] for head in (actor.mu, actor.log_std)]
     for layers in chain(heads, *(critic.q_networks for critic in critics)):

@@ -42,7 +42,7 @@ class Recorder(DynamicsModel):
         return {}
 
     def sample(self, obs, actions):
-        return obs.clone(), th.zeros(len(obs))
+        return obs.clone(), obs.new_zeros(len(obs))
 
 
 def agent(env="Pendulum-v1", **kwargs) -> MBPO:
@@ -267,6 +267,41 @@ def test_no_memory_at_all_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(Cramped, "room", 30)
     model.learn(5, reset_num_timesteps=False)
     assert list(model.replay_buffer.model_buffer.refills) == [0, 30]
+
+
+@pytest.fixture
+def allow():
+    """Lets this process have so many bytes of the GPU's memory more than it has, and no others."""
+
+    def allow(n_bytes: float) -> None:
+        th.cuda.empty_cache()
+        total = th.cuda.get_device_properties(0).total_memory
+        th.cuda.set_per_process_memory_fraction(min((th.cuda.memory_reserved() + n_bytes) / total, 1.0))
+
+    yield allow
+    th.cuda.set_per_process_memory_fraction(1.0)
+    th.cuda.empty_cache()
+
+
+# Running out in earnest: what Cramped plays above.
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+def test_memory_of_a_gpu_that_runs_out(allow):
+    wide = {"net_arch": [4000], "max_updates": 3}
+    large = {"dynamics_kwargs": wide, "rollout_batch_size": 100_000, "learning_starts": 20}
+    model = MBPO(env="Pendulum-v1", device="cuda", **FAST | large)
+    # The hidden layer of one member, for a fifth of these rows, takes 320 MB.
+    allow(300e6)
+    with pytest.warns(UserWarning, match="rollout of 100000 start states; from now on [0-9]+ are imagined") as caught:
+        model.learn(40)
+    assert len(caught) == 1 and list(model.replay_buffer.model_buffer.refills) == [100_000]
+    # The buffer of these branches takes 72 MB: halving them helps for a while only.
+    model.rollout_schedule, model.dynamics_fitted_at = 20, None
+    allow(20e6)
+    with pytest.raises(MemoryError, match="rollout_batch_size=100000"):
+        model.learn(5, reset_num_timesteps=False)
+    allow(2e9)
+    model.learn(5, reset_num_timesteps=False)
+    assert list(model.replay_buffer.model_buffer.refills)[::2] == [100_000, 2_000_000]
 
 
 # ---------------------------------------------------------------------- a model that goes bad

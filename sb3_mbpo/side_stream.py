@@ -1,0 +1,34 @@
+"""A second stream of a GPU, for work that the main one need not wait for at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch as th
+
+
+class SideStream:
+    """
+    Launches that run beside those of the current stream, also where both become one CUDA graph; on a CPU, each in its turn.
+
+    What they read must neither be freed nor overwritten before :meth:`join`.
+
+    :param device: where the work is done
+    """
+
+    def __init__(self, device: th.device) -> None:
+        self._stream = th.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched within waits for all that was launched before, and nothing waits for it before :meth:`join`."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(th.cuda.current_stream(self._stream.device))
+        with th.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What is launched from now on waits for all that runs beside."""
+        if self._stream is not None:
+            th.cuda.current_stream(self._stream.device).wait_stream(self._stream)
