@@ -86,7 +86,11 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
             for _ in range(3):
                 update.run()
             with th.cuda.graph(graph, stream=stream):
-                update.run()
+                try:
+                    update.run()
+                finally:
+                    # Or the end of the capture would complain of what is still beside, not of what went wrong.
+                    update.side.join()
         th.cuda.current_stream(device).wait_stream(stream)
     except BaseException as error:
         # The first steps may still be at work on memory that is free from here on.
@@ -135,9 +139,10 @@ class _Update:
         self.memory = memory = SACMemory(agent)
         self.n, self.rows, new = memory.n_critics, len(batch.rewards), memory.actor.new_zeros
         (_, self.obs_dim), (heads, _) = memory.pi_shapes[0], memory.pi_shapes[-1]
-        self.actor = Stack(memory.actor, memory.pi_shapes, (2, self.rows))
-        self.all_critics = Stack(memory.all_critics, memory.q_shapes, (2 * self.n, self.rows))
-        self.critics = Stack(memory.critics, memory.q_shapes, (self.n, self.rows))
+        self.side = SideStream(memory.actor.device)
+        self.actor = Stack(memory.actor, memory.pi_shapes, (2, self.rows), self.side)
+        self.all_critics = Stack(memory.all_critics, memory.q_shapes, (2 * self.n, self.rows), self.side)
+        self.critics = Stack(memory.critics, memory.q_shapes, (self.n, self.rows), self.side)
         # Side by side, once for each critic: (s, pi(s)), (s', pi(s')), (s, a); then done, reward and, if it varies, discount.
         width = LEAD + self.obs_dim + heads // 2
         self.batch = new(self.rows, 3 * self.n * width + 2 + (batch.discounts is not None))
@@ -149,7 +154,6 @@ class _Update:
         # What is logged: alpha and the losses of actor, critics and, if it is learned, alpha.
         self.logged = new(3 + (memory.log_alpha is not None))
         self.sums, self.last_rate = th.zeros_like(self.logged, dtype=th.float64), 0.0
-        self.side = SideStream(memory.actor.device)
         self.one.fill_(1)
 
     def read(self, agent: Any) -> None:

@@ -66,12 +66,13 @@ class Stack:
     :param rows: their parameters ``(n, row_size)``
     :param shapes: ``(out, in)`` of each layer
     :param inputs: how many inputs there will be, ``(m, B)``; ``m`` is ``n``, or any number if ``n`` is one
+    :param side: where gradients are computed, beside what the next layer waits for
     """
 
-    def __init__(self, rows: th.Tensor, shapes: Shapes, inputs: tuple[int, int]) -> None:
+    def __init__(self, rows: th.Tensor, shapes: Shapes, inputs: tuple[int, int], side: SideStream) -> None:
         self.layers, lead = layers_of(rows, shapes), lead_of(inputs[1], rows).expand(*inputs, -1)
         self._hidden = [th.cat([lead, rows.new_zeros(*inputs, n_out)], dim=2) for n_out, _ in shapes[:-1]]
-        self._side = SideStream(rows.device)
+        self._side = side
 
     def forward(self, x: th.Tensor) -> list[th.Tensor]:
         """
@@ -102,7 +103,8 @@ class Stack:
                 # delta W_i where h_i > 0: relu's derivative, in one operation.
                 delta = th.bmm(deltas[-1], self.layers[i][:, :, LEAD:])
                 deltas.append(th.ops.aten.threshold_backward(delta, outputs[i][:, :, LEAD:], 0))
-        self._side.join()
+        if grads:
+            self._side.join()
         return deltas[-1]
 
 

@@ -55,9 +55,9 @@ def _unknown_network(agent: SAC) -> str | None:
         return "custom action distribution"
     if any(map(_is_changed, [*modules, actor.action_dist])):
         return "compiled modules or replaced methods"
-    # Of a module's dictionary: what is not there, torch looks for in three others.
-    tensors = [*chain(*(vars(module)["_parameters"].values() for module in modules)), agent.log_ent_coef]
-    of_modules = [vars(module)[hooks] for module in modules for hooks in _MODULE_HOOKS]
+    # To ask a module for what it does not have takes long: each kind for its own hooks.
+    tensors = [*chain(*(module._parameters.values() for module in modules)), agent.log_ent_coef]
+    of_modules = [getattr(module, hooks) for module in modules for hooks in _MODULE_HOOKS]
     of_tensors = [getattr(tensor, hooks) for tensor in tensors if tensor is not None for hooks in _TENSOR_HOOKS]
     of_all = [getattr(nn.modules.module, f"_global{hooks}") for hooks in _MODULE_HOOKS]
     if any([*of_modules, *of_tensors, *of_all]):

@@ -3,7 +3,7 @@ import gc
 import pickle
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mbpo import MBPO, cuda_update
 from sb3_mbpo.cuda_update import train
+from sb3_mbpo.side_stream import SideStream
 from sb3_mbpo.uncovered import why_not_fast
 
 # A capture exists on a GPU only; its arithmetic is tested below without one.
@@ -293,6 +294,17 @@ def test_a_failed_capture_warns_and_repairs_the_generator(stand_ins):
     stand_ins.generator.graphsafe_set_state.assert_called_once_with(stand_ins.generator.clone_state.return_value)
 
 
+def test_a_failed_capture_leaves_nothing_beside(stand_ins, monkeypatch):
+    """Else the end of the capture would raise an error of its own in place of the first."""
+    agent = make()
+    monkeypatch.setattr(SideStream, "join", lambda self: stand_ins.join())
+    with mock.patch.object(cuda_update._Update, "run", side_effect=[None, None, None, RuntimeError("no")]):
+        with pytest.warns(UserWarning, match="could not be captured .*no"):
+            cuda_update._captured(agent, batches(agent, 1)[0], th.device("cuda", 0))
+    names = [name for name, *_ in stand_ins.mock_calls]
+    assert names.index("graph().__enter__") < names.index("join") < names.index("graph().__exit__")
+
+
 def test_the_agent_survives_a_failed_capture(monkeypatch):
     tried = []
     monkeypatch.setattr(cuda_update, "_captured", lambda *args: tried.append(1))
@@ -336,6 +348,49 @@ def test_captured_equals_uncaptured(monkeypatch):
         learner.lr_schedule = lambda progress: 1e-2 * progress  # type: ignore[assignment]
         fast(learner, 20)
     assert difference(agent, twin) < 1e-4
+
+
+@gpu
+@pytest.mark.parametrize("case", ["plain", "fixed alpha", "three-step returns"])
+def test_captured_equals_sb3_however_late_the_side_stream_is(case, monkeypatch):
+    """What does not wait for it, or reuses what it still reads, would be found out."""
+    beside = SideStream.beside
+
+    @contextmanager
+    def late(self):
+        with beside(self):
+            th.cuda._sleep(300_000)
+            yield
+
+    monkeypatch.setattr(SideStream, "beside", late)
+    compare(make(device="cuda", **CASES[case]), 1e-3, steps=20, update=train)
+
+
+@gpu
+def test_interrupted_beside_a_capture(monkeypatch):
+    """It is the interruption that arrives, and the next capture succeeds."""
+    beside, entered = SideStream.beside, []
+
+    @contextmanager
+    def interrupted(self):
+        with beside(self):
+            entered.append(1)
+            # Of four times, the last is captured.
+            if len(entered) > 3 * per_run:
+                raise KeyboardInterrupt
+            yield
+
+    agent = make(device="cuda")
+    monkeypatch.setattr(SideStream, "beside", interrupted)
+    per_run = 1_000
+    with th.no_grad():
+        captured_part(agent).run()
+    per_run = len(entered)
+    entered.clear()
+    with pytest.raises(KeyboardInterrupt):
+        fast(agent)
+    monkeypatch.undo()
+    compare(agent, 1e-3, steps=5, update=train)
 
 
 @gpu

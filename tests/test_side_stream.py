@@ -25,8 +25,11 @@ def test_what_waits_for_what(monkeypatch):
     for name in ("Stream", "stream", "current_stream"):
         monkeypatch.setattr(th.cuda, name, getattr(cuda, name))
     side = SideStream(th.device("cuda", 1))
+    # Nothing is beside yet, and later no longer: in a capture, to wait for it then would be an error.
+    side.join()
     with side.beside():
         cuda.work()
+    side.join()
     side.join()
     stream, main = cuda.Stream.return_value, cuda.current_stream.return_value
     steps = [call for call in cuda.mock_calls if call[0].endswith(("wait_stream", "work", "__enter__", "__exit__"))]
@@ -39,6 +42,7 @@ def test_what_waits_for_what(monkeypatch):
     ]
     cuda.Stream.assert_called_once_with(th.device("cuda", 1))
     cuda.stream.assert_called_once_with(stream)
+    cuda.current_stream.assert_called_with(stream.device)
 
 
 def turns(side: SideStream, value: th.Tensor, n: int) -> None:
@@ -72,7 +76,12 @@ def test_by_turns_on_a_gpu(captured):
 
 @gpu
 def test_the_main_stream_need_not_wait():
-    side, value = SideStream(th.zeros(1, device="cuda").device), th.zeros(1, device="cuda")
+    value = th.zeros(1, device="cuda")
+    side = SideStream(value.device)
+    # A kernel that is launched for the first time may wait for the whole GPU.
+    turns(side, value, 1)
+    value.zero_()
+    th.cuda.synchronize()
     with side.beside():
         # About half a second.
         th.cuda._sleep(1_000_000_000)

@@ -2,10 +2,12 @@ import pytest
 import torch as th
 from torch import nn
 
+from sb3_mbpo.side_stream import SideStream
 from sb3_mbpo.stacks import LEAD, Mirror, Stack, StaticAdam, layers_of, lead_of, row_size, views_of
 
 SHAPES: list[tuple[int, int]] = [(6, 5), (4, 6), (2, 4)]
 N, BATCH = 3, 7
+SIDE = SideStream(th.device("cpu"))
 
 
 def make_networks() -> list[nn.Sequential]:
@@ -57,7 +59,7 @@ def test_forward_and_backward_are_those_of_autograd():
     rows, parameters = stacked(networks)
     grads = th.zeros_like(rows)
     x, delta = th.randn(N, BATCH, 5, dtype=th.float64), th.randn(N, BATCH, 2, dtype=th.float64)
-    stack = Stack(rows, SHAPES, (N, BATCH))
+    stack = Stack(rows, SHAPES, (N, BATCH), SIDE)
     # What an earlier call left is no part of it.
     for given in (th.full_like(x, 9), x):
         outputs = stack.forward(behind_lead(given))
@@ -81,13 +83,13 @@ def test_one_network_for_several_inputs():
     network = make_networks()[0]
     rows, _ = stacked([network])
     x = th.randn(2, BATCH, 5, dtype=th.float64)
-    assert th.allclose(Stack(rows, SHAPES, (2, BATCH)).forward(behind_lead(x))[-1], network(x))
+    assert th.allclose(Stack(rows, SHAPES, (2, BATCH), SIDE).forward(behind_lead(x))[-1], network(x))
 
 
 def test_no_gradients_where_none_are_wanted():
     networks = make_networks()
     rows, _ = stacked(networks)
-    before, stack, x = rows.clone(), Stack(rows, SHAPES, (N, BATCH)), th.randn(N, BATCH, 5, dtype=th.float64)
+    before, stack, x = rows.clone(), Stack(rows, SHAPES, (N, BATCH), SIDE), th.randn(N, BATCH, 5, dtype=th.float64)
     delta = stack.backward(stack.forward(behind_lead(x)), th.ones(N, BATCH, 2, dtype=th.float64))
     assert delta.shape == (N, BATCH, 6) and th.equal(rows, before)
 
