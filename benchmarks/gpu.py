@@ -128,7 +128,7 @@ def updates(device: str, tiny: bool) -> Iterator[Row]:
 
 
 def profile(device: str, tiny: bool) -> Iterator[Row]:
-    """Microseconds of an update in each kernel, and how often it runs: the most expensive 25, all, unwatched, captured part."""
+    """Microseconds of an update in each kernel, and how often it runs: the top 25, all, unwatched, and what is captured."""
     agent, calls, batch_size = make_agent(MBPO, device, termination_fn="never", fast_update=True), 2 if tiny else 20, 256
     train_often(agent, 3, batch_size)
     whole = seconds(partial(train_often, agent, calls, batch_size), device)
