@@ -188,6 +188,7 @@ class _Update:
 
     def run(self) -> None:
         """Learn from the batch. All of it is captured: it must neither wait for the GPU nor depend on values."""
+        # What is read beside has a name here, or its memory would be handed on before the join.
         for noise in self.noise:  # drawn one by one, as by SB3
             noise.normal_()
         outputs = self.actor.forward(self.inputs[: 2 * self.n : self.n, :, : LEAD + self.obs_dim])
