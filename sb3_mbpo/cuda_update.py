@@ -89,14 +89,17 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
                 try:
                     update.run()
                 finally:
-                    # Or the end of the capture would complain of what is still beside, not of what went wrong.
+                    # Or the end of the capture would complain of what is still beside, not of an interruption.
                     update.side.join()
         th.cuda.current_stream(device).wait_stream(stream)
     except BaseException as error:
         # The first steps may still be at work on memory that is free from here on.
         th.cuda.synchronize(device)
-        # The generator would go on believing in the capture, and refuse to draw.
+        # The generator would go on believing in the capture, and refuse to draw. What was captured before draws from the state
+        # that is replaced, so it has to be captured anew.
         generator.graphsafe_set_state(random_state)
+        for other in [other for other, (_, known) in _UPDATES.items() if known is not None]:
+            del _UPDATES[other]
         if not isinstance(error, Exception):
             raise
         message = f"The SAC update could not be captured as a CUDA graph; Stable-Baselines3's own is used ({error})"
@@ -212,7 +215,6 @@ class _Update:
         actions.backward(dq, alpha * (-1 / self.rows), self.by_heads[0])
         self.actor.backward([output[:1] for output in outputs], self.by_heads, self.memory.actor_grads)
         self.memory.step_actor_and_alpha()
-        self.side.join()
         self.sums += self.logged
 
     def _alpha_gradient(self, log_probs: th.Tensor) -> None:

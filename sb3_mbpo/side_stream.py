@@ -26,13 +26,13 @@ class SideStream:
         if self._stream is None:
             yield
             return
-        self._to_join = True
         self._stream.wait_stream(th.cuda.current_stream(self._stream.device))
+        self._to_join = True
         with th.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """What is launched from now on waits for all that runs beside, if anything does."""
         if self._stream is not None and self._to_join:
-            self._to_join = False
             th.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._to_join = False

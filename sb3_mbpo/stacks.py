@@ -91,7 +91,8 @@ class Stack:
         """
         :param outputs: of :meth:`forward`, ``n`` of them; the last one is not looked at
         :param delta: the loss by the last output, ``(n, B, out)``
-        :param grads: where the loss by each layer goes, if it is wanted: :func:`layers_of` rows of their own
+        :param grads: where the loss by each layer goes, if it is wanted: :func:`layers_of` rows of their own; then all that
+            runs beside is joined
         :return: the loss by the first layer's output, before its relu
         """
         deltas = [delta]

@@ -294,12 +294,22 @@ def test_a_failed_capture_warns_and_repairs_the_generator(stand_ins):
     stand_ins.generator.graphsafe_set_state.assert_called_once_with(stand_ins.generator.clone_state.return_value)
 
 
+def test_after_a_failed_capture_others_are_captured_anew(stand_ins, in_double):
+    """They would draw from what the generator's state was."""
+    other, agent = fast(make(double=True)), make()
+    assert other in cuda_update._UPDATES
+    with mock.patch.object(cuda_update._Update, "run", side_effect=RuntimeError), pytest.warns(UserWarning):
+        cuda_update._captured(agent, batches(agent, 1)[0], th.device("cuda", 0))
+    assert other not in cuda_update._UPDATES
+    compare_from_here(other)
+
+
 def test_a_failed_capture_leaves_nothing_beside(stand_ins, monkeypatch):
     """Else the end of the capture would raise an error of its own in place of the first."""
     agent = make()
     monkeypatch.setattr(SideStream, "join", lambda self: stand_ins.join())
     with mock.patch.object(cuda_update._Update, "run", side_effect=[None, None, None, RuntimeError("no")]):
-        with pytest.warns(UserWarning, match="could not be captured .*no"):
+        with pytest.warns(UserWarning, match=r"could not be captured .*\(no\)"):
             cuda_update._captured(agent, batches(agent, 1)[0], th.device("cuda", 0))
     names = [name for name, *_ in stand_ins.mock_calls]
     assert names.index("graph().__enter__") < names.index("join") < names.index("graph().__exit__")
@@ -367,29 +377,34 @@ def test_captured_equals_sb3_however_late_the_side_stream_is(case, monkeypatch):
 
 
 @gpu
-def test_interrupted_beside_a_capture(monkeypatch):
+@pytest.mark.parametrize("owner, name", [(SideStream, "beside"), (cuda_update._Update, "_least_critic")])
+def test_interrupted_in_a_capture_with_work_beside(owner, name, monkeypatch):
     """It is the interruption that arrives, and the next capture succeeds."""
-    beside, entered = SideStream.beside, []
+    agent, original, calls = make(device="cuda"), getattr(owner, name), []
 
-    @contextmanager
-    def interrupted(self):
-        with beside(self):
-            entered.append(1)
-            # Of four times, the last is captured.
-            if len(entered) > 3 * per_run:
-                raise KeyboardInterrupt
-            yield
+    def counted(self):
+        calls.append(1)
+        return original(self)
 
-    agent = make(device="cuda")
-    monkeypatch.setattr(SideStream, "beside", interrupted)
-    per_run = 1_000
-    with th.no_grad():
+    with monkeypatch.context() as patch, th.no_grad():
+        patch.setattr(owner, name, counted)
         captured_part(agent).run()
-    per_run = len(entered)
-    entered.clear()
-    with pytest.raises(KeyboardInterrupt):
-        fast(agent)
-    monkeypatch.undo()
+    per_run = len(calls)
+    calls.clear()
+
+    def interrupted(self):
+        calls.append(1)
+        # Of four times, the last is captured.
+        if len(calls) > 3 * per_run:
+            with original(self) if owner is SideStream else nullcontext():
+                th.cuda._sleep(1)
+                raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fast(agent)
     compare(agent, 1e-3, steps=5, update=train)
 
 
