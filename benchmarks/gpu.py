@@ -97,14 +97,13 @@ def make_agent(cls: type[SAC], device: str, **kwargs: Any) -> Any:
     return agent
 
 
-def train_often(agent: SAC, calls: int, batch_size: int) -> None:
-    for _ in range(calls):
-        agent.train(20, batch_size)
-
-
 def run_often(work: Callable[[], Any], times: int) -> None:
     for _ in range(times):
         work()
+
+
+def train_often(agent: SAC, calls: int, batch_size: int) -> None:
+    run_often(partial(agent.train, 20, batch_size), calls)
 
 
 def updates(device: str, tiny: bool) -> Iterator[Row]:

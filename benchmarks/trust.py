@@ -53,6 +53,8 @@ HOPPER_ARMS = {
     "1 to 15, from 5,000 to 20,000": "mbpo:rollout_schedule=dict(min_length=1,max_length=15,start=5000,end=20000)",
     **{arm: spec for arm, spec in SMALL_ARMS.items() if spec != "mbpo"},
 }
+# The paper's setting and the one that needs no number.
+FINAL_ARMS = {arm: HOPPER_ARMS[arm] for arm in (PAPER, "auto")}
 # A return that a run shall reach
 ENOUGH = {"Pendulum-v1": -200, "InvertedPendulum-v5": 950, "Hopper-v5": 1_000}
 # study -> env, steps, steps between evaluations, seeds, arms
@@ -60,11 +62,10 @@ STUDIES = {
     "pendulum": ("Pendulum-v1", 2_500, 250, 3, SMALL_ARMS),
     "inverted_pendulum": ("InvertedPendulum-v5", 3_000, 250, 3, SMALL_ARMS),
     "hopper": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
-    # The paper's setting and the one that needs no number.
-    "hopper_20000": ("Hopper-v5", 20_000, 1_000, 3, {arm: HOPPER_ARMS[arm] for arm in (PAPER, "auto")}),
+    "hopper_20000": ("Hopper-v5", 20_000, 1_000, 3, FINAL_ARMS),
     # Where there is one: other rounding, so another sample.
     "hopper_gpu": ("Hopper-v5", 10_000, 1_000, 1, HOPPER_ARMS),
-    "hopper_20000_gpu": ("Hopper-v5", 20_000, 1_000, 3, {arm: HOPPER_ARMS[arm] for arm in (PAPER, "auto")}),
+    "hopper_20000_gpu": ("Hopper-v5", 20_000, 1_000, 3, FINAL_ARMS),
 }
 
 

@@ -283,7 +283,7 @@ def allow():
     th.cuda.empty_cache()
 
 
-# Running out in earnest: what Cramped plays above.
+# A GPU's memory can be filled on one only; Cramped plays it above.
 @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
 def test_memory_of_a_gpu_that_runs_out(allow):
     wide = {"net_arch": [4000], "max_updates": 3}
