@@ -268,6 +268,17 @@ class MixedReplayBuffer(ReplayBuffer):
         parts = (getattr(self, name)[rows].reshape(len(rows), self.n_envs, -1) for name in ROWS[:-1])
         return ReplayBufferSamples(*map(self._tensor, parts))
 
+    def newest_transitions(self, n: int) -> ReplayBufferSamples:
+        """
+        The last real steps like :meth:`real_transitions`: raw, flat, float32, dones without time limits.
+
+        :param n: steps of each env, if there are so many
+        :return: each part ``(n * n_envs, dim)``
+        """
+        steps = np.arange(self.pos - min(n, self.size()), self.pos) % self.buffer_size
+        rows = (steps[:, None] * self.n_envs + np.arange(self.n_envs)).ravel()
+        return ReplayBufferSamples(*self._tensor(self._real_rows(rows)).split(self.model_buffer.widths, dim=1))
+
     def start_states(self, n: int) -> th.Tensor:
         """:return: observations of ``n`` real transitions, uniform with replacement, raw ``(n, obs_dim)``, float32"""
         rows = th.randint(self.size() * self.n_envs, (n,), generator=self.generator, device=self.device).cpu().numpy()

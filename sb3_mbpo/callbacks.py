@@ -15,15 +15,19 @@ from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.plausible import Plausible
 from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
 from sb3_mbpo.rollouts import LONGEST_AUTO, branched_rollout
-from sb3_mbpo.trust import imagined_share, reliable_length
+from sb3_mbpo.trust import Explained, constant_errors, explained, imagined_share, reliable_length, smoothed, squared_errors
 from sb3_mbpo.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 
 # Real and imagined rows, each, whose Q-values are looked at after a fit.
 VALUED_ROWS = 500
 # Real steps that an imagined trajectory must have begun at, for its error to count.
 FEWEST_STARTS = 20
-# Newest real steps of an env that k is measured on, at most: after a long time without fits there may be millions.
+# Newest real steps of an env that k and the gate are measured on, at most: after long without fits there may be millions.
 MOST_STARTS = 5_000
+# Steps since the last fit that say enough of the dynamics to set the gate by them.
+FEWEST_JUDGED = 20
+# Fits in a row after which a closed gate is warned of.
+UNUSED_FITS = 3
 
 
 class RolloutCallback(BaseCallback):
@@ -107,19 +111,73 @@ class RolloutCallback(BaseCallback):
             agent.trusted_length = reliable_length(errors, obs)
 
     def _fit(self) -> ReplayBufferSamples:
-        """Fit dynamics and, where it is learned, termination, on all real transitions, and return these; measure k before."""
+        """Measure k and what is explained, fit the dynamics and what is learned beside it, and return all real transitions."""
         started = time.perf_counter()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
         if agent.rollout_schedule == "auto":
             self._measure_length(transitions.observations)
+        of_steps = self._explained_since_fit(transitions)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
-        agent.imagined_share = imagined_share(metrics, agent.min_explained_variance, agent.reward_fn is not None)
         metrics |= agent.fit_termination(transitions)
+        self._set_gate(of_steps, metrics)
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
         self.logger.record("dynamics/fit_seconds", time.perf_counter() - started)
         return transitions
+
+    def _explained_since_fit(self, transitions: ReplayBufferSamples) -> Explained | None:
+        """
+        What the dynamics explains of the real steps since its last fit, before it learns from them; smoothed over the fits.
+
+        :param transitions: all real transitions: their variance is the unit, unless that of the new ones is larger
+        :return: ``None`` before the second fit, and for too few steps
+        """
+        agent = self.model
+        if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
+            return None
+        unseen = (agent.lifetime_timesteps - agent.dynamics_fitted_at) // agent.n_envs
+        steps = agent.replay_buffer.newest_transitions(min(unseen, MOST_STARTS))
+        if len(steps.rewards) < FEWEST_JUDGED:
+            return None
+        of_constant = th.maximum(constant_errors(transitions), constant_errors(steps))
+        errors = squared_errors(agent.predict_mean(steps), steps)
+        agent.forward_errors = smoothed(agent.forward_errors, errors, of_constant)
+        smooth = th.tensor(agent.forward_errors, dtype=th.float64, device=of_constant.device)
+        return explained(smooth, of_constant, len(steps.rewards))
+
+    def _set_gate(self, of_steps: Explained | None, metrics: dict[str, Any]) -> None:
+        """
+        Decide which share of the imagined rows the dynamics has earned, log what it explains, and warn where it stays unused.
+
+        :param of_steps: see :meth:`_explained_since_fit`; ``None``: the fit's own hold-out rows count, if it says so
+        :param metrics: of the fit; gets what is logged
+        """
+        agent = self.model
+        names = ("explained_reward", "explained_obs")
+        of_holdout: dict[str, Any] = {name: metrics.pop(name) for name in names if name in metrics}
+        metrics |= {f"holdout_{name}": value for name, value in of_holdout.items()}
+        if of_steps is None:
+            reward, obs = (float(of_holdout.get(f"explained_{name}", 1.0)) for name in ("reward", "obs"))
+        else:
+            reward, obs = of_steps.reward, of_steps.obs
+        metrics |= {"explained_reward": reward, "explained_obs": obs}
+        judged_reward = 1.0 if agent.reward_fn is not None and agent.reward_fn != "joint" else reward
+        agent.imagined_share = imagined_share(judged_reward, obs, agent.min_explained_variance)
+        to_blame = "reward" if judged_reward < obs else "observation"
+        if to_blame == "observation" and of_steps is not None:
+            to_blame += f", dimensions {of_steps.worst_dimensions}"
+        metrics["gate"] = "open" if agent.imagined_share == 1 else to_blame
+        agent.unused_fits = 0 if agent.imagined_share > 0 else agent.unused_fits + 1
+        if agent.unused_fits >= UNUSED_FITS:
+            self._warn_once(
+                "unused",
+                f"The dynamics was not used after {agent.unused_fits} fits in a row: all batches are real. It explains "
+                f"{obs:.2f} of the variance of the observations and {reward:.2f} of that of the rewards "
+                f"(min_explained_variance={agent.min_explained_variance}); the {to_blame} is predicted worst. Pass "
+                "reward_fn if the reward is known, add to the observation what the next one depends on, or raise "
+                "dynamics_kwargs: max_updates. min_explained_variance=None uses the dynamics whatever it explains",
+            )
 
     def _refill(self, transitions: ReplayBufferSamples | None = None) -> None:
         """

@@ -202,9 +202,13 @@ ENSEMBLE_RULES: dict[str, Rule] = {
     "patience": whole(0),
     "min_improvement": Rule(lambda value: is_number(value, 0, 1) and value < 1, "a number of at least 0 and below 1"),
     "max_updates": optional(whole(1)),
-    "epoch_updates": optional(whole(1)),
-    "target_mode": Rule(lambda value: isinstance(value, str) and value in ("delta", "next"), "'delta' or 'next'"),
+    "target_mode": Rule(
+        lambda value: isinstance(value, str) and value in ("auto", "delta", "next"), "'auto', 'delta' or 'next'"
+    ),
     "normalize_targets": FLAG,
+    "layer_norm": FLAG,
+    "bootstrap": FLAG,
+    "beta": number(0, 1),
 }
 _LEARN_RULES: dict[str, Rule] = {
     "total_timesteps": whole(0),

@@ -26,6 +26,7 @@ AGENTS: dict[str, type] = {}
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
     *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share", "filter_memory"),
+    *("forward_errors", "unused_fits"),
 )
 
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}
@@ -253,7 +254,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
         fine = is_a(value, (int, float)) and 0 <= value <= 1
     elif name == "trusted_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
-    elif name == "filter_memory":
+    elif name in ("filter_memory", "forward_errors"):
         fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")

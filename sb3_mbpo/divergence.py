@@ -25,13 +25,19 @@ class LastGood:
         revive(ensemble)
         self.ensemble = ensemble
         self.state = copy.deepcopy((ensemble.state_dict(), ensemble.optimizer.state_dict()))
+        self.random_state = ensemble.generator.get_state()
 
-    def settle(self, finite: bool, y_train: th.Tensor, x: th.Tensor, y: th.Tensor) -> bool:
+    def sound_enough(self, y_train: th.Tensor, x: th.Tensor, y: th.Tensor) -> bool:
+        """:return: whether enough members to predict are sound now; the arguments are those of :meth:`settle`"""
+        finite = all(parameter.isfinite().all() for parameter in self.ensemble.parameters())
+        return finite and int(self._sound(y_train, x, y).sum()) >= self.ensemble.n_elites
+
+    def settle(self, sound_before: bool, y_train: th.Tensor, x: th.Tensor, y: th.Tensor) -> bool:
         """
         Go back to what was before, with a warning, if the fit left fewer sound members than the ensemble needs to predict;
         else let no unsound one be an elite.
 
-        :param finite: whether all parameters still were, at the end of training
+        :param sound_before: whether training itself went well, before the best weights came back
         :param y_train: the targets of the fit ``(N, 1 + obs_dim)``
         :param x: standardised inputs held out ``(B, obs_dim + action_dim)``
         :param y: their targets ``(B, 1 + obs_dim)``
@@ -39,7 +45,7 @@ class LastGood:
         """
         ensemble = self.ensemble
         sound = self._sound(y_train, x, y)
-        if finite and sound.sum() >= ensemble.n_elites:
+        if sound_before and sound.sum() >= ensemble.n_elites:
             ensemble.holdout_errors[~sound] = float("inf")
             return False
         self.restore()
@@ -51,6 +57,11 @@ class LastGood:
         """Make the ensemble what it was."""
         self.ensemble.load_state_dict(self.state[0])
         self.ensemble.optimizer.load_state_dict(self.state[1])
+
+    def undo(self) -> None:
+        """Make the ensemble what it was, its random numbers included: the fit has not happened."""
+        self.restore()
+        self.ensemble.generator.set_state(self.random_state)
 
     def _sound(self, y_train: th.Tensor, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         """
@@ -76,18 +87,18 @@ class LastGood:
 @th.no_grad()
 def draw_errors(ensemble: Any, x: th.Tensor, y: th.Tensor) -> th.Tensor:
     """
-    Expected squared error of each member's draws, (mu - y)^2 + variance, mean over rows and dimensions.
+    Expected squared error of each member's draws, (mu - y)^2 + variance, mean over rows and the dimensions that vary.
 
     :param x: standardised inputs ``(B, obs_dim + action_dim)``
     :param y: targets as the ensemble sees them ``(B, 1 + obs_dim)``
     :return: ``(members,)``
     """
-    total = th.zeros_like(ensemble.holdout_errors)
+    total, varies = th.zeros_like(ensemble.holdout_errors), ensemble.target_standardizer.varies
     # In pieces that stay in a CPU's caches.
     for inputs, targets in zip(x.split(1000), y.split(1000), strict=True):
         mean, log_variance = ensemble._distribution(inputs.expand(len(total), -1, -1))
-        total += ((mean - targets) ** 2 + log_variance.exp()).sum(dim=(1, 2))
-    return total / y.numel()
+        total += (((mean - targets) ** 2 + log_variance.exp()) * varies).sum(dim=(1, 2))
+    return total / (len(y) * varies.sum().clamp(min=1))
 
 
 @th.no_grad()

@@ -8,6 +8,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 Progress = Callable[[str], None]
+# Draws whose mean stands for the expected outcome of a model that offers none.
+MEAN_DRAWS = 5
 
 
 class DynamicsModel(nn.Module, ABC):
@@ -64,6 +66,18 @@ class DynamicsModel(nn.Module, ABC):
         :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
 
+    @th.no_grad()
+    def predict_mean(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        The expected outcome, for measuring errors; here the mean of ``MEAN_DRAWS`` draws.
+
+        :param obs: ``(B, obs_dim)``
+        :param actions: ``(B, action_dim)``
+        :return: reward and next observation ``(B, 1 + obs_dim)``
+        """
+        draws = [self.sample(obs, actions) for _ in range(MEAN_DRAWS)]
+        return th.stack([th.cat([rewards.unsqueeze(1), next_obs], dim=1) for next_obs, rewards in draws]).mean(dim=0)
+
     def finish(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
@@ -103,6 +117,12 @@ class KnownReward(DynamicsModel):
         """See ``DynamicsModel.sample``; the rewards are those of ``reward_fn``."""
         next_obs, _ = self.dynamics.sample(obs, actions)
         return next_obs, self.reward_fn(obs, actions, next_obs)
+
+    @th.no_grad()
+    def predict_mean(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """See ``DynamicsModel.predict_mean``; the rewards are those of ``reward_fn`` at the expected next observation."""
+        next_obs = self.dynamics.predict_mean(obs, actions)[:, 1:]
+        return th.cat([self.reward_fn(obs, actions, next_obs).unsqueeze(1), next_obs], dim=1)
 
     def finish(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor

@@ -7,6 +7,8 @@ from torch import nn
 
 # Beside its magnitude a spread this small is rounding of float32, and the dimension constant.
 ROUNDING = 1e-6
+# Added to the variance of a layer's outputs by layer normalization: that of a layer that has not learned yet is small.
+LAYER_NORM_EPS = 1e-3
 
 
 class EnsembleLinear(nn.Module):
@@ -47,10 +49,20 @@ class EnsembleMLP(nn.Module):
     :param out_size: output features
     :param net_arch: sizes of the hidden layers, the same for every member
     :param generator: source of the initial weights (a CPU generator)
+    :param layer_norm: normalize what goes into each layer but the first, without learned scale and shift
     """
 
-    def __init__(self, n_members: int, in_size: int, out_size: int, net_arch: list[int], generator: th.Generator) -> None:
+    def __init__(
+        self,
+        n_members: int,
+        in_size: int,
+        out_size: int,
+        net_arch: list[int],
+        generator: th.Generator,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
+        self.layer_norm = layer_norm
         sizes = [in_size, *net_arch, out_size]
         self.layers = nn.ModuleList(EnsembleLinear(n_members, n_in, n_out, generator) for n_in, n_out in pairwise(sizes))
 
@@ -58,15 +70,18 @@ class EnsembleMLP(nn.Module):
         """:return: ``(members, B, out_size)`` of ``x (members, B, in_size)``"""
         *hidden, last = self.layers
         for layer in hidden:
-            x = nn.functional.silu(layer(x))
+            x = self._normalize(nn.functional.silu(layer(x)))
         return last(x)
+
+    def _normalize(self, x: th.Tensor) -> th.Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) if self.layer_norm else x
 
     def member(self, i: int, x: th.Tensor) -> th.Tensor:
         """:return: ``(B, out_size)``, what member ``i`` makes of ``x (B, in_size)``"""
         *hidden, last = self.layers
         for layer in hidden:
             # In place: fresh memory for every layer costs as much as the function itself.
-            x = nn.functional.silu(layer.member(i, x), inplace=True)  # type: ignore[operator]
+            x = self._normalize(nn.functional.silu(layer.member(i, x), inplace=True))  # type: ignore[operator]
         return last.member(i, x)  # type: ignore[operator]
 
 
@@ -86,18 +101,26 @@ class Standardizer(nn.Module):
     # Float buffers: SB3 draws `rand_like` of every entry of a state dict, and loads with `weights_only=True`.
     mean: th.Tensor
     std: th.Tensor
+    varies: th.Tensor  # 0 for a dimension that was constant in the last fit, else 1
 
     def __init__(self, size: int, limit: float = 10.0, constant_std: float = 1.0) -> None:
         super().__init__()
         self.limit, self.constant_std = limit, constant_std
         self.register_buffer("mean", th.zeros(size))
         self.register_buffer("std", th.ones(size))
+        self.register_buffer("varies", th.ones(size))
 
-    def fit(self, x: th.Tensor) -> None:
-        """:param x: ``(N, size)``, N >= 1; the statistics are computed in float64"""
+    def fit(self, x: th.Tensor, magnitude: th.Tensor | None = None) -> None:
+        """
+        :param x: ``(N, size)``, N >= 1; the statistics are computed in float64
+        :param magnitude: ``(size,)``, beside which a spread is rounding if that is larger than the mean: a difference is
+            rounded as the numbers are that it is made of
+        """
         data = x.double()
         mean, std = data.mean(dim=0), data.std(dim=0, correction=0)
-        negligible = std <= ROUNDING * mean.abs().clamp(min=ROUNDING)
+        beside = mean.abs() if magnitude is None else th.maximum(mean.abs(), magnitude)
+        negligible = std <= ROUNDING * beside.clamp(min=ROUNDING)
+        self.varies.copy_(~negligible)
         self.mean.copy_(mean)
         self.std.copy_(th.where(negligible, self.constant_std, std))
 

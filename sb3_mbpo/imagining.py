@@ -34,6 +34,16 @@ class Imagining(Collecting):
         reward_fn = resolve(self.reward_fn, "reward_fn")
         return KnownReward(self.dynamics, lambda *transition: reward_fn(*self._in_env_terms(transition)))
 
+    @th.no_grad()
+    def predict_mean(self, steps: ReplayBufferSamples) -> th.Tensor:
+        """
+        What the agent expects of real steps: the dynamics' mean, its reward replaced as in imagination.
+
+        :param steps: raw and flat
+        :return: reward and next observation ``(B, 1 + obs_dim)``
+        """
+        return self.imagined_dynamics.predict_mean(steps.observations, steps.actions)
+
     def filtering(self, transitions: ReplayBufferSamples) -> Filtering | None:
         """
         :param transitions: all real transitions

@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_mbpo.ensemble import EnsembleLinear, EnsembleMLP
+from sb3_mbpo.ensemble import LAYER_NORM_EPS, EnsembleLinear, EnsembleMLP
 
 # Standardised inputs and targets, (members, rows, ...) each -> a loss, whose gradient is in the parameters' grad afterwards.
 Gradient = Callable[[th.Tensor, th.Tensor], th.Tensor]
@@ -38,12 +38,15 @@ class LikelihoodGradient:
     With mu and raw log-variance r from the network, and the soft bounds of Chua et al. (2018), appendix A.1,
 
         l' = max - softplus(max - r),  l = min + softplus(l' - min)
-        L  = sum over members of mean((mu - y)^2 exp(-l) + l) + 0.01 (sum(max) - sum(min))
+        L  = sum over members of mean(w ((mu - y)^2 exp(-l) + l)) + 0.01 (sum(max) - sum(min)),  w = exp(beta l)
 
-    Memory for activations is allocated once for each size of batch.
+    No gradient goes through w. The mean and the sums are over the targets that vary. Memory for activations is allocated once
+    for each size of batch.
 
     :param mlp: gives mu and r, side by side
     :param bounds: min and max, ``(targets,)`` each
+    :param varies: 1 for targets that vary, 0 for constant ones, ``(targets,)``
+    :param beta: see :class:`.ProbabilisticEnsemble`
     """
 
     @staticmethod
@@ -53,8 +56,10 @@ class LikelihoodGradient:
             is_replaced(layer, EnsembleLinear, "forward") for layer in mlp.layers  # type: ignore[union-attr]
         )
 
-    def __init__(self, mlp: EnsembleMLP, bounds: Sequence[nn.Parameter]) -> None:
-        self.bounds = list(bounds)
+    def __init__(self, mlp: EnsembleMLP, bounds: Sequence[nn.Parameter], varies: th.Tensor, beta: float) -> None:
+        self.beta = beta
+        self.bounds, self.varies, self.layer_norm = list(bounds), varies, mlp.layer_norm
+        self.n_targets = max(float(varies.sum()), 1.0)
         layers: list[Any] = [*mlp.layers]
         self.layers: list[tuple[nn.Parameter, nn.Parameter]] = [(layer.weight, layer.bias) for layer in layers]
         self.memory: dict[int, tuple[list[th.Tensor], ...]] = {}
@@ -77,11 +82,14 @@ class LikelihoodGradient:
         :return: L, a scalar; its gradient is in the parameters' ``grad``
         """
         values, outputs, deltas = self._memory_for(x.shape[1])
-        inputs = [x, *outputs]
+        inputs, norms = [x, *outputs], []
         for i, (weight, bias) in enumerate(self.layers):
             th.baddbmm(bias, inputs[i], weight, out=values[i])
             if i < len(outputs):
                 th.ops.aten.silu.out(values[i], out=outputs[i])
+                if self.layer_norm:
+                    norms.append(th.native_layer_norm(outputs[i], outputs[i].shape[-1:], None, None, LAYER_NORM_EPS))
+                    inputs[i + 1] = norms[i][0]
         loss = self._likelihood(values[-1], y, deltas[-1])
         for i in reversed(range(len(self.layers))):
             weight, bias = self.layers[i]
@@ -90,6 +98,14 @@ class LikelihoodGradient:
             th.sum(deltas[i], 1, keepdim=True, out=bias.grad)
             if i > 0:
                 before = th.bmm(deltas[i], weight.transpose(1, 2), out=deltas[i - 1])
+                if self.layer_norm:
+                    _, mean, rstd = norms[i - 1]
+                    output, wanted = outputs[i - 1], [True, False, False]
+                    before.copy_(
+                        th.ops.aten.native_layer_norm_backward(
+                            before, output, output.shape[-1:], mean, rstd, None, None, wanted
+                        )[0]
+                    )
                 th.ops.aten.silu_backward.grad_input(before, values[i - 1], grad_input=before)
         return loss
 
@@ -105,12 +121,14 @@ class LikelihoodGradient:
 
         error, precision = mean - y, (-log_variance).exp()
         weighted = error * precision
-        share = 1 / (y.shape[1] * y.shape[2])
+        share = self.varies / (y.shape[1] * self.n_targets)
+        if self.beta:
+            share = share * (self.beta * log_variance).exp()
         th.mul(weighted, 2 * share, out=by_mean)
         by_log_variance = (1 - error * weighted) * share
         by_bounded = by_log_variance * room_below.sigmoid()
         th.mul(by_bounded, room_above.sigmoid(), out=by_raw)
         assert least.grad is not None and most.grad is not None
-        th.sum(by_log_variance - by_bounded, (0, 1), out=least.grad).sub_(0.01)
-        th.sum(by_bounded - by_raw, (0, 1), out=most.grad).add_(0.01)
-        return (error * weighted + log_variance).sum() * share + 0.01 * (most.sum() - least.sum())
+        th.sum(by_log_variance - by_bounded, (0, 1), out=least.grad).sub_(0.01 * self.varies)
+        th.sum(by_bounded - by_raw, (0, 1), out=most.grad).add_(0.01 * self.varies)
+        return ((error * weighted + log_variance) * share).sum() + 0.01 * ((most - least) * self.varies).sum()

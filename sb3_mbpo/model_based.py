@@ -52,9 +52,9 @@ class ModelBased(Imagining, Resuming):
     :param reward_fn: ``None``: learned; or a function of the same inputs, ``-> float (B,)`` (or its dotted name)
     :param imagined_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges on
         either side; ``None``: unbounded. A reward of ``reward_fn`` is not bounded
-    :param min_explained_variance: share of the variance of held-out rewards, and of held-out next observations, that the
-        dynamics must explain for batches to have all their imagined rows; with less they have fewer, and with half of it
-        none. ``None``: all of them always (the paper)
+    :param min_explained_variance: share of the variance of rewards, and of next observations, that the dynamics must explain
+        of the steps since its last fit for batches to have all their imagined rows; with less they have fewer, and with half
+        of it none. ``None``: all of them always (the paper)
     :param rollout_filter: which imagined transitions are learned from and which branches end early, by how far the members of
         the dynamics disagree: ``None``: all and none (the paper); ``"macura"``, ``"infoprop"``, ``"m2ac"``; or a rule, see
         ``filters.py`` (or its dotted name)
@@ -111,8 +111,12 @@ class ModelBased(Imagining, Resuming):
         self.dynamics_fitted_at: int | None = None
         #: k under ``rollout_schedule="auto"``, measured before each fit but the first.
         self.trusted_length = 1
-        #: Of the imagined rows that ``real_ratio`` leaves room for, the part that the dynamics has earned in its last fit.
+        #: Of the imagined rows that ``real_ratio`` leaves room for, the part that the dynamics has earned, see the gate.
         self.imagined_share = 1.0
+        #: Squared errors on the steps after each fit, smoothed over the fits: of the reward and each dimension.
+        self.forward_errors: list[float] = []
+        #: Fits in a row after which nothing was imagined because too little was explained.
+        self.unused_fits = 0
         #: What the rule of ``rollout_filter`` remembers of the refills so far.
         self.filter_memory: list[float] = []
         self._earlier_timesteps = 0

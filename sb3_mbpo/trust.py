@@ -1,38 +1,124 @@
 """How far the dynamics may be believed: what share of a batch may be imagined, and how long a branch may be."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 # Rewards that vary by less than this part of their magnitude are as good as constant: there a constant does no harm.
 SMALL = 0.1
-# New rows are judged by themselves if there are so many, and this part of the held-out ones: among more, they say little, and
-# little is remembered.
-FEWEST_UNSEEN, LEAST_UNSEEN = 8, 0.01
 # Mean squared error after k steps that is small beside the variance of the observations.
 NEGLIGIBLE = 0.01
 # Beside its magnitude a spread this small is rounding of float32, and the dimension constant.
 ROUNDING = 1e-6
+# Weight of earlier fits in the smoothed errors: one bad stretch of steps must not close the gate of a good dynamics.
+SMOOTHING = 0.5
 
 
-def imagined_share(metrics: Mapping[str, float | str], enough: float | None, known_reward: bool) -> float:
+class Explained(NamedTuple):
+    """
+    Which share of the variance a dynamics explains: 1 is all of it, 0 no more than a constant does.
+
+    :param reward: of the rewards
+    :param obs: mean over the dimensions of the next observation
+    :param shares: of the reward and each dimension of the next observation, ``(1 + obs_dim,)``, between -1 and 1; NaN where
+        nothing varies
+    """
+
+    reward: float
+    obs: float
+    shares: th.Tensor
+
+    @property
+    def worst_dimensions(self) -> list[int]:
+        """Dimensions of the observation that are explained least, the worst first; at most three."""
+        shares = self.shares[1:].nan_to_num(nan=2.0)
+        return [i for i in shares.argsort(stable=True).tolist()[:3] if shares[i] < 0.5]
+
+
+def squared_errors(prediction: th.Tensor, transitions: ReplayBufferSamples) -> th.Tensor:
+    """
+    Mean squared error of a prediction.
+
+    :param prediction: of reward and next observation ``(B, 1 + obs_dim)``
+    :param transitions: what came instead, raw and flat
+    :return: ``(1 + obs_dim,)``, float64. Rewards of transitions that terminate are left out: there is one in an episode, often
+        unlike all others, and no dynamics can know the first of them. NaN where no row is left
+    """
+    goes_on = transitions.dones.flatten() < 0.5
+    of_rewards = (prediction[:, :1].double() - transitions.rewards.double())[goes_on] ** 2
+    of_obs = (prediction[:, 1:].double() - transitions.next_observations.double()) ** 2
+    # What is not a number is as wrong as can be; NaN is kept for no rows at all.
+    return th.cat([part.nan_to_num(nan=th.inf).mean(dim=0) for part in (of_rewards, of_obs)])
+
+
+def constant_errors(transitions: ReplayBufferSamples) -> th.Tensor:
+    """
+    Mean squared error of the best constant: the mean of the reward, of the next observation or of its change.
+
+    :param transitions: raw and flat
+    :return: ``(1 + obs_dim,)``, float64, of a next observation the lesser of both; 0 where nothing varies beyond rounding, or
+        a reward hardly does. Rewards of transitions that terminate are left out
+    """
+    goes_on = transitions.dones.flatten() < 0.5
+    rewards = transitions.rewards.double()[goes_on]
+    obs, next_obs = transitions.observations.double(), transitions.next_observations.double()
+    of_obs = th.minimum(next_obs.var(dim=0, correction=0), (next_obs - obs).var(dim=0, correction=0))
+    of_obs = th.where(of_obs.sqrt() > ROUNDING * next_obs.abs().amax(dim=0), of_obs, 0.0)
+    if not len(rewards):
+        return th.cat([of_obs.new_zeros(1), of_obs])
+    of_rewards = rewards.var(dim=0, correction=0)
+    return th.cat([th.where(of_rewards > SMALL**2 * (rewards**2).mean(), of_rewards, 0.0), of_obs])
+
+
+def explained(errors: th.Tensor, of_constant: th.Tensor, n: int) -> Explained:
+    """
+    1 - E|y - prediction|^2 / E|y - constant|^2, see :func:`squared_errors` and :func:`constant_errors`.
+
+    :param errors: ``(1 + obs_dim,)``
+    :param of_constant: ``(1 + obs_dim,)``; dimensions where it is 0 are not judged
+    :param n: rows that the errors were measured on: they count by a standard error more, for few rows may be lucky
+    :return: reward and observation at least 0, and 1 where nothing varies. A dimension that is predicted worse than by a
+        constant counts down to -1, and so does a prediction that is not a number
+    """
+    shares = (1 - errors * (1 + math.sqrt(2 / n)) / of_constant).nan_to_num(nan=-1.0, neginf=-1.0).clamp(min=-1)
+    shares = th.where(of_constant > 0, shares, th.nan)
+    # The mean is cut at 0, not its parts: good luck in one dimension makes up for bad luck in another. That of nothing is NaN.
+    reward, obs = (max(part.nanmean().nan_to_num(nan=1.0).item(), 0.0) for part in (shares[:1], shares[1:]))
+    return Explained(reward, obs, shares)
+
+
+def smoothed(before: Sequence[float], errors: th.Tensor, of_constant: th.Tensor) -> list[float]:
+    """
+    Exponential mean over the fits of the errors on the steps that came after each.
+
+    :param before: what this returned the last time; empty at first
+    :param errors: ``(1 + obs_dim,)``, see :func:`squared_errors`; a NaN leaves the earlier value
+    :param of_constant: ``(1 + obs_dim,)``; an error counts up to twice as much, so that one bad stretch is soon forgotten
+    :return: ``1 + obs_dim`` finite numbers
+    """
+    bounded = th.minimum(errors, 2 * of_constant).tolist()
+    if not before:
+        return [0.0 if math.isnan(new) else new for new in bounded]
+    mixed = zip(before, bounded, strict=True)
+    return [old if math.isnan(new) else SMOOTHING * old + (1 - SMOOTHING) * new for old, new in mixed]
+
+
+def imagined_share(reward: float, obs: float, enough: float | None) -> float:
     """
     Which part of the imagined rows a dynamics has earned: 2 explained / enough - 1, within 0 and 1.
 
-    :param metrics: of a fit; the lesser of ``explained_obs`` and ``explained_reward`` counts, see :func:`explained`
+    :param reward: share of the variance of rewards that is explained
+    :param obs: share of that of the next observations; the lesser of both counts
     :param enough: a share of variance explained that earns all of them, and half of it none: luck explains a little as well;
         ``None``: all of them whatever is explained
-    :param known_reward: rewards do not come from the dynamics
-    :return: 1 also for a dynamics that does not say
     """
     if enough is None:
         return 1.0
-    names = ["explained_obs"] if known_reward else ["explained_obs", "explained_reward"]
-    shares = [float(metrics.get(name, enough)) for name in names]
-    # Less than any: what is no number explains nothing.
-    least = -math.inf if any(math.isnan(share) for share in shares) else min(shares)
+    # NaN counts as nothing explained.
+    least = -math.inf if math.isnan(reward) or math.isnan(obs) else min(reward, obs)
     return min(1.0, max(0.0, 2 * least / enough - 1))
 
 
@@ -54,49 +140,3 @@ def reliable_length(errors: Sequence[th.Tensor], obs: th.Tensor) -> int:
             break
         length += 1
     return max(length, 1)
-
-
-def explained(prediction: th.Tensor, transitions: ReplayBufferSamples, unseen: th.Tensor) -> tuple[float, float]:
-    """
-    Which share of the variance a prediction explains, against a constant: 1 - E|y - prediction|^2 / E|y - constant|^2.
-
-    For an observation the constant is the mean of the next one, or of its change, whichever errs less. Left out are dimensions
-    that do not vary, a reward that hardly does, and rewards that come with a termination, one in an episode and often unlike
-    all others. A dimension that is predicted worse than by the constant counts down to -1.
-
-    :param prediction: of reward and next observation ``(B, 1 + obs_dim)``, by a dynamics whose fit has held them out
-    :param transitions: what came instead, raw and flat
-    :param unseen: which of them no earlier fit was given ``(B,)``. If not too few, they are judged by themselves too, and of
-        both shares the lesser counts: a warm-started dynamics remembers of the others what it cannot know
-    :return: for the reward, and the mean over the dimensions of the observation, at least 0; 1 where nothing varies
-    """
-    goes_on = transitions.dones.flatten() < 0.5
-    rewards, obs, next_obs = (part.double() for part in (transitions.rewards, *transitions[:3:2]))
-    prediction = prediction.double()
-    by_constant = _apart([next_obs, next_obs - obs])
-    varies = by_constant.mean(dim=0).sqrt() > ROUNDING * next_obs.abs().amax(dim=0)
-    observation = _shares(prediction[:, 1:] - next_obs, by_constant, unseen)[varies]
-
-    rewards, errors = rewards[goes_on], (prediction[:, :1] - rewards)[goes_on]
-    by_constant = _apart([rewards])
-    reward = _shares(errors, by_constant, unseen[goes_on])[by_constant.mean(dim=0) > SMALL**2 * (rewards**2).mean()]
-    # The mean is cut at 0, not its parts: good luck in one dimension makes up for bad luck in another. That of nothing is nan.
-    mean_reward, mean_observation = (share.mean().nan_to_num(nan=1.0).item() for share in (reward, observation))
-    return max(mean_reward, 0.0), max(mean_observation, 0.0)
-
-
-def _apart(kinds: Sequence[th.Tensor]) -> th.Tensor:
-    """:return: squared distances from the mean ``(B, dim)``, of each dimension those of the kind that varies least"""
-    squares = th.stack([(values - values.mean(dim=0)) ** 2 for values in kinds])
-    return squares.gather(0, squares.mean(dim=1, keepdim=True).argmin(dim=0, keepdim=True).expand(1, *squares.shape[1:]))[0]
-
-
-def _shares(errors: th.Tensor, by_constant: th.Tensor, unseen: th.Tensor) -> th.Tensor:
-    """:return: what is explained of each dimension, at least -1, and -1 for what is no number"""
-    squares, of_constant = errors**2, by_constant.mean(dim=0)
-    shares = 1 - squares.mean(dim=0) / of_constant
-    if (n := int(unseen.sum())) >= max(FEWEST_UNSEEN, LEAST_UNSEEN * len(unseen)):
-        # A standard error more, since so few may be lucky; in units of all rows, unless these lie further apart.
-        unexplained = squares[unseen].mean(dim=0) * (1 + math.sqrt(2 / n))
-        shares = th.minimum(shares, 1 - unexplained / th.maximum(of_constant, by_constant[unseen].mean(dim=0)))
-    return shares.nan_to_num(nan=-1.0).clamp(min=-1)

@@ -15,6 +15,7 @@ from tiny import TruePendulum, equal_agents
 
 from sb3_mbpo import MBPO, DynamicsModel
 from sb3_mbpo.drift import drift
+from sb3_mbpo.trust import Explained
 
 FAST: dict[str, Any] = {
     "policy": "MlpPolicy",
@@ -183,7 +184,8 @@ def test_what_is_logged(tmp_path):
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     expected = "train_loss holdout_error epochs elites fit_seconds rollout_seconds rollout_length real_buffer_size "
     expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement "
-    expected += "updates diverged dropped clipped q_mean q_max q_bound explained_obs explained_reward branch_length"
+    expected += "updates diverged dropped clipped q_mean q_max q_bound explained_obs explained_reward branch_length "
+    expected += "holdout_explained_obs holdout_explained_reward gate"
     assert {f"dynamics/{name}" for name in expected.split()} == {name for name in header if name.startswith("dynamics/")}
     assert all(len(name) <= 33 for name in header)
     values = model.logger.name_to_value
@@ -208,7 +210,7 @@ def test_the_progress_bar_moves_during_a_fit(monkeypatch):
 
     monkeypatch.setattr(tqdm, "set_description", lambda self, what="", refresh=True: said.append(what))
     MBPO(env="Pendulum-v1", learning_starts=20, **FAST).learn(25, progress_bar=True)
-    assert said[0] == "fitting the dynamics, epoch 1" and "imagining, 30 of 30 branches" in said and said[-1] == ""
+    assert said[0] == "fitting the dynamics, 4 gradient steps" and "imagining, 30 of 30 branches" in said and said[-1] == ""
 
 
 def test_imagined_states_follow_the_policy_and_the_real_states(monkeypatch):
@@ -376,36 +378,81 @@ def test_a_model_that_is_not_usable_yet():
 # ---------------------------------------------------------------------- trust
 
 
-class Says(Recorder):
-    """A dynamics whose fits explain what they are told to."""
+def explains(monkeypatch, *shares: float) -> None:
+    """Let the dynamics explain these shares of the observations of the steps since each fit, one after the other."""
+    left = list(shares)
 
-    explained: list[float]
+    def explained(errors, of_constant, n):
+        return Explained(1.0, left[0], th.full((len(errors),), left.pop(0)))
 
-    def fit(self, transitions, progress=None):
-        return super().fit(transitions) | {"explained_obs": self.explained.pop(0), "explained_reward": 1.0}
+    monkeypatch.setattr("sb3_mbpo.callbacks.explained", explained)
 
 
-def test_the_gate_follows_what_the_fits_explain():
-    """Of a batch of 16 with 4 real rows, 12, 6 and none are imagined, and 12 again."""
-    model = agent(dynamics_class=Says, real_ratio=0.25, min_explained_variance=0.1)
-    model.dynamics.explained = [0.9, 0.075, 0.0, 0.6]
+def test_the_gate_follows_what_was_explained_of_the_steps_since_the_fit(monkeypatch):
+    """Of a batch of 16 with 4 real rows, 12 are imagined after the first fit, then 6 and none, and 12 again."""
+    explains(monkeypatch, 0.075, 0.0, 0.6)
+    model = agent(dynamics_class=TruePendulum, real_ratio=0.25, min_explained_variance=0.1, model_train_freq=30)
     real = []
-    model.learn(55, callback=lambda locals_, globals_: real.append(model.replay_buffer.real_rows(16)) or True)
-    assert model.dynamics.fits == [21, 30, 40, 50]
+    # Fits at 21, 30 (nine steps say too little), 60, 90 and 120.
+    model.learn(125, callback=lambda locals_, globals_: real.append(model.replay_buffer.real_rows(16)) or True)
     # What is seen at a step was set at the end of the one before.
-    assert [real[step - 1] for step in (22, 30, 31, 40, 41, 50, 51, 55)] == [4, 4, 10, 10, 16, 16, 4, 4]
+    assert [real[step - 1] for step in (22, 31, 60, 61, 90, 91, 120, 121, 125)] == [4, 4, 4, 10, 10, 16, 16, 4, 4]
     # Nothing is imagined that nobody would learn from.
     assert list(model.replay_buffer.model_buffer.refills) == [30, 30, 0, 30]
 
 
-def test_the_gate_is_logged_and_saved(tmp_path):
-    model = agent(dynamics_class=Says, real_ratio=0.25, min_explained_variance=0.1)
-    model.dynamics.explained = [0.075]
-    model.learn(22)
-    assert model.logger.name_to_value["dynamics/real_share"] == 10 / 16
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_the_gate_is_measured_on_the_steps_since_the_fit_and_no_others(monkeypatch, n_envs):
+    judged = []
+    env = make_vec_env("Pendulum-v1", n_envs)
+    model = agent(env, dynamics_class=TruePendulum, model_train_freq=30 * n_envs, rollout_batch_size=1)
+    predict = model.predict_mean
+    monkeypatch.setattr(
+        model, "predict_mean", lambda steps: judged.append((model.dynamics_fitted_at, steps)) or predict(steps)
+    )
+    model.learn(95 * n_envs)
+    real = model.replay_buffer.real_transitions()
+    fits = [*(fitted_at for fitted_at, _ in judged), 90 * n_envs]
+    assert len(judged) >= 2
+    for (start, steps), end in zip(judged, fits[1:], strict=True):
+        for mine, theirs in zip(steps[:5], real[:5], strict=True):
+            assert th.equal(mine, theirs[start:end])
+    # The true system is right about all of them.
+    assert model.logger.name_to_value["dynamics/explained_obs"] > 0.9999 and max(model.forward_errors) < 1e-6
+
+
+def test_a_gate_that_stays_shut_is_warned_of_once(monkeypatch):
+    explains(monkeypatch, *[0.0] * 8)
+    model = agent(dynamics_class=TruePendulum, min_explained_variance=0.1, model_train_freq=30)
+    with pytest.warns(UserWarning, match=r"not used after 3 fits in a row.*observation, dimensions \[0, 1, 2\] is predicted"):
+        model.learn(125)
+    assert model.unused_fits == 3 and model.logger.name_to_value["dynamics/gate"] == "observation, dimensions [0, 1, 2]"
+    # Later fits say nothing, and one good one is enough.
+    model.learn(50, reset_num_timesteps=False)
+    explains(monkeypatch, 1.0)
+    model.learn(20, reset_num_timesteps=False)
+    assert model.unused_fits == 0 and model.logger.name_to_value["dynamics/gate"] == "open"
+
+
+def test_a_reward_that_nobody_can_predict_is_named():
+    """Not after one fit, and not by the observations."""
+    rng = np.random.default_rng(0)
+    env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: rng.normal())
+    with pytest.warns(UserWarning, match="the reward is predicted worst"):
+        model = MBPO(env=env, **{**LEARNING, "model_train_freq": 100, "gradient_steps": 1}).learn(520)
+    assert model.imagined_share == 0 and model.logger.name_to_value["dynamics/explained_obs"] > 0.5
+
+
+def test_the_gate_is_logged_and_saved(tmp_path, monkeypatch):
+    explains(monkeypatch, 0.075)
+    model = agent(dynamics_class=TruePendulum, real_ratio=0.25, min_explained_variance=0.1, model_train_freq=30)
+    model.learn(62)
+    logged = model.logger.name_to_value
+    assert logged["dynamics/real_share"] == 10 / 16 and logged["dynamics/explained_obs"] == 0.075
     model.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
     assert loaded.imagined_share == pytest.approx(0.5) and loaded.real_ratio == 0.25
+    assert loaded.forward_errors == model.forward_errors and len(loaded.forward_errors) == 4
 
 
 class NoPast(gym.Env):
@@ -441,7 +488,8 @@ def test_what_is_remembered_from_fit_to_fit_earns_nothing(n_envs):
     shares = []
     settings = {**LEARNING, "model_train_freq": 100, "gradient_steps": 1, "learning_starts": 200}
     model = MBPO(env=env, **settings)
-    model.learn(520, callback=lambda *_: shares.append((model.dynamics_fitted_at, model.imagined_share)) or True)
+    with pytest.warns(UserWarning, match="not used after 3 fits in a row"):
+        model.learn(520, callback=lambda *_: shares.append((model.dynamics_fitted_at, model.imagined_share)) or True)
     fits = dict(shares)
     fits.pop(None)
     assert len(fits) >= 4 and set(fits.values()) == {0}

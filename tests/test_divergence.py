@@ -27,8 +27,8 @@ def state_of(ensemble):
 # ---------------------------------------------------------------------- falling back
 
 
-# 1e30 overflows; 10 stays finite, and is wrong by millions of standard deviations.
-@pytest.mark.parametrize("rate", [10.0, 1e30])
+# Either overflows, one at once.
+@pytest.mark.parametrize("rate", [1e3, 1e30])
 @pytest.mark.parametrize("normalize_targets", [True, False])
 def test_a_fit_that_explodes_leaves_everything_as_it_was(rate, normalize_targets):
     ensemble = ProbabilisticEnsemble(3, 2, normalize_targets=normalize_targets, **SMALL)
@@ -45,7 +45,7 @@ def test_a_fit_that_explodes_leaves_everything_as_it_was(rate, normalize_targets
 
 
 def test_never_a_good_fit():
-    ensemble = ProbabilisticEnsemble(3, 2, learning_rate=10, **SMALL)
+    ensemble = ProbabilisticEnsemble(3, 2, learning_rate=1e3, **SMALL)
     assert not ensemble.usable
     with pytest.warns(UserWarning, match="never had a good fit, and imagines nothing"):
         assert ensemble.fit(linear_system(200))["holdout_error"] == math.inf
@@ -182,7 +182,7 @@ def test_nothing_lost_nothing_done():
 
 def test_rollouts_wait_for_a_good_fit(tmp_path):
     """SAC goes on with real data meanwhile, as SAC; fits are tried when due, not at every step."""
-    settings = {**FAST, "dynamics_kwargs": {"net_arch": [8], "max_updates": 20, "learning_rate": 10}, "model_train_freq": 10}
+    settings = {**FAST, "dynamics_kwargs": {"net_arch": [8], "max_updates": 20, "learning_rate": 1000}, "model_train_freq": 10}
     agent = MBPO("MlpPolicy", "Pendulum-v1", **settings)
     fits = []
     fit, agent.dynamics.fit = agent.dynamics.fit, lambda *args, **kwargs: fits.append(1) or fit(*args, **kwargs)

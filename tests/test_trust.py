@@ -6,7 +6,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo import trust
-from sb3_mbpo.trust import imagined_share, reliable_length
+from sb3_mbpo.trust import constant_errors, imagined_share, reliable_length, smoothed, squared_errors
 
 
 def transitions(obs, next_obs, rewards, terminated=()):
@@ -19,8 +19,9 @@ def prediction(next_obs, rewards):
     return th.as_tensor(np.column_stack([rewards, next_obs]), dtype=th.float32)
 
 
-def explained(guess, data, unseen=()):
-    return trust.explained(guess, data, th.isin(th.arange(len(guess)), th.tensor(unseen)))
+def explained(guess, data):
+    """:return: of the reward and of the observation"""
+    return trust.explained(squared_errors(guess, data), constant_errors(data), 10**12)[:2]
 
 
 # ---------------------------------------------------------------------- explained
@@ -69,37 +70,39 @@ def test_one_hopeless_dimension_counts_as_one_perfect_one():
     assert explained(prediction(next_obs + np.array([0.0, 0.0, 1e9]), np.zeros(100)), data)[1] == pytest.approx(1 / 3)
 
 
-def test_what_no_fit_has_seen_counts():
-    """By hand: of 80 rows that vary by 1, 60 are remembered, and 20 are wrong by 1 (what a constant is), rewards by 2."""
-    data = transitions(np.zeros((80, 1)), truth := np.tile([[1.0], [-1.0]], (40, 1)), rewards := np.tile([1.0, -1.0], 40))
-    wrong = np.arange(80) < 20
-    guess = prediction(truth + wrong[:, None], rewards + 2 * wrong)
-    assert explained(guess, data) == (0, 0.75)
-    assert explained(guess, data, np.arange(20)) == (0, 0)
-    # Half of the new rows are right: 1 - 1/2, and a standard error of sqrt(2/20) off.
-    assert explained(guess, data, np.arange(10, 30))[1] == pytest.approx(1 - 0.5 * (1 + math.sqrt(0.1)))
-    # Where new rows are better than the others, all count; so they do where new ones are too few.
-    assert explained(guess, data, np.arange(20, 60)) == explained(guess, data, np.arange(7)) == (0, 0.75)
-    assert explained(guess, data, np.arange(8)) == (0, 0)
+def test_shares_of_dimensions_and_the_worst_of_them():
+    """By hand: errors of 0, 1/4, 2 and 5 where a constant errs by 1; a fifth dimension stands still."""
+    result = trust.explained(th.tensor([0.5, 0.0, 0.25, 2.0, 5.0, 3.0]), th.tensor([1.0, 1, 1, 1, 1, 0]), 10**12)
+    assert result.shares[:5].tolist() == pytest.approx([0.5, 1, 0.75, -1, -1], abs=1e-5) and result.shares[5].isnan()
+    assert (result.reward, result.obs) == pytest.approx((0.5, 0), abs=1e-5)
+    # Of 50 rows, a fifth more is counted.
+    few = trust.explained(th.tensor([0.5, 0.0]), th.tensor([1.0, 1.0]), 50)
+    assert few[:2] == pytest.approx((0.4, 1))
+    assert result.worst_dimensions == [2, 3]
 
 
-def test_few_new_rows_among_many():
-    """Less than a hundredth is too few, however many."""
-    truth = np.random.default_rng(0).normal(size=(4000, 1))
-    guess = prediction(np.where(np.arange(4000)[:, None] < 40, -truth, truth), np.zeros(4000))
-    data = transitions(np.zeros((4000, 1)), truth, np.zeros(4000))
-    assert explained(guess, data, np.arange(39))[1] > 0.95 and explained(guess, data, np.arange(40))[1] == 0
+# ---------------------------------------------------------------------- smoothed
 
 
-@pytest.mark.parametrize("spread", [0.1, 5.0])
-def test_new_rows_in_another_place(spread):
-    """A system that is known for 90 % stays so where the newest rows lie further apart, or all in one place."""
-    rng = np.random.default_rng(0)
-    truth = rng.normal(size=(400, 2)) * np.where(np.arange(400) < 40, spread, 1)[:, None]
-    guess = truth * (1 - math.sqrt(0.1) * rng.choice([-1, 1], size=(400, 2)))
-    data = transitions(np.zeros((400, 2)), truth, truth[:, 0])
-    share = min(explained(prediction(guess, guess[:, 0]), data, np.arange(40)))
-    assert 0.85 < share < 0.91
+def test_errors_are_an_exponential_mean():
+    constant = th.tensor([1.0, 1.0])
+    errors = smoothed([], th.tensor([0.4, 0.8]), constant)
+    assert errors == pytest.approx([0.4, 0.8])
+    assert smoothed(errors, th.tensor([0.0, 0.4]), constant) == pytest.approx([0.2, 0.6])
+
+
+def test_one_bad_stretch_is_soon_forgotten_and_does_not_close_the_gate():
+    """However bad: a dynamics that was perfect and will be keeps half of what it explains."""
+    constant = th.tensor([1.0])
+    errors = smoothed([0.0], th.tensor([math.inf]), constant)
+    assert errors == [1.0]
+    errors = smoothed(errors, th.tensor([0.0]), constant)
+    assert errors == [0.5]
+
+
+def test_what_was_not_measured_leaves_what_was():
+    nan, constant = th.tensor([math.nan]), th.tensor([1.0])
+    assert smoothed([0.3], nan, constant) == [0.3] and smoothed([], nan, constant) == [0.0]
 
 
 def test_what_does_not_vary_is_left_out():
@@ -155,23 +158,13 @@ def test_units_do_not_matter(scale):
     [(1, 1, 1), (0.1, 0.9, 1), (0.075, 1, 0.5), (1, 0.06, 0.2), (0.05, 1, 0), (0, 1, 0), (1, 0, 0), (0.07, 0.08, 0.4)],
 )
 def test_share(obs, reward, share):
-    metrics = {"explained_obs": obs, "explained_reward": reward}
-    assert imagined_share(metrics, 0.1, known_reward=False) == pytest.approx(share)
-    assert imagined_share(metrics, None, known_reward=False) == 1
-
-
-def test_a_known_reward_is_not_judged():
-    assert imagined_share({"explained_obs": 0.075, "explained_reward": 0.0}, 0.1, known_reward=True) == pytest.approx(0.5)
+    assert imagined_share(reward, obs, 0.1) == pytest.approx(share)
+    assert imagined_share(reward, obs, None) == 1
 
 
 @pytest.mark.parametrize("numbers", [(math.nan, 1.0), (1.0, math.nan), (-math.inf, 1.0)])
 def test_what_is_not_finite_earns_nothing(numbers):
-    metrics = dict(zip(("explained_obs", "explained_reward"), numbers, strict=True))
-    assert imagined_share(metrics, 0.1, known_reward=False) == 0
-
-
-def test_a_dynamics_that_says_nothing_is_believed():
-    assert imagined_share({"elites": "1 2"}, 0.1, known_reward=False) == 1
+    assert imagined_share(*numbers, 0.1) == 0
 
 
 # ---------------------------------------------------------------------- reliable_length
