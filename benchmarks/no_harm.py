@@ -274,14 +274,16 @@ def compare(mine: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """
     :param mine: a score for each seed
     :param other: the same of another arm
-    :return: the difference of the means, and the seeds' spread: the larger one of the standard deviations
+    :return: the difference of the means, and the seeds' spread: the larger one of the standard deviations, NaN with one seed
     """
-    spread = max(float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in (mine, other))
+    spread = np.nan if min(len(mine), len(other)) < 2 else max(float(np.std(values, ddof=1)) for values in (mine, other))
     return float(np.mean(mine) - np.mean(other)), spread
 
 
 def verdict(difference: float, spread: float) -> str:
     """In words, where differences within the spread count as none."""
+    if np.isnan(spread):
+        return "one seed"
     if abs(difference) <= spread:
         return "alike"
     return "ahead" if difference > 0 else "BEHIND"

@@ -111,6 +111,8 @@ def test_description_survives_its_file(study: Any) -> None:
         # The larger spread counts, whichever arm has it.
         ([0.0, 0.0, 0.0], [-4.0, 2.0, 8.0], "alike"),
         ([-4.0, 2.0, 8.0], [0.0, 0.0, 0.0], "alike"),
+        # One seed has no spread to compare with.
+        ([1.0], [4.0, 5.0, 6.0], "one seed"),
     ],
 )
 def test_verdict(study: Any, mine: list[float], other: list[float], expected: str) -> None:
