@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ends  # noqa: F401  (registers its tasks)
+import ends
 import gymnasium as gym
 import matplotlib
 import no_past  # noqa: F401  (registers NoPast-v0)
@@ -146,9 +146,13 @@ def description(run: Run) -> dict[str, Any]:
     """What decides about a run, to be compared with that of a finished one."""
     task = TASKS[run[0]]
     settings = {key: getattr(value, "__qualname__", value) for key, value in settings_of(task, run[1]).items()}
+    described = {"run": run, "task": asdict(task), "settings": settings}
+    if task.env in ends.TASKS:
+        # Another radius or reward is another task.
+        described["constants"] = {key: value for key, value in vars(ends.TASKS[task.env][0]).items() if key.isupper()}
     # As it is read back.
-    described: dict[str, Any] = json.loads(json.dumps({"run": run, "task": asdict(task), "settings": settings}))
-    return described
+    read_back: dict[str, Any] = json.loads(json.dumps(described))
+    return read_back
 
 
 def folder_of(run: Run) -> Path:

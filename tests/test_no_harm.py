@@ -102,6 +102,14 @@ def test_description_survives_its_file(study: Any) -> None:
             assert described == json.loads(json.dumps(described)) and "0x" not in str(described)
 
 
+def test_a_run_of_another_task_is_not_finished(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ("ForbiddenDisc-v0", "sac", 0)
+    finish(study, run, {2_500: [1.0]})
+    assert study.is_finished(run)
+    monkeypatch.setattr(study.ends.ForbiddenDisc, "RADIUS", 0.123)
+    assert not study.is_finished(run)
+
+
 @pytest.mark.parametrize(
     ("mine", "other", "expected"),
     [
