@@ -17,9 +17,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from train import COLUMNS as OF_A_RUN
+
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs" / "learning"
 RESULTS = ROOT / "docs" / "benchmarks" / "learning.csv"
+# Older rows lack the later ones.
+COLUMNS = ["study", "arm", *OF_A_RUN, "finished"]
 
 PENDULUM = "--env Pendulum-v1 --steps 2500"
 POLE = "--env InvertedPendulum-v5 --steps 2750"
@@ -151,7 +155,7 @@ def collect() -> None:
     order = sorted(runs, key=lambda run: (known.get(run[:2], len(known)), run[2]))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["study", "arm", "seed", "step", "episode", "return", "seconds", "finished"])
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(row for run in order for row in runs[run])
     print(f"{len(runs)} runs -> {RESULTS.relative_to(ROOT)}")

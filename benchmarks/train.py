@@ -78,27 +78,63 @@ def start_with_episodes(agent: MBPO, env: gym.Env, seed: int) -> None:
     agent.replay_buffer.start_states = start_states  # type: ignore[method-assign]
 
 
+# Of the last fit before an evaluation; empty for an algorithm without a model.
+LOGGED = (
+    "q_mean",
+    "q_max",
+    "q_bound",
+    "epochs",
+    "updates",
+    "explained_obs",
+    "explained_reward",
+    "holdout_error",
+    "real_share",
+)
+COLUMNS = ("seed", "step", "episode", "return", "length", "seconds", "cpu_seconds", "fit_cpu_seconds", *LOGGED)
+
+
 class EvaluationCsv(BaseCallback):
     """
     After each evaluation, adds a line per episode to a CSV; the mean alone would hide an agent that falls now and then.
 
+    Seconds are those since the start, evaluations included; CPU seconds those of all threads, and ``fit_cpu_seconds`` of all
+    fits so far.
+
     :param path: the file
     :param seed: written into every line
+    :param evaluation: what evaluates, with a ``log_path``; it comes before this one in the list of callbacks
     """
 
-    parent: EvalCallback
-
-    def __init__(self, path: Path, seed: int) -> None:
+    def __init__(self, path: Path, seed: int, evaluation: EvalCallback) -> None:
         super().__init__()
-        self.path, self.seed, self.started = path, seed, time.perf_counter()
+        self.path, self.seed, self.evaluation = path, seed, evaluation
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+        self.written, self.fitted_at, self.fit_cpu_seconds = 0, None, 0.0
+        self.logged: dict[str, float] = {}
         with path.open("w", newline="") as file:
-            csv.writer(file).writerow(["seed", "step", "episode", "return", "seconds"])
+            csv.writer(file).writerow(COLUMNS)
+
+    def _on_rollout_end(self) -> None:
+        fitted_at = getattr(self.model, "dynamics_fitted_at", None)
+        if fitted_at != self.fitted_at:
+            self.fitted_at = fitted_at
+            # MBPO's own callback comes before those of the user.
+            values = {name.removeprefix("dynamics/"): value for name, value in self.logger.name_to_value.items()}
+            self.logged = {name: round(values[name], 5) for name in LOGGED if name in values}
+            self.fit_cpu_seconds += values.get("fit_cpu_seconds", 0.0)
 
     def _on_step(self) -> bool:
-        seconds = round(time.perf_counter() - self.started, 1)
+        if len(self.evaluation.evaluations_results) == self.written:
+            return True
+        self.written += 1
+        times = (time.perf_counter() - self.started, time.process_time() - self.cpu_started, self.fit_cpu_seconds)
+        last = [*(round(seconds, 1) for seconds in times), *(self.logged.get(name, "") for name in LOGGED)]
+        episodes = zip(self.evaluation.evaluations_results[-1], self.evaluation.evaluations_length[-1], strict=True)
         with self.path.open("a", newline="") as file:
-            returns = enumerate(self.parent.evaluations_results[-1])
-            csv.writer(file).writerows([self.seed, self.num_timesteps, i, round(float(r), 3), seconds] for i, r in returns)
+            csv.writer(file).writerows(
+                [self.seed, self.num_timesteps, i, round(float(result), 3), int(length), *last]
+                for i, (result, length) in enumerate(episodes)
+            )
         return True
 
 
@@ -149,7 +185,6 @@ def main() -> None:
     eval_env.reset(seed=args.seed + 10_000)
     evaluation = EvalCallback(
         eval_env,
-        callback_after_eval=EvaluationCsv(folder / "evaluations.csv", args.seed),
         n_eval_episodes=args.eval_episodes,
         eval_freq=min(args.eval_freq, steps),
         log_path=str(folder),
@@ -163,7 +198,8 @@ def main() -> None:
         assert isinstance(agent, MBPO), "--episode-starts is about imagined rollouts"
         start_with_episodes(agent, make_env(args.env, **env_settings), args.seed + 20_000)
     started = time.perf_counter()
-    agent.learn(steps, callback=evaluation, progress_bar=not args.quiet)
+    rows = EvaluationCsv(folder / "evaluations.csv", args.seed, evaluation)
+    agent.learn(steps, callback=[evaluation, rows], progress_bar=not args.quiet)
     minutes = (time.perf_counter() - started) / 60
     agent.save(folder / "agent")
 

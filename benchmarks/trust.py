@@ -5,9 +5,9 @@ How long should imagined branches be, and which filter helps? Arms of one study,
     python benchmarks/trust.py pendulum --collect    # only collect what there is, and draw
 
 Runs are in logs/trust/STUDY. What they have measured goes to docs/benchmarks/trust: STUDY.csv has the mean return of each
-evaluation, STUDY_fits.csv what was logged at each fit, STUDY.png shows both. Runs that are not finished are there as far as
-they went, with finished = 0. Runs that are in the CSV only, made on another machine, stay there, and finished ones are not
-made again.
+evaluation, its episodes' mean length and the seconds so far, STUDY_fits.csv what was logged at each fit, STUDY.png shows both.
+Runs that are not finished are there as far as they went, with finished = 0. Runs that are in the CSV only, made on another
+machine, stay there, and finished ones are not made again.
 """
 
 import argparse
@@ -31,8 +31,12 @@ from sb3_mbpo.workers import LocalWorkers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "trust"
-MEASURED = ["return", "seconds", "fits_seconds", "rollouts_seconds"]
-LOGGED = ("rollout_length", "branch_length", "filtered", "explained_obs", "explained_reward", "holdout_error", "real_share")
+MEASURED = ["return", "length", "seconds", "fits_seconds", "rollouts_seconds"]
+MEASURED += ["cpu_seconds", "fits_cpu_seconds", "rollouts_cpu_seconds"]
+LOGGED = (
+    *("rollout_length", "branch_length", "filtered", "explained_obs", "explained_reward", "holdout_error", "real_share"),
+    *("q_mean", "q_max", "q_bound", "epochs", "updates"),
+)
 
 # Rows of its evaluations, and of its fits
 Run = tuple[pd.DataFrame, pd.DataFrame]
@@ -105,7 +109,8 @@ def made(study: str, arm: str, seed: int) -> Run | None:
     folder = folder_of(study) / as_file_name(env) / as_file_name(arms[arm]) / f"seed_{seed}"
     if not (folder / FITS).exists():
         return None
-    returns = pd.read_csv(folder / EVALUATIONS).groupby("step", as_index=False)[MEASURED].mean()
+    # Runs of before CPU seconds were kept lack their columns.
+    returns = pd.read_csv(folder / EVALUATIONS).reindex(columns=["step", *MEASURED]).groupby("step", as_index=False).mean()
     with (folder / FITS).open(newline="") as file:
         logged = pd.DataFrame(csv.reader(file), columns=["step", "name", "value"]).astype({"step": int, "value": float})
     fits = logged.pivot_table("value", "step", "name").reindex(columns=LOGGED).reset_index()
@@ -135,7 +140,9 @@ def collect(study: str) -> Run:
         raise SystemExit(f"no run of {study} has had a fit yet, here or in docs/benchmarks/trust")
     returns, fits = (pd.concat(part) for part in zip(*runs, strict=True))
     first = ["arm", "seed", "step"]
-    return returns[[*first, *MEASURED, "finished"]].round(3), fits[[*first, *LOGGED]].round(4)
+    # And so do older rows of the CSV.
+    columns = [*first, *MEASURED, "finished"], [*first, *LOGGED]
+    return returns.reindex(columns=columns[0]).round(3), fits.reindex(columns=columns[1]).round(4)
 
 
 def draw(study: str, returns: pd.DataFrame, fits: pd.DataFrame) -> None:

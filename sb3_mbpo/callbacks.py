@@ -112,7 +112,7 @@ class RolloutCallback(BaseCallback):
 
     def _fit(self) -> ReplayBufferSamples:
         """Measure k and what is explained, fit the dynamics and what is learned beside it, and return all real transitions."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
         if agent.rollout_schedule == "auto":
@@ -124,6 +124,7 @@ class RolloutCallback(BaseCallback):
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
         self.logger.record("dynamics/fit_seconds", time.perf_counter() - started)
+        self.logger.record("dynamics/fit_cpu_seconds", time.process_time() - cpu_started)
         return transitions
 
     def _explained_since_fit(self, transitions: ReplayBufferSamples) -> Explained | None:
@@ -185,7 +186,7 @@ class RolloutCallback(BaseCallback):
 
         :param transitions: all real transitions, if they are at hand: their range bounds what is imagined
         """
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         agent = self.model
         length = agent.rollout_length
         model_buffer = agent.replay_buffer.model_buffer
@@ -225,6 +226,7 @@ class RolloutCallback(BaseCallback):
         self.logger.record("dynamics/dropped", dropped := sum(lost))
         self.logger.record("dynamics/clipped", plausible.clipped)
         self.logger.record("dynamics/rollout_seconds", time.perf_counter() - started)
+        self.logger.record("dynamics/rollout_cpu_seconds", time.process_time() - cpu_started)
         if dropped:
             what = f"{dropped:,} of {plausible.rows:,} imagined transitions were not finite and were left out"
             rest = "" if model_buffer.refills[-1] else "; nothing new is imagined until the next fit"

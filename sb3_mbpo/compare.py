@@ -4,7 +4,8 @@ Compare algorithms: train each with several seeds, with the RL Zoo's settings, a
     sb3_mbpo compare --env Hopper-v5 --algo mbpo sac sac:gradient_steps=20 tqc --seeds 5 --steps 50000
 
 An algorithm is one of the Zoo's or of this package; settings may follow, as sac:gradient_steps=20,gamma=0.98. Each run is a
-process of its own. The folder gets results.csv (a row per evaluation episode), manifest.json, a figure per env, report.html.
+process of its own. The folder gets results.csv (a row per evaluation episode), fits.csv (a row per fit of a dynamics),
+manifest.json, a figure per env, report.html.
 Runs that were finished before are not made again, so the same command goes on where it was cut.
 """
 
@@ -40,6 +41,7 @@ except ImportError as error:
         raise
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
+from sb3_mbpo.comparison_experiment import FITS
 from sb3_mbpo.comparison_run import EVALUATIONS, Run, as_file_name, put, record
 from sb3_mbpo.provenance import merged
 from sb3_mbpo.workers import LocalWorkers, RayWorkers
@@ -190,6 +192,18 @@ def episodes(runs: Sequence[Run], root: Path) -> Iterator[dict[str, str]]:
             yield from csv.DictReader(file)
 
 
+def fits(runs: Sequence[Run], root: Path) -> pd.DataFrame | None:
+    """:return: a row for each fit of finished runs, a column for each number that was logged; ``None``: there was no fit"""
+    parts = []
+    for run in runs:
+        path = root / run.folder / FITS
+        if path.exists():
+            logged = pd.read_csv(path, names=["step", "name", "value"]).pivot_table("value", "step", "name", sort=False)
+            origin = {"env": run.env, "algorithm": run.label, "seed": run.seed, "step": logged.index}
+            parts.append(pd.concat([pd.DataFrame(origin), logged.reset_index(drop=True)], axis=1))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
 def write_results(runs: Sequence[Run], root: Path, args: argparse.Namespace, failures: Sequence[str]) -> None:
     """
     :param runs: the finished ones, at least one
@@ -206,6 +220,8 @@ def write_results(runs: Sequence[Run], root: Path, args: argparse.Namespace, fai
         writer.writeheader()
         writer.writerows(lines)
     os.replace(part, root / "results.csv")
+    if (logged := fits(runs, root)) is not None:
+        put(root / FITS, logged.to_csv(index=False).encode())
     rows = pd.read_csv(root / "results.csv")
     thresholds = default_thresholds(rows, args.baseline)
     if args.threshold is not None:
@@ -235,7 +251,7 @@ def describe(
         **{key: merged(one[key] for one in records) for key in ("versions", "hardware", "commit")},
         "settings": settings,
         "runs": [
-            {"folder": run.folder.as_posix(), "finished": one["finished"], "seconds": one["seconds"]}
+            {"folder": run.folder.as_posix(), **{key: one.get(key) for key in ("finished", "seconds", "cpu_seconds")}}
             for run, one in zip(runs, records, strict=True)
         ],
         "failed": list(failures),

@@ -18,7 +18,11 @@ PHASES = ("env_and_policy", "updates", "fits", "rollouts", "evaluation")
 COLUMNS = (
     *("env", "algorithm", "seed", "step", "episode", "return", "length", "seconds"),
     *(f"{phase}_seconds" for phase in PHASES),
+    "cpu_seconds",
+    *(f"{phase}_cpu_seconds" for phase in PHASES),
 )
+# Logged after a fit only if something was imagined.
+OF_ROLLOUTS = ("rollout_length", "branch_length", "filtered", "dropped", "clipped", "rollout_seconds", "rollout_cpu_seconds")
 # Beside the evaluations: what was logged under dynamics/ at each fit, a row for each number.
 FITS = "fits.csv"
 # Evaluation episodes start elsewhere than the training ones, and in the same states for every algorithm.
@@ -27,7 +31,10 @@ EVALUATION_SEED = 1_000_000
 
 class EvaluationRecorder(BaseCallback):
     """
-    Evaluates at given steps and writes one row per episode; also keeps the time of each phase.
+    Evaluates at given steps and writes one row per episode; also keeps the time of each phase, by the clock and of the CPU.
+
+    CPU seconds are those of all threads of this process. Other processes, as those of SubprocVecEnv, are not counted, and of
+    a GPU only the time that the CPU spends on it.
 
     It draws no random numbers that the agent would draw, so training is the same without it.
 
@@ -45,9 +52,11 @@ class EvaluationRecorder(BaseCallback):
         self.deterministic = True
         #: Seconds of each phase so far.
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        #: CPU seconds of each phase so far.
+        self.cpu_seconds = dict.fromkeys(PHASES, 0.0)
         #: What the Zoo read from its files and from the command.
         self.settings: dict[str, Any] = {}
-        self._mark = 0.0
+        self._mark, self._cpu_mark = 0.0, 0.0
         self._fitted_at: int | None = None
         if not path.exists():
             with path.open("w", newline="", encoding="utf-8") as file:
@@ -55,7 +64,7 @@ class EvaluationRecorder(BaseCallback):
 
     def on_resume(self) -> None:
         """After the state of a checkpoint was put back: what was evaluated and fitted after it comes again."""
-        self._mark = time.perf_counter()
+        self._start_lap()
         fits = self.path.with_name(FITS)
         if fits.exists():
             with fits.open(newline="", encoding="utf-8") as file:
@@ -71,22 +80,28 @@ class EvaluationRecorder(BaseCallback):
                 kept.setdefault((row[step], row[episode]), row)
         _replace(self.path, [header, *kept.values()])
 
-    def _lap(self) -> float:
-        """Seconds since the last call."""
-        before, self._mark = self._mark, time.perf_counter()
-        return self._mark - before
+    def _start_lap(self) -> None:
+        # Both clocks are the process's own: after a resume the marks of the earlier process mean nothing.
+        self._mark, self._cpu_mark = time.perf_counter(), time.process_time()
+
+    def _end_lap(self, phase: str) -> None:
+        """Add the time since the last call to that of a phase."""
+        before, cpu_before = self._mark, self._cpu_mark
+        self._start_lap()
+        self.seconds[phase] += self._mark - before
+        self.cpu_seconds[phase] += self._cpu_mark - cpu_before
 
     def _on_training_start(self) -> None:
-        self._mark = time.perf_counter()
+        self._start_lap()
         self._evaluate_if_due()
 
     def _on_rollout_start(self) -> None:
         # SB3 trains between one rollout and the next.
-        self.seconds["updates"] += self._lap()
+        self._end_lap("updates")
 
     def _on_step(self) -> bool:
         if self.due and self.num_timesteps >= self.due[0]:
-            self.seconds["env_and_policy"] += self._lap()
+            self._end_lap("env_and_policy")
             self._evaluate_if_due()
         return True
 
@@ -95,11 +110,18 @@ class EvaluationRecorder(BaseCallback):
         fitted_at = getattr(self.model, "dynamics_fitted_at", None)
         if fitted_at != self._fitted_at:
             self._fitted_at = fitted_at
-            for phase, key in (("fits", "dynamics/fit_seconds"), ("rollouts", "dynamics/rollout_seconds")):
-                self.seconds[phase] += self.logger.name_to_value[key]
-                self._mark += self.logger.name_to_value[key]
+            # Where nothing was imagined, the log may still hold the numbers of an earlier rollout.
+            if not self.model.replay_buffer.model_buffer.refills[-1]:
+                for name in OF_ROLLOUTS:
+                    self.logger.name_to_value.pop(f"dynamics/{name}", None)
+            for phase, key in (("fits", "dynamics/fit"), ("rollouts", "dynamics/rollout")):
+                seconds, cpu_seconds = (self.logger.name_to_value.get(f"{key}_{of}", 0.0) for of in ("seconds", "cpu_seconds"))
+                self.seconds[phase] += seconds
+                self.cpu_seconds[phase] += cpu_seconds
+                self._mark += seconds
+                self._cpu_mark += cpu_seconds
             self._record_fit()
-        self.seconds["env_and_policy"] += self._lap()
+        self._end_lap("env_and_policy")
 
     def _record_fit(self) -> None:
         values = {
@@ -111,18 +133,19 @@ class EvaluationRecorder(BaseCallback):
             )
 
     def _on_training_end(self) -> None:
-        self.seconds["updates"] += self._lap()
+        self._end_lap("updates")
 
     def _evaluate_if_due(self) -> None:
         while self.due and self.num_timesteps >= self.due[0]:
-            training = sum(self.seconds[phase] for phase in PHASES if phase != "evaluation")
+            trained = [sum(of[phase] for phase in PHASES[:-1]) for of in (self.seconds, self.cpu_seconds)]
             sync_envs_normalization(self.training_env, self.eval_env)
             returns, lengths = evaluate_policy(
                 self.model, self.eval_env, self.episodes, deterministic=self.deterministic, return_episode_rewards=True
             )
-            self.seconds["evaluation"] += self._lap()
+            self._end_lap("evaluation")
             assert isinstance(returns, list) and isinstance(lengths, list)
-            times = [round(value, 3) for value in (training, *self.seconds.values())]
+            both = ((trained[0], *self.seconds.values()), (trained[1], *self.cpu_seconds.values()))
+            times = [round(value, 3) for values in both for value in values]
             step = self.due.pop(0)
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(

@@ -151,7 +151,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "page": set(),
     "plots": {"aggregates", "comparison_run", "page"},
     "report": {"aggregates", "page"},
-    "compare": {"comparison_run", "plots", "progress", "provenance", "report", "specs", "workers", "zoo", "zoo_experiment"},
+    "compare": {
+        *("comparison_experiment", "comparison_run", "plots", "progress", "provenance", "report", "specs", "workers", "zoo"),
+        "zoo_experiment",
+    },
     "__main__": {"compare", "diagnostics", "zoo"},
 }
 # The front door shows everything.

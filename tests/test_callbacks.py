@@ -182,7 +182,8 @@ def test_what_is_logged(tmp_path):
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(200, log_interval=1)
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
-    expected = "train_loss holdout_error epochs elites fit_seconds rollout_seconds rollout_length real_buffer_size "
+    expected = "train_loss holdout_error epochs elites fit_seconds fit_cpu_seconds rollout_seconds rollout_cpu_seconds "
+    expected += "rollout_length real_buffer_size "
     expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement "
     expected += "updates diverged dropped clipped q_mean q_max q_bound explained_obs explained_reward branch_length "
     expected += "holdout_explained_obs holdout_explained_reward gate"

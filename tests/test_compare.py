@@ -90,10 +90,15 @@ def pretend(run: Run, folder: Path) -> None:
         writer.writerow(COLUMNS)
         for step in run.evaluation_steps:
             for i in range(run.eval_episodes):
-                writer.writerow([run.env, run.label, run.seed, step, i, 100 * run.seed + step + i, 200, step, 1, 1, 1, 1, 1])
+                values = [run.env, run.label, run.seed, step, i, 100 * run.seed + step + i, 200]
+                writer.writerow([*values, *[step, *[1] * len(PHASES)] * 2])
+    if run.algo == "mbpo":
+        with (folder / "fits.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([[20, "q_max", run.seed], [20, "updates", 7], [40, "updates", 8]])
     seconds = {**dict.fromkeys(PHASES, 1.0), "total": 9.0}
     about = {"versions": {"torch": "1"}, "hardware": {"cores": 2}, "commit": None, "finished": "2030-01-01"}
-    content = {"run": dataclasses.asdict(run), "settings": run.settings, "seconds": seconds, **about}
+    times = {"seconds": seconds, "cpu_seconds": seconds}
+    content = {"run": dataclasses.asdict(run), "settings": run.settings, **times, **about}
     put(folder / "run.json", json.dumps(content).encode())
 
 
@@ -128,9 +133,16 @@ def test_every_algorithm_gets_every_seed_once(compare: ModuleType, made: list[Ru
     assert manifest["command"] == "sb3_mbpo compare " + OPTIONS + " --workers 2"
     assert manifest["arguments"]["baseline"] == "sac" and manifest["thresholds"] == {"Pendulum-v1": 90.5}
     assert manifest["versions"] == {"torch": "1"} and manifest["failed"] == [] and len(manifest["runs"]) == 6
+    assert manifest["runs"][0]["cpu_seconds"]["total"] == 9.0
+    # A row for each fit, a column for each number logged.
+    assert rows("out/fits.csv") == [
+        dict(zip(("env", "algorithm", "seed", "step", "q_max", "updates"), ("Pendulum-v1", "mbpo", *values), strict=True))
+        for values in (("0", "20", "0.0", "7.0"), ("0", "40", "", "8.0"), ("1", "20", "1.0", "7.0"), ("1", "40", "", "8.0"))
+    ]
     assert manifest["settings"]["Pendulum-v1"]["sac:tau=1e-2"] == {"tau": 0.01}
     files = {file.name for file in Path("out").iterdir()}
-    assert files == {"Pendulum-v1", "results.csv", "manifest.json", "report.html", "Pendulum-v1.png", "Pendulum-v1.svg"}
+    pictures = {"Pendulum-v1.png", "Pendulum-v1.svg"}
+    assert files == {"Pendulum-v1", "results.csv", "fits.csv", "manifest.json", "report.html", *pictures}
     output = capsys.readouterr().out
     assert "[6/6] Pendulum-v1, sac:tau=1e-2, seed 1: done" in output and "6 of 6 runs -> out/report.html" in output
     assert "| sac (2 seeds, baseline) |" in output

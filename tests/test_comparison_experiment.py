@@ -46,13 +46,15 @@ def test_rows(zoo: ModuleType, algo: str, params: list[str]) -> None:
     for row in rows:
         # To the rounding of five numbers.
         assert float(row["seconds"]) == pytest.approx(sum(float(row[phase]) for phase in phases), abs=0.003)
+        of_cpu = sum(float(row[phase.replace("seconds", "cpu_seconds")]) for phase in phases)
+        assert float(row["cpu_seconds"]) == pytest.approx(of_cpu, abs=0.003)
     assert [float(row["seconds"]) for row in rows] == sorted(float(row["seconds"]) for row in rows)
     assert float(rows[0]["seconds"]) == 0 < float(rows[0]["evaluation_seconds"]) < float(rows[-1]["evaluation_seconds"])
     assert (float(rows[-1]["fits_seconds"]) > 0) == (algo == "mbpo") and float(rows[-1]["updates_seconds"]) > 0
 
 
 def test_phases_are_told_apart(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each phase takes time of its own on a clock that stands still otherwise."""
+    """Each phase takes time of its own on a clock that stands still otherwise, and twice as much on that of the CPU."""
     import sb3_mbpo.callbacks
     import sb3_mbpo.comparison_experiment as experiment
     from sb3_mbpo import MBPO
@@ -69,6 +71,7 @@ def test_phases_are_told_apart(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch)
 
     for module in (experiment, sb3_mbpo.callbacks):
         monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+        monkeypatch.setattr(module.time, "process_time", lambda: 2 * now[0])
     monkeypatch.setattr(MBPO, "train", taking(1, MBPO.train))
     monkeypatch.setattr(MBPO, "_store_transition", taking(0.125, MBPO._store_transition))
     monkeypatch.setattr(ProbabilisticEnsemble, "fit", taking(100, ProbabilisticEnsemble.fit))
@@ -78,8 +81,9 @@ def test_phases_are_told_apart(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch)
     # Updates after steps 21 to 64; fits after 21, 40 and 60. SB3's callbacks come before a step's transition is stored.
     expected = {"env_and_policy": 8, "updates": 44, "fits": 300, "rollouts": 3000, "evaluation": 30_000}
     assert recorder.seconds == expected
+    assert recorder.cpu_seconds == {phase: 2 * seconds for phase, seconds in expected.items()}
     at_30 = {key: float(value) for key, value in rows[1].items() if key.endswith("seconds")}
-    assert at_30 == {
+    seconds = {
         "seconds": 29 * 0.125 + 9 + 1100,
         "env_and_policy_seconds": 29 * 0.125,
         "updates_seconds": 9,
@@ -87,6 +91,7 @@ def test_phases_are_told_apart(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch)
         "rollouts_seconds": 1000,
         "evaluation_seconds": 20_000,
     }
+    assert at_30 == {**seconds, **{key.replace("seconds", "cpu_seconds"): 2 * value for key, value in seconds.items()}}
 
 
 def test_what_is_logged_at_a_fit_is_recorded_before_another_callback_writes_it_out(zoo: ModuleType) -> None:
@@ -96,6 +101,19 @@ def test_what_is_logged_at_a_fit_is_recorded_before_another_callback_writes_it_o
         fits = {(step, name): float(value) for step, name, value in csv.reader(file)}
     assert {step for step, _ in fits} == {"21", "40"} and fits["40", "updates"] == 2
     assert recorder.seconds["fits"] > 0
+
+
+def test_a_fit_without_a_rollout_has_none_of_its_numbers(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second fit explains nothing; the log is not written out before it, and still holds the first rollout's numbers."""
+    import sb3_mbpo.callbacks
+
+    shares = iter([1.0, 0.0])
+    monkeypatch.setattr(sb3_mbpo.callbacks, "imagined_share", lambda *args: next(shares))
+    recorder, _ = run(zoo, "mbpo", [0], 45, TINY)
+    with open("fits.csv", newline="") as file:
+        fits = {(step, name): float(value) for step, name, value in csv.reader(file)}
+    assert ("40", "updates") in fits and ("40", "rollout_length") not in fits
+    assert recorder.seconds["rollouts"] == pytest.approx(fits["21", "rollout_seconds"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("algo", "params"), [("mbpo", TINY), ("sac", PLAIN)])

@@ -151,7 +151,8 @@ def test_run(tmp_path: Path) -> None:
     found = record(folder)
     assert found["settings"]["tau"] == 0.01 and found["run"]["seed"] == 1
     assert found["versions"]["torch"] and found["hardware"]["cores"]
-    assert 0 < found["seconds"]["updates"] < found["seconds"]["total"]
+    for of in ("seconds", "cpu_seconds"):
+        assert 0 < found[of]["updates"] < found[of]["total"]
     with (folder / "evaluations.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), int(row["episode"])) for row in rows] == [(s, i) for s in (0, 20, 30) for i in (0, 1)]
@@ -206,6 +207,10 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         seconds = record(tmp_path / name)["seconds"]
         until_then = float(last["seconds"]) + float(last["evaluation_seconds"])
         assert until_then - 0.01 < seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"])
+        cpu_until_then = float(last["cpu_seconds"]) + float(last["evaluation_cpu_seconds"])
+        assert cpu_until_then - 0.01 < record(tmp_path / name)["cpu_seconds"]["total"]
+        # What the process spent before it began, on imports, is not in it; nor may a resumed one take anything off.
+        assert all(0 <= seconds for seconds in record(tmp_path / name)["cpu_seconds"].values())
     assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "whole")
     assert len(evaluations(tmp_path / "whole")) == 23
     assert fits(tmp_path / "cut") == fits(tmp_path / "whole")
