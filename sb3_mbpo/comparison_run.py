@@ -178,6 +178,7 @@ def main() -> None:
         "run": asdict(run),
         "settings": recorder.settings,
         "seconds": {**recorder.seconds, "total": sum(recorder.seconds.values())},
+        "cpu_seconds": {**recorder.cpu_seconds, "total": sum(recorder.cpu_seconds.values())},
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **provenance(),
     }
