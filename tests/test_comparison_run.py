@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import json
 import os
 import subprocess
 import sys
