@@ -335,8 +335,9 @@ def draw(docs: Path) -> None:
                 shown = {step: value for step, value in curve.items() if step <= SHOWN}
                 colour = COLOURS[name.partition(",")[0]]
                 (labels[name],) = axes.plot(list(shown), list(shown.values()), "--", color=colour, linewidth=1.4)
-        done = [key for key in finished if key[1] == env and key[0] in COLOURS]
-        axes.set(title=f"{env} (finished seeds: {len(done)})", xlabel="env steps", ylabel="return", xlim=(0, SHOWN))
+        done = [name for name, task, _ in finished if task == env]
+        counts = ", ".join(f"{name} {done.count(name)}" for name in COLOURS if name in done) or "none"
+        axes.set(title=f"{env} (finished seeds: {counts})", xlabel="env steps", ylabel="return", xlim=(0, SHOWN))
         axes.grid(alpha=0.25)
     last = panels.flat[-1]
     last.axis("off")
