@@ -235,7 +235,7 @@ def describe(
         **{key: merged(one[key] for one in records) for key in ("versions", "hardware", "commit")},
         "settings": settings,
         "runs": [
-            {"folder": run.folder.as_posix(), **{key: one[key] for key in ("finished", "seconds", "cpu_seconds")}}
+            {"folder": run.folder.as_posix(), "finished": one["finished"], "seconds": one["seconds"]}
             for run, one in zip(runs, records, strict=True)
         ],
         "failed": list(failures),

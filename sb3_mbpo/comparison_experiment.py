@@ -18,7 +18,6 @@ PHASES = ("env_and_policy", "updates", "fits", "rollouts", "evaluation")
 COLUMNS = (
     *("env", "algorithm", "seed", "step", "episode", "return", "length", "seconds"),
     *(f"{phase}_seconds" for phase in PHASES),
-    *("cpu_seconds", "evaluation_cpu_seconds"),
 )
 # Beside the evaluations: what was logged under dynamics/ at each fit, a row for each number.
 FITS = "fits.csv"
@@ -46,11 +45,9 @@ class EvaluationRecorder(BaseCallback):
         self.deterministic = True
         #: Seconds of each phase so far.
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        #: Of this process, all its threads; envs in processes of their own are not counted. Other jobs hardly change it.
-        self.cpu_seconds = {"training": 0.0, "evaluation": 0.0}
         #: What the Zoo read from its files and from the command.
         self.settings: dict[str, Any] = {}
-        self._mark = self._cpu_mark = 0.0
+        self._mark = 0.0
         self._fitted_at: int | None = None
         if not path.exists():
             with path.open("w", newline="", encoding="utf-8") as file:
@@ -58,7 +55,7 @@ class EvaluationRecorder(BaseCallback):
 
     def on_resume(self) -> None:
         """After the state of a checkpoint was put back: what was evaluated and fitted after it comes again."""
-        self._mark, self._cpu_mark = time.perf_counter(), time.process_time()
+        self._mark = time.perf_counter()
         fits = self.path.with_name(FITS)
         if fits.exists():
             with fits.open(newline="", encoding="utf-8") as file:
@@ -79,13 +76,8 @@ class EvaluationRecorder(BaseCallback):
         before, self._mark = self._mark, time.perf_counter()
         return self._mark - before
 
-    def _cpu_lap(self, kind: str) -> None:
-        """Count the CPU time since the last call as ``training`` or ``evaluation``."""
-        before, self._cpu_mark = self._cpu_mark, time.process_time()
-        self.cpu_seconds[kind] += self._cpu_mark - before
-
     def _on_training_start(self) -> None:
-        self._mark, self._cpu_mark = time.perf_counter(), time.process_time()
+        self._mark = time.perf_counter()
         self._evaluate_if_due()
 
     def _on_rollout_start(self) -> None:
@@ -108,7 +100,6 @@ class EvaluationRecorder(BaseCallback):
                 self._mark += self.logger.name_to_value[key]
             self._record_fit()
         self.seconds["env_and_policy"] += self._lap()
-        self._cpu_lap("training")
 
     def _record_fit(self) -> None:
         values = {
@@ -121,20 +112,17 @@ class EvaluationRecorder(BaseCallback):
 
     def _on_training_end(self) -> None:
         self.seconds["updates"] += self._lap()
-        self._cpu_lap("training")
 
     def _evaluate_if_due(self) -> None:
         while self.due and self.num_timesteps >= self.due[0]:
-            self._cpu_lap("training")
             training = sum(self.seconds[phase] for phase in PHASES if phase != "evaluation")
             sync_envs_normalization(self.training_env, self.eval_env)
             returns, lengths = evaluate_policy(
                 self.model, self.eval_env, self.episodes, deterministic=self.deterministic, return_episode_rewards=True
             )
             self.seconds["evaluation"] += self._lap()
-            self._cpu_lap("evaluation")
             assert isinstance(returns, list) and isinstance(lengths, list)
-            times = [round(value, 3) for value in (training, *self.seconds.values(), *self.cpu_seconds.values())]
+            times = [round(value, 3) for value in (training, *self.seconds.values())]
             step = self.due.pop(0)
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(

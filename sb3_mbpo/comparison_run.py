@@ -182,7 +182,6 @@ def main() -> None:
         "run": asdict(run),
         "settings": recorder.settings,
         "seconds": {**recorder.seconds, "total": sum(recorder.seconds.values())},
-        "cpu_seconds": {**recorder.cpu_seconds, "total": sum(recorder.cpu_seconds.values())},
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **made_by,
     }

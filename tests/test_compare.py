@@ -90,11 +90,10 @@ def pretend(run: Run, folder: Path) -> None:
         writer.writerow(COLUMNS)
         for step in run.evaluation_steps:
             for i in range(run.eval_episodes):
-                writer.writerow([run.env, run.label, run.seed, step, i, 100 * run.seed + step + i, 200, step, *[1] * 7])
+                writer.writerow([run.env, run.label, run.seed, step, i, 100 * run.seed + step + i, 200, step, 1, 1, 1, 1, 1])
     seconds = {**dict.fromkeys(PHASES, 1.0), "total": 9.0}
     about = {"versions": {"torch": "1"}, "hardware": {"cores": 2}, "commit": None, "finished": "2030-01-01"}
     content = {"run": dataclasses.asdict(run), "settings": run.settings, "seconds": seconds, **about}
-    content["cpu_seconds"] = {"training": 7.0, "evaluation": 1.0, "total": 8.0}
     put(folder / "run.json", json.dumps(content).encode())
 
 

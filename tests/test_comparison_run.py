@@ -210,9 +210,6 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         seconds = record(tmp_path / name)["seconds"]
         until_then = float(last["seconds"]) + float(last["evaluation_seconds"])
         assert until_then - 0.01 < seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"])
-        # One thread, nothing that waits long.
-        cpu = record(tmp_path / name)["cpu_seconds"]
-        assert 0 < float(last["cpu_seconds"]) <= cpu["training"] <= 1.1 * (seconds["total"] - seconds["evaluation"])
     assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "whole")
     assert len(evaluations(tmp_path / "whole")) == 23
     assert fits(tmp_path / "cut") == fits(tmp_path / "whole")
