@@ -1,8 +1,8 @@
 """
 One run of a comparison: what it is asked to do, its folder, and its process (``python -m sb3_mbpo.comparison_run FOLDER``).
 
-The folder gets ``arguments.json`` and ``output.txt`` first, ``evaluations.csv`` as the run goes on, the Zoo's own files, and
-``run.json`` last: where that is, the run is finished.
+The folder gets ``arguments.json``, ``output.txt`` and ``provenance.json`` first, ``evaluations.csv`` as the run goes on, the
+Zoo's own files, and ``run.json`` last: where that is, the run is finished.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ARGUMENTS, OUTPUT, EVALUATIONS, FINISHED = "arguments.json", "output.txt", "evaluations.csv", "run.json"
+# Versions, hardware and commit, as the process began: the checkout may move on while it trains, and a run may be cut.
+PROVENANCE = "provenance.json"
 # Of runs of this package's algorithms, while they are not finished.
 CHECKPOINTS = "checkpoints"
 
@@ -165,6 +167,8 @@ def main() -> None:
     from sb3_mbpo.zoo import ALGORITHMS
     from sb3_mbpo.zoo import main as zoo
 
+    made_by = provenance()
+    put(folder / PROVENANCE, json.dumps(made_by, indent=1).encode())
     origin = {"env": run.env, "algorithm": run.label, "seed": run.seed}
     recorder = EvaluationRecorder(folder / EVALUATIONS, origin, run.evaluation_steps, run.eval_episodes)
     options = ["train", *run.zoo_options(folder)]
@@ -180,7 +184,7 @@ def main() -> None:
         "seconds": {**recorder.seconds, "total": sum(recorder.seconds.values())},
         "cpu_seconds": {**recorder.cpu_seconds, "total": sum(recorder.cpu_seconds.values())},
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **provenance(),
+        **made_by,
     }
     put(folder / FINISHED, json.dumps(result, indent=1, default=str).encode())
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -123,9 +123,13 @@ def test_cut_run_is_not_finished(zoo: ModuleType, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "run")])
     # As the Zoo does on an interrupt: it returns as if all were done.
     monkeypatch.setattr(zoo, "main", lambda *args, **kwargs: None)
+    monkeypatch.setattr("sb3_mbpo.provenance.commit", lambda folder: "1a2b")
     with pytest.raises(SystemExit, match="ended before step 0"):
         comparison_run.main()
     assert not (tmp_path / "run" / "run.json").exists()
+    # Of what it left, one can still tell where it comes from.
+    left = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert left["commit"] == "1a2b" and left["versions"]["torch"]
 
 
 def test_begin_keeps_checkpoints_of_the_same_run(tmp_path: Path) -> None:
