@@ -59,13 +59,13 @@ def workload() -> dict[str, Callable[[], object]]:
     return {"update": lambda: agent.train(KINDS["update"], BATCH), "fit": fit, "rollout": callback._refill}
 
 
-def work() -> None:
+def work(kinds: list[str]) -> None:
     """A worker: reads a kind from each line of standard input, and answers with its seconds by ``CLOCKS``."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     runs = workload()
-    for run in runs.values():
-        run()
+    for kind in kinds:
+        runs[kind]()
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         before = [clock() for clock in CLOCKS]
@@ -76,9 +76,9 @@ def work() -> None:
 class Worker:
     """The other end of :func:`work`."""
 
-    def __init__(self, arm: str) -> None:
+    def __init__(self, arm: str, kinds: list[str]) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
-        command = [sys.executable, __file__, "--work"]
+        command = [sys.executable, __file__, "--work", "--kinds", *kinds]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=environment | ARMS[arm], **pipes)
         self.answer()
@@ -181,11 +181,11 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        return work()
+        return work(args.kinds)
     import torch as th
 
     deadline = time.monotonic() + 60 * args.minutes
-    workers = {arm: Worker(arm) for arm in args.arms}
+    workers = {arm: Worker(arm, args.kinds) for arm in args.arms}
     origin = {"date": date.today(), "cores": os.cpu_count(), "torch": th.__version__}
     lines: list[dict[str, object]] = []
     if args.append and args.results.exists():
