@@ -8,6 +8,10 @@ ENV ?= InvertedPendulum-v5
 SEED ?= 0
 # Empty: what benchmarks/train.py takes by default
 STEPS ?=
+# Empty: OMP_NUM_THREADS, else 1
+THREADS ?=
+# Several threads must not compute while they wait: other work on the same cores would slow them down many times.
+train: export OMP_WAIT_POLICY ?= PASSIVE
 
 # One thread for each of two workers: more threads fight for the cores and slow small networks down.
 PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(RUN) -m pytest -n 2
@@ -20,7 +24,7 @@ WAIT := $(if $(shell command -v flock),flock $(VENV)/.lock)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train [ENV=$(ENV)] [SEED=$(SEED)] [STEPS=...]   train MBPO on one task"
+	@echo "make train [ENV=$(ENV)] [SEED=$(SEED)] [STEPS=...] [THREADS=...]   train MBPO on one task"
 	@echo "make test | test-expensive | test-all   quick tests, slow tests, both"
 	@echo "make format | lint | type | doc | audit | commit-checks"
 
@@ -40,7 +44,7 @@ install:
 		touch $(STAMP); }
 
 train: $(STAMP)
-	$(RUN) benchmarks/train.py --env $(ENV) --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
+	$(RUN) benchmarks/train.py --env $(ENV) --seed $(SEED) $(if $(THREADS),--threads $(THREADS)) $(if $(STEPS),--steps $(STEPS))
 
 test pytest: $(STAMP)
 	$(PYTEST)

@@ -12,6 +12,7 @@ The last line is the deterministic return of the trained agent.
 import argparse
 import csv
 import inspect
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,13 @@ def main() -> None:
     parser.add_argument("--eval-freq", type=int, default=250, help="env steps from one evaluation to the next")
     parser.add_argument("--eval-episodes", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="default: logs/ALGO/ENV_SEED")
-    parser.add_argument("--threads", type=int, help="torch threads; default: torch's")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: OMP_NUM_THREADS, else 1")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
-    if args.threads is not None:
-        th.set_num_threads(args.threads)
+    if args.threads is not None or not os.environ.get("OMP_NUM_THREADS"):
+        th.set_num_threads(args.threads or 1)
+        # Shows MBPO that the number was chosen, also where it is PyTorch's default.
+        os.environ["OMP_NUM_THREADS"] = str(args.threads or 1)
 
     settings = settings_for(args.env, args.overrides)
     steps = args.steps or int(settings["n_timesteps"])

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resuming import Resuming
 from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, known_termination
+from sb3_mbpo.threads import one_thread_by_default
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
@@ -120,6 +121,7 @@ class ModelBased(Imagining, Resuming):
         #: What the rule of ``rollout_filter`` remembers of the refills so far.
         self.filter_memory: list[float] = []
         self._earlier_timesteps = 0
+        self._printed_threads = ""
         super().__init__(*bound.args, **bound.kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -247,9 +249,24 @@ class ModelBased(Imagining, Resuming):
         """
         total_timesteps = read_learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         tb_log_name = tb_log_name or type(self).__name__
-        # With the model off, the agent is the plain algorithm to the last bit, and so are the numbers.
-        with flush_denormals() if self.real_ratio < 1 else nullcontext():
+        with ExitStack() as stack:
+            # Both change how numbers are rounded. With the model off, the agent is the plain algorithm to the last bit.
+            if self.real_ratio < 1:
+                stack.enter_context(flush_denormals())
+                self._set_threads(stack)
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _set_threads(self, stack: ExitStack) -> None:
+        """On a CPU, choose the number of threads until the stack is closed, and print it where it is new."""
+        if self.device.type != "cpu":
+            return
+        line = stack.enter_context(one_thread_by_default())
+        if self.verbose >= 1 and line != self._printed_threads:
+            print(line)
+        self._printed_threads = line
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_printed_threads"]
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is not None:

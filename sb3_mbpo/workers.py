@@ -29,6 +29,8 @@ def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
     :return: the run's process, which ends with this one
     """
     run.begin(folder)
+    # Runs share the cores with each other, so their threads must not compute while they wait.
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
     threads = {f"{library}_NUM_THREADS": str(run.threads) for library in ("OMP", "MKL", "OPENBLAS")}
     # Unbuffered: output can be watched, and what went wrong comes last.
     command = [sys.executable, "-u", "-m", "sb3_mbpo.comparison_run", str(folder)]
@@ -39,7 +41,7 @@ def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | threads,
+            env=waiting | os.environ | threads,
             start_new_session=True,
         )
 

@@ -31,6 +31,7 @@ except ModuleNotFoundError as error:
     MISSING = "sb3_mbpo.zoo needs the RL Zoo: pip install sb3_mbpo[zoo]"
     raise (SystemExit(MISSING) if __name__ == "__main__" else ImportError(MISSING)) from None
 
+from sb3_mbpo.threads import chosen
 from sb3_mbpo.zoo_experiment import ALGORITHMS, BareWords, Experiment, convert, hyperparams_folder, sample
 
 __all__ = ["ALGORITHMS", "hyperparams_folder", "main", "register"]
@@ -109,8 +110,12 @@ def prepare(
     parser.add_argument("--env", default="")
     parser.add_argument("-f", "--folder")
     parser.add_argument("--benchmark-dir", default="logs/benchmark/")
+    parser.add_argument("--num-threads", type=int, default=-1)
     given, _ = parser.parse_known_args(options)
     register()
+    if command == "train" and given.num_threads > 0:
+        # The Zoo calls torch.set_num_threads; where the number is PyTorch's default, only this shows that it was chosen.
+        stack.enter_context(chosen(given.num_threads))
     if command == "train":
         options, checkpoints = without_checkpoints(options)
         if checkpoints is not None:

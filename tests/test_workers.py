@@ -91,6 +91,7 @@ def test_stop_ends_what_is_under_way(does: Does, tmp_path: Path) -> None:
 
 
 def test_process_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     seen: dict[str, Any] = {}
 
     def popen(command: list[str], **kwargs: Any) -> None:
@@ -101,8 +102,13 @@ def test_process_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # -u: the error comes after what was printed before it, whatever the environment says of buffers.
     assert seen["command"] == [sys.executable, "-u", "-m", "sb3_mbpo.comparison_run", str(tmp_path / "run")]
     assert seen["env"]["OMP_NUM_THREADS"] == "3" and seen["stdin"] == subprocess.PIPE
+    # Other runs need the cores on which OpenMP's threads wait.
+    assert seen["env"]["OMP_WAIT_POLICY"] == "PASSIVE"
     # Out of the reach of a terminal's Ctrl-C.
     assert seen["start_new_session"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    workers.start(RUN, tmp_path / "another")
+    assert seen["env"]["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_run_elsewhere_returns_its_files(does: Does) -> None:

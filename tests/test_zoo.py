@@ -210,6 +210,22 @@ def test_help(command: str, tmp_path: Path) -> None:
     assert "usage: " in run(tmp_path, command, "--help")
 
 
+def test_number_of_threads_is_the_users(tmp_path: Path) -> None:
+    code = f"""
+import os
+from contextlib import ExitStack
+from sb3_mbpo.zoo import prepare
+for options in ([], ["--num-threads", "3"], ["--num-threads", "-1"]):
+    with ExitStack() as stack:
+        prepare("train", [*{PENDULUM}, *options], stack)
+        print(os.environ.get("OMP_NUM_THREADS"))
+print(os.environ.get("OMP_NUM_THREADS"))
+"""
+    environment = {name: value for name, value in (os.environ | QUIET).items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["None", "3", "None", "None"], result.stderr
+
+
 def test_without_the_zoo(tmp_path: Path) -> None:
     code = "import runpy, sys; sys.modules['rl_zoo3'] = None; {}"
     for line, prefix in (
