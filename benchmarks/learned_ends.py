@@ -4,8 +4,8 @@ How many of the ends on fresh episodes the learned termination finds, and how ma
     python benchmarks/learned_ends.py                   # writes docs/benchmarks/learned_ends.csv
     python benchmarks/learned_ends.py --env Fall-v0 --seeds 2 --print
 
-It is fitted every 250 steps, as in a run, and asked about 200 fresh episodes after the first fit that has seen 5, 10, 20 and 50
-ends. The data is that of ``streams.py``; of Hopper-v5, of random play.
+It is fitted every 250 steps, as in a run, and asked about 200 fresh episodes after the first fit that has seen 5, 10, 20 and
+50 ends. The data is that of ``streams.py``; of Hopper-v5, of random play.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def random_play(env_id: str, n: int, seed: int) -> ReplayBufferSamples:
 def measure(env_id: str, seed: int) -> list[dict[str, float | str]]:
     """:return: a row for each number of ends that were seen"""
     if env_id in TASKS:
-        data, fresh = stream(env_id, MOST_STEPS, seed), joined(episodes(env_id, 200, 10_000 + seed, random=False))
+        data, fresh = stream(env_id, MOST_STEPS, seed), joined(episodes(env_id, 200, seed, 10_000 + seed))
     else:
         data, fresh = random_play(env_id, 3000, seed), random_play(env_id, 5000, 10_000 + seed)
     head = LearnedTermination(data.observations.shape[1:], data.actions.shape[1:], seed=seed, device="cpu")
@@ -80,7 +80,8 @@ def main() -> None:
             group = [row for row in rows if (row["env"], row["ends"]) == (env_id, ends)]
             if group:
                 recall, precision = (sorted(float(row[name]) for row in group) for name in ("recall", "precision"))
-                print(f"{env_id:18} {ends:3} ends: recall {np.mean(recall):.2f} {recall} precision {np.mean(precision):.2f} {precision}")
+                found = f"recall {np.mean(recall):.2f} {recall}, precision {np.mean(precision):.2f} {precision}"
+                print(f"{env_id:18} {ends:3} ends: {found}")
     if not args.print:
         with RESULTS.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

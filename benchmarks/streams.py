@@ -19,14 +19,16 @@ def at_random(n: int, generator: th.Generator) -> Policy:
     return lambda obs: th.rand(len(obs), 2, generator=generator) * 2 - 1
 
 
-def half_trained(task: type[Task], n: int, generator: th.Generator) -> Policy:
+def half_trained(task: type[Task], n: int, agent: int, generator: th.Generator) -> Policy:
     """
-    A policy whose aim and gains are drawn for each of ``n`` episodes side by side.
+    A policy for ``n`` episodes side by side, each of which strays a little from what the agent aims at.
 
+    :param agent: seed of the agent, whose aim is off
     :return: ``(n, obs_dim)`` -> ``(n, 2)``
     """
     gain = 0.5 + 2.5 * th.rand(n, 1, generator=generator)
-    damping, aim = 1.5 * th.rand(n, 1, generator=generator), 0.4 * th.randn(n, 2, generator=generator)
+    damping, aim = 1.5 * th.rand(n, 1, generator=generator), 0.25 * th.randn(n, 2, generator=generator)
+    aim = aim + 0.25 * th.randn(2, generator=th.Generator().manual_seed(agent))
 
     def act(obs: th.Tensor) -> th.Tensor:
         noise = 0.5 * th.randn(n, 2, generator=generator)
@@ -42,18 +44,20 @@ def half_trained(task: type[Task], n: int, generator: th.Generator) -> Policy:
     return act
 
 
-def episodes(env_id: str, n: int, seed: int, random: bool) -> list[ReplayBufferSamples]:
+def episodes(env_id: str, n: int, agent: int, seed: int, random: bool = False) -> list[ReplayBufferSamples]:
     """
     :param env_id: of ``ends.TASKS``
     :param n: episodes
-    :param random: random play, or half-trained policies
+    :param agent: its seed
+    :param seed: of the episodes
+    :param random: random play, or the half-trained policy of this agent
     :return: each of them, in the agent's terms
     """
     task, _, steps = TASKS[env_id]
     generator, env = th.Generator().manual_seed(seed), task()
     env.reset(seed=seed)
     obs = th.stack([th.as_tensor(env.start(), dtype=th.float32) for _ in range(n)])
-    policy = at_random(n, generator) if random else half_trained(task, n, generator)
+    policy = at_random(n, generator) if random else half_trained(task, n, agent, generator)
     rows: list[tuple[th.Tensor, ...]] = []
     alive, lived = th.ones(n, dtype=th.bool), th.zeros(n, dtype=th.long)
     for _ in range(steps):
@@ -72,11 +76,13 @@ def joined(parts: list[ReplayBufferSamples]) -> ReplayBufferSamples:
     return ReplayBufferSamples(*(th.cat(columns) for columns in zip(*(part[:5] for part in parts), strict=True)))
 
 
-def stream(env_id: str, n: int, seed: int, learning_starts: int = 500) -> ReplayBufferSamples:
-    """:return: the first ``n`` transitions of an agent that plays at random until ``learning_starts``"""
+def stream(env_id: str, n: int, agent: int, learning_starts: int = 500) -> ReplayBufferSamples:
+    """:return: the first ``n`` transitions of an agent, by its seed, that plays at random until ``learning_starts``"""
     steps = TASKS[env_id][2]
     # Episodes may be short: more of them than are needed.
-    first = joined(episodes(env_id, max(4, learning_starts // 5), 2 * seed, random=True))
-    rest = joined(episodes(env_id, max(4, n // 5), 2 * seed + 1, random=False))
+    first = joined(episodes(env_id, max(4, learning_starts // 5), agent, 2 * agent, random=True))
+    rest = joined(episodes(env_id, max(4, n // 5), agent, 2 * agent + 1))
     assert len(first.rewards) >= learning_starts and len(rest.rewards) >= n, f"{env_id}: too few episodes of {steps} steps"
-    return ReplayBufferSamples(*(th.cat([a[:learning_starts], b[: n - learning_starts]]) for a, b in zip(first[:5], rest[:5])))
+    return ReplayBufferSamples(
+        *(th.cat([a[:learning_starts], b[: n - learning_starts]]) for a, b in zip(first[:5], rest[:5], strict=True))
+    )

@@ -114,7 +114,8 @@ class RolloutCallback(BaseCallback):
         if agent.rollout_schedule == "auto":
             self._measure_length(transitions.observations)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
-        agent.imagined_share = imagined_share(metrics, agent.min_explained_variance, agent.reward_fn is not None)
+        metrics |= agent.fit_reward(transitions, self._say)
+        agent.imagined_share = imagined_share(metrics, agent.min_explained_variance, agent.known_reward is not None)
         metrics |= agent.fit_termination(transitions)
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
@@ -200,7 +201,7 @@ class RolloutCallback(BaseCallback):
         obs = normalize_obs(obs.reshape(-1, *agent.observation_space.shape), env)
         values = q_values(agent.critic, obs, actions)
         # Imagined rewards are the model's own word; those of a known function count as seen.
-        rewards = transitions.rewards if agent.reward_fn is None else th.cat([transitions.rewards, buffer.rewards()])
+        rewards = transitions.rewards if agent.known_reward is None else th.cat([transitions.rewards, buffer.rewards()])
         least, most = normalize_rewards(th.stack(rewards.aminmax()), env).tolist()
         bounds = return_bounds(least, most, agent.gamma, entropy_bonus(agent))
         self.logger.record("dynamics/q_mean", values.mean().item())

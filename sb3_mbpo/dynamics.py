@@ -29,6 +29,8 @@ class DynamicsModel(nn.Module, ABC):
     min_transitions = 1
     #: Whether there was a fit to imagine with; MBPO waits for one, on real transitions alone.
     usable = True
+    #: Whether the rewards of ``sample`` are used if ``reward_fn`` is None; else MBPO learns the reward of a transition itself.
+    own_reward = True
 
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: th.device | str = "cpu") -> None:
         super().__init__()
