@@ -81,25 +81,32 @@ def measure(env_id: str, seed: int, max_updates: int) -> list[dict[str, float | 
     return rows
 
 
+def write(env_id: str, rows: list[dict[str, float | str]]) -> None:
+    """Put the rows of an env in the place of those that the CSV has."""
+    others: list[dict[str, float | str]] = []
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            others = [dict(row) for row in csv.DictReader(file) if row["env"] != env_id]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(others + rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=[*ENVS, *TASKS])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--max-updates", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--max-updates", type=int, default=300, help="of a fit of the dynamics")
     parser.add_argument("--print", action="store_true", help="write no CSV")
     args = parser.parse_args()
     th.set_num_threads(1)
-    rows = []
     for env_id in args.env:
-        for seed in range(args.seeds):
-            for row in measure(env_id, seed, args.max_updates):
-                rows.append(row)
-                print(*row.values(), flush=True)
-    if not args.print:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = [row for seed in range(args.seeds) for row in measure(env_id, seed, args.max_updates)]
+        for row in rows:
+            print(*row.values(), flush=True)
+        if not args.print:
+            write(env_id, rows)
 
 
 if __name__ == "__main__":
