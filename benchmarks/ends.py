@@ -95,7 +95,7 @@ class ForbiddenDisc(Task):
     Observation: position (2), velocity (2). Action: force (2). An episode has 50 steps; in the disc it ends, with -20 more.
     """
 
-    CENTER, RADIUS, PENALTY = (-0.7, 0.0), 0.3, -20.0
+    CENTER, RADIUS, PENALTY = (-0.7, 0.0), 0.4, -20.0
     obs_dim = 4
     observation_space = _box(4)
 
@@ -255,4 +255,4 @@ TASKS: dict[str, tuple[type[Task], type[TrueSystem], int]] = {
     "Fall-v0": (Fall, TrueFall, 200),
 }
 for _id, (_task, _, _steps) in TASKS.items():
-    gym.register(_id, entry_point=_task, max_episode_steps=_steps)
+    gym.register(_id, entry_point=lambda task=_task, **kwargs: task(**kwargs), max_episode_steps=_steps)

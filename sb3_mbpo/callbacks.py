@@ -119,6 +119,7 @@ class RolloutCallback(BaseCallback):
             self._measure_length(transitions.observations)
         of_steps = self._explained_since_fit(transitions)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
+        metrics |= agent.fit_reward(transitions, self._say)
         metrics |= agent.fit_termination(transitions)
         self._set_gate(of_steps, metrics)
         for name, value in metrics.items():
@@ -163,7 +164,7 @@ class RolloutCallback(BaseCallback):
         else:
             reward, obs = of_steps.reward, of_steps.obs
         metrics |= {"explained_reward": reward, "explained_obs": obs}
-        judged_reward = 1.0 if agent.reward_fn is not None and agent.reward_fn != "joint" else reward
+        judged_reward = reward if agent.known_reward is None else 1.0
         agent.imagined_share = imagined_share(judged_reward, obs, agent.min_explained_variance)
         to_blame = "reward" if judged_reward < obs else "observation"
         if to_blame == "observation" and of_steps is not None:
@@ -260,7 +261,7 @@ class RolloutCallback(BaseCallback):
         obs = normalize_obs(obs.reshape(-1, *agent.observation_space.shape), env)
         values = q_values(agent.critic, obs, actions)
         # Imagined rewards are the model's own word; those of a known function count as seen.
-        rewards = transitions.rewards if agent.reward_fn is None else th.cat([transitions.rewards, buffer.rewards()])
+        rewards = transitions.rewards if agent.known_reward is None else th.cat([transitions.rewards, buffer.rewards()])
         least, most = normalize_rewards(th.stack(rewards.aminmax()), env).tolist()
         bounds = return_bounds(least, most, agent.gamma, entropy_bonus(agent))
         self.logger.record("dynamics/q_mean", values.mean().item())

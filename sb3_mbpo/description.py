@@ -36,7 +36,7 @@ _NO_ARGUMENTS = {"policy", "env", "device", "_init_setup_model"}
 # Text that these arguments may be in a file; any other would be a function's name, to be imported.
 _WORDS: dict[str, tuple[str, ...]] = {
     "termination_fn": ("learned", "never"),
-    "reward_fn": (),
+    "reward_fn": ("joint",),
     "rollout_schedule": ("auto",),
     "rollout_filter": tuple(FILTERS),
 }
@@ -59,7 +59,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "rollout_schedule": (int, dict, LinearSchedule, str),
     "model_buffer_size": (_NOTHING, int),
     "termination_fn": (_NOTHING, str, *KNOWN_TERMINATIONS),
-    "reward_fn": (_NOTHING,),
+    "reward_fn": (_NOTHING, str),
     "rollout_filter": (_NOTHING, str, *FILTERS.values()),
     "dynamics_class": (type,),
     "fast_update": (_NOTHING, bool),

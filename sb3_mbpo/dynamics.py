@@ -31,6 +31,8 @@ class DynamicsModel(nn.Module, ABC):
     min_transitions = 1
     #: Whether there was a fit to imagine with; MBPO waits for one, on real transitions alone.
     usable = True
+    #: Whether the rewards of ``sample`` are used if ``reward_fn`` is None; else MBPO learns the reward of a transition itself.
+    own_reward = True
 
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: th.device | str = "cpu") -> None:
         super().__init__()
@@ -117,12 +119,6 @@ class KnownReward(DynamicsModel):
         """See ``DynamicsModel.sample``; the rewards are those of ``reward_fn``."""
         next_obs, _ = self.dynamics.sample(obs, actions)
         return next_obs, self.reward_fn(obs, actions, next_obs)
-
-    @th.no_grad()
-    def predict_mean(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """See ``DynamicsModel.predict_mean``; the rewards are those of ``reward_fn`` at the expected next observation."""
-        next_obs = self.dynamics.predict_mean(obs, actions)[:, 1:]
-        return th.cat([self.reward_fn(obs, actions, next_obs).unsqueeze(1), next_obs], dim=1)
 
     def finish(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor

@@ -12,6 +12,7 @@ from sb3_mbpo.buffers import normalize_obs
 from sb3_mbpo.collecting import Collecting
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward
 from sb3_mbpo.filters import FILTERS, Filtering, Rule
+from sb3_mbpo.learned_reward import LearnedReward, TransitionReward
 from sb3_mbpo.terminations import in_env_terms
 
 
@@ -25,24 +26,58 @@ class Imagining(Collecting):
     filter_memory: list[float]
     termination: Any
     learned_termination: Any
+    learned_reward: LearnedReward
+
+    @property
+    def learns_reward(self) -> bool:
+        """Whether the reward is learned as a function of the transition; else it is known, or the dynamics predicts it."""
+        return self.reward_fn is None and not self.dynamics.own_reward
+
+    @property
+    def known_reward(self) -> Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor] | None:
+        """``reward_fn`` on flat observations and actions in [-1, 1], if it is a function."""
+        if self.reward_fn is None or (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
+            return None
+        reward_fn = resolve(self.reward_fn, "reward_fn")
+        return lambda *transition: reward_fn(*self._in_env_terms(transition))
 
     @property
     def imagined_dynamics(self) -> DynamicsModel:
-        """What imagined transitions come from: the dynamics, with the rewards of ``reward_fn`` if there is one."""
-        if self.reward_fn is None:
-            return self.dynamics
-        reward_fn = resolve(self.reward_fn, "reward_fn")
-        return KnownReward(self.dynamics, lambda *transition: reward_fn(*self._in_env_terms(transition)))
+        """What imagined transitions come from: the dynamics, with the learned reward of a transition or a known one."""
+        if self.learns_reward:
+            return TransitionReward(self.dynamics, self.learned_reward, self.terminates)
+        known = self.known_reward
+        return self.dynamics if known is None else KnownReward(self.dynamics, known)
+
+    def predict_reward(
+        self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, terminated: th.Tensor
+    ) -> th.Tensor | None:
+        """
+        The reward that an imagined transition gets.
+
+        :param obs: raw observations ``(B, obs_dim)``
+        :param actions: in [-1, 1], ``(B, action_dim)``
+        :param next_obs: raw observations ``(B, obs_dim)``
+        :param terminated: whether the episode ends, bool ``(B,)``
+        :return: ``(B,)``; ``None`` if the dynamics predicts it together with the next observation
+        """
+        if self.learns_reward:
+            return self.learned_reward(obs, actions, next_obs, terminated)
+        known = self.known_reward
+        return None if known is None else known(obs, actions, next_obs)
 
     @th.no_grad()
     def predict_mean(self, steps: ReplayBufferSamples) -> th.Tensor:
         """
-        What the agent expects of real steps: the dynamics' mean, its reward replaced as in imagination.
+        What the agent expects of real steps: the dynamics' mean, with the reward that is paid in imagination.
 
         :param steps: raw and flat
         :return: reward and next observation ``(B, 1 + obs_dim)``
         """
-        return self.imagined_dynamics.predict_mean(steps.observations, steps.actions)
+        prediction = self.dynamics.predict_mean(steps.observations, steps.actions)
+        ended = steps.dones.flatten() > 0.5
+        rewards = self.predict_reward(steps.observations, steps.actions, prediction[:, 1:], ended)
+        return prediction if rewards is None else th.cat([rewards.unsqueeze(1), prediction[:, 1:]], dim=1)
 
     def filtering(self, transitions: ReplayBufferSamples) -> Filtering | None:
         """

@@ -135,7 +135,11 @@ def estimate(agent: Any) -> MemoryEstimate:
     width = sum(buffer.model_buffer.widths)
     # In steps, joined, packed: two of the three at a time; and where to put them.
     of_a_block = block * max(lengths) * (2 * width * NUMBER + 2 * INDEX)
-    weights = (p for part in (agent.policy, agent.dynamics, agent.learned_termination) for p in part.parameters())
+    weights = (
+        p
+        for part in (agent.policy, agent.dynamics, agent.learned_reward, agent.learned_termination)
+        for p in part.parameters()
+    )
     return MemoryEstimate(
         real_buffer=sum(getattr(buffer, name).nbytes for name in ROWS),
         first_model_buffer=course[min(retained, lengths.count(lengths[0])) - 1][0] * width * NUMBER,

@@ -18,9 +18,10 @@ from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.checks import check_before_learning
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run, dry_run_filter
-from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.filters import Rule
 from sb3_mbpo.imagining import Imagining
+from sb3_mbpo.learned_reward import LearnedReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.memory import estimate
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
@@ -50,9 +51,12 @@ class ModelBased(Imagining, Resuming):
     :param termination_fn: when imagined episodes end: ``None``: as in this env where that is known, else learned;
         ``"learned"``; ``"never"``; or a function ``(obs, actions, next_obs) -> bool (B,)`` of float32 tensors on the agent's
         device, observations raw, actions in the env's scale, both in the env's shapes (or its dotted name)
-    :param reward_fn: ``None``: learned; or a function of the same inputs, ``-> float (B,)`` (or its dotted name)
+    :param reward_fn: what imagined transitions are paid: ``None``: learned as a function of the transition and of whether it
+        ends the episode, unless a ``dynamics_class`` of yours has its own; ``"joint"``: predicted by the dynamics together
+        with the next observation (the paper); or a function of the same inputs as ``termination_fn``, ``-> float (B,)`` (or
+        its dotted name)
     :param imagined_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges on
-        either side; ``None``: unbounded. A reward of ``reward_fn`` is not bounded
+        either side; ``None``: unbounded. A reward of a ``reward_fn`` is not bounded
     :param min_explained_variance: share of the variance of rewards, and of next observations, that the dynamics must explain
         of the steps since its last fit for batches to have all their imagined rows; with less they have fewer, and with half
         of it none. ``None``: all of them always (the paper)
@@ -141,13 +145,16 @@ class ModelBased(Imagining, Resuming):
         self.learned_termination = LearnedTermination(
             self.observation_space.shape, self.action_space.shape, seed=self.seed, device=self.device
         )
+        self.learned_reward = LearnedReward(
+            self.dynamics.obs_dim, self.dynamics.action_dim, seed=self.seed, device=self.device
+        )
         # Without a termination_fn it came from the env; a loaded agent has it saved and does not look again.
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
         self._warned_of_termination = False
         #: What the callback has warned of, and does not again.
         self._warned_of: list[str] = []
-        if self.reward_fn is not None:
+        if self.reward_fn is not None and not (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
         if self.rollout_filter is not None:
@@ -202,6 +209,18 @@ class ModelBased(Imagining, Resuming):
         if self.rollout_schedule == "auto":
             return self.trusted_length
         return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
+
+    def fit_reward(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
+        """
+        Learn the reward as a function of the transition, unless it is known or predicted by the dynamics.
+
+        :param transitions: all real transitions, as the dynamics gets them; the dynamics must have been fitted
+        :param progress: called now and then with a few words
+        :return: what to log, under ``dynamics/``
+        """
+        if not self.learns_reward or not self.dynamics.usable:
+            return {}
+        return self.learned_reward.fit(transitions, self.dynamics, progress)
 
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """
@@ -302,8 +321,9 @@ class ModelBased(Imagining, Resuming):
                 )
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """See SB3; seeds the dynamics, the learned termination and the draws among imagined rows as well."""
+        """See SB3; seeds the dynamics, the learned reward and termination and the draws among imagined rows as well."""
         super().set_random_seed(seed)
-        for part in (getattr(self, name, None) for name in ("dynamics", "learned_termination", "replay_buffer")):
+        names = ("dynamics", "learned_reward", "learned_termination", "replay_buffer")
+        for part in (getattr(self, name, None) for name in names):
             if part is not None and seed is not None:
                 part.seed(seed)

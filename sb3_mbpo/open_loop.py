@@ -48,7 +48,7 @@ def untouched(agent: Any) -> Iterator[None]:
     :param agent: a ModelBased algorithm
     """
     before = random.getstate(), np.random.get_state()
-    parts = [part for name in ("dynamics", "learned_termination") for part in getattr(agent, name).modules()]
+    parts = [part for name in ("dynamics", "learned_reward", "learned_termination") for part in getattr(agent, name).modules()]
     generators = [value for part in parts for value in vars(part).values() if isinstance(value, th.Generator)]
     states = [generator.get_state() for generator in generators]
     action_dist = getattr(agent.policy.actor, "action_dist", None)

@@ -5,6 +5,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_mbpo.dynamics import DynamicsModel, KnownReward, Progress
+from sb3_mbpo.learned_reward import TransitionReward
 
 # A range this small beside the magnitude is rounding of float32: such a dimension counts as constant ...
 ROUNDING = 1e-6
@@ -32,7 +33,16 @@ class Plausible:
         columns = [[transitions.rewards], [transitions.observations, transitions.next_observations]]
         #: Bounds of rewards ``(1,)`` and next observations ``(obs_dim,)``.
         self.reward_bounds, self.obs_bounds = (bounds(parts, margin) for parts in columns)
+        ended = transitions.dones.squeeze(1) > 0.5
+        going, ending = transitions.rewards[~ended], transitions.rewards[ended]
+        #: Bounds of rewards of transitions that go on and that end, ``(1,)`` each. What varies by so much on the way may vary
+        #: as much at the end, of which there may have been one.
+        self.going_bounds = bounds([going], margin) if len(going) else self.reward_bounds
+        spread = going.aminmax() if len(going) else (0.0, 0.0)
+        self.ending_bounds = bounds([ending], margin, float(spread[1] - spread[0])) if len(ending) else self.going_bounds
         self._clipped = 0
+        # Rows of the latest prediction whose observation was out of bounds; ``None``: none of them.
+        self._moved: th.Tensor | None = None
 
     def hold(self, next_obs: th.Tensor, rewards: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -40,14 +50,35 @@ class Plausible:
         :param rewards: ``(B,)``
         :return: both within the bounds
         """
-        self.rows += len(rewards)
-        held_obs, held_rewards = next_obs.clamp(*self.obs_bounds), rewards.clamp(*self.reward_bounds)
+        return self.hold_obs(next_obs), self._hold_rewards(rewards, rewards.clamp(*self.reward_bounds))
+
+    def hold_obs(self, next_obs: th.Tensor) -> th.Tensor:
+        """:return: next observations ``(B, obs_dim)`` within the bounds; a prediction begins with them"""
+        self.rows += len(next_obs)
+        held, self._moved = next_obs.clamp(*self.obs_bounds), None
         # The usual case must cost next to nothing.
-        if th.equal(held_obs, next_obs) and th.equal(held_rewards, rewards):
-            return next_obs, rewards
-        moved, paid = (held_obs != next_obs) & next_obs.isfinite(), (held_rewards != rewards) & rewards.isfinite()
-        self._clipped += int((moved.any(dim=1) | paid).sum())
-        return th.where(moved, held_obs, next_obs), th.where(paid, held_rewards, rewards)
+        if th.equal(held, next_obs):
+            return next_obs
+        moved = (held != next_obs) & next_obs.isfinite()
+        self._moved = moved.any(dim=1)
+        self._clipped += int(self._moved.sum())
+        return th.where(moved, held, next_obs)
+
+    def hold_rewards(self, rewards: th.Tensor, ended: th.Tensor) -> th.Tensor:
+        """
+        :param rewards: of the latest prediction, ``(B,)``
+        :param ended: whether they come with the end of an episode, bool ``(B,)``
+        :return: within the bounds of such rewards
+        """
+        going, ending = rewards.clamp(*self.going_bounds), rewards.clamp(*self.ending_bounds)
+        return self._hold_rewards(rewards, th.where(ended, ending, going))
+
+    def _hold_rewards(self, rewards: th.Tensor, held: th.Tensor) -> th.Tensor:
+        if th.equal(held, rewards):
+            return rewards
+        moved = (held != rewards) & rewards.isfinite()
+        self._clipped += int((moved if self._moved is None else moved & ~self._moved).sum())
+        return th.where(moved, held, rewards)
 
     @property
     def clipped(self) -> float:
@@ -56,49 +87,57 @@ class Plausible:
 
     def within(self, dynamics: DynamicsModel) -> DynamicsModel:
         """
-        :param dynamics: a known reward in it is asked about the observation as it is kept, and is not bounded itself
+        :param dynamics: a reward that is known, or learned as a function of the transition, is asked about the observation as
+            it is kept; a known one is not bounded itself
         :return: the same, held
         """
         if isinstance(dynamics, KnownReward):
-            return KnownReward(self.within(dynamics.dynamics), dynamics.reward_fn)
+            return KnownReward(_Held(dynamics.dynamics, self, rewards=False), dynamics.reward_fn)
+        if isinstance(dynamics, TransitionReward):
+            held = _Held(dynamics.dynamics, self, rewards=False)
+            return TransitionReward(held, dynamics.reward, dynamics.termination, self.hold_rewards)
         return _Held(dynamics, self)
 
 
 class _Held(DynamicsModel):
-    """Another dynamics model whose predictions go through ``Plausible.hold``."""
+    """Another dynamics model whose predictions go through ``Plausible.hold``, or ``hold_obs`` if its rewards are not used."""
 
-    def __init__(self, dynamics: DynamicsModel, plausible: Plausible) -> None:
+    def __init__(self, dynamics: DynamicsModel, plausible: Plausible, rewards: bool = True) -> None:
         nn.Module.__init__(self)
         self.obs_dim, self.action_dim = dynamics.obs_dim, dynamics.action_dim
         self.generator = dynamics.generator
         self.min_transitions = dynamics.min_transitions
-        self.dynamics, self.plausible = dynamics, plausible
+        self.dynamics, self.plausible, self.rewards = dynamics, plausible, rewards
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
         return self.dynamics.fit(transitions, progress)
 
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return self.plausible.hold(*self.dynamics.sample(obs, actions))
+        return self._hold(*self.dynamics.sample(obs, actions))
 
     def finish(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        return self.plausible.hold(*self.dynamics.finish(obs, actions, next_obs, rewards))
+        return self._hold(*self.dynamics.finish(obs, actions, next_obs, rewards))
+
+    def _hold(self, next_obs: th.Tensor, rewards: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return self.plausible.hold(next_obs, rewards) if self.rewards else (self.plausible.hold_obs(next_obs), rewards)
 
 
-def bounds(parts: list[th.Tensor], margin: float | None) -> tuple[th.Tensor, th.Tensor]:
+def bounds(parts: list[th.Tensor], margin: float | None, least_spread: float = 0.0) -> tuple[th.Tensor, th.Tensor]:
     """
     Lowest and highest plausible value of each dimension.
 
     :param parts: real values, each ``(N, size)``
     :param margin: see :class:`Plausible`
+    :param least_spread: a range that is assumed at least
     :return: low and high, each ``(size,)``, float32; infinite where the data or float32 know no bound
     """
     least = th.stack([part.amin(dim=0) for part in parts]).amin(dim=0).double()
     most = th.stack([part.amax(dim=0) for part in parts]).amax(dim=0).double()
     if margin is None:
         return th.full_like(least, -th.inf).float(), th.full_like(most, th.inf).float()
-    spread, magnitude = most - least, th.maximum(least.abs(), most.abs())
+    spread, magnitude = (most - least).clamp(min=least_spread), th.maximum(least.abs(), most.abs())
     spread = th.where(spread <= ROUNDING * magnitude, CONSTANT_RANGE * magnitude.clamp(min=1.0), spread)
     low, high = (least - margin * spread).float(), (most + margin * spread).float()
     return low.nan_to_num(nan=-th.inf, neginf=-th.inf), high.nan_to_num(nan=th.inf, posinf=th.inf)

@@ -83,6 +83,8 @@ class ProbabilisticEnsemble(DynamicsModel):
     """
 
     min_transitions = 10
+    # A penalty or bonus at the end of an episode is learned better as a function of the transition (learned_reward.py).
+    own_reward = False
     # Logarithms of the variance, in the units of the targets: where the learned bounds start (original code).
     initial_log_variance = (-10.0, 0.5)
 

@@ -147,7 +147,8 @@ class Saving(OffPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
         optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []
-        return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables
+        learned = ["learned_reward", "learned_termination", "learned_termination.optimizer"]
+        return [*state_dicts, "dynamics", *optimizer, *learned], variables
 
     def _make_replay_buffer(self) -> MixedReplayBuffer:
         try:

@@ -150,7 +150,7 @@ def _pending_log(agent: Any) -> dict[str, Any]:
 
 def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
     """Generators of the agent's parts."""
-    for name in ("dynamics", "learned_termination", "replay_buffer"):
+    for name in ("dynamics", "learned_reward", "learned_termination", "replay_buffer"):
         for key, value in vars(getattr(agent, name)).items():
             if isinstance(value, th.Generator):
                 yield f"{name}.{key}", value
