@@ -207,7 +207,11 @@ class RolloutCallback(BaseCallback):
         self.logger.record("dynamics/q_max", values.max().item())
         if bounds is not None:
             self.logger.record("dynamics/q_bound", bounds[1])
-        for of, warning in (("values", breach(values.max().item(), bounds)), ("rewards", odd_scale(least, most, n_real))):
+        size = th.cat([obs.flatten(1), actions], dim=1).norm(dim=1).max().item()
+        for of, warning in (
+            ("values", breach(values.max().item(), bounds, size)),
+            ("rewards", odd_scale(least, most, n_real)),
+        ):
             if warning is not None:
                 self._warn_once(of, warning)
 
