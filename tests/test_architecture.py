@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training_state": {"buffers", "env_state", "packing"},
     "resuming": {"collecting", "interrupts", "resume_callback"},
     "resume_callback": {"checkpoint", "description", "faults", "interrupts", "lock", "packing", "training_state"},
-    "callbacks": {"buffers", "interrupts", "drift", "plausible", "refill", "rollouts", "trust", "value_bound"},
+    "callbacks": {"buffers", "drift", "plausible", "refill", "rollouts", "training_state", "trust", "value_bound"},
     "refill": {"model_buffer"},
     "memory": {"buffers", "model_buffer", "refill", "rollouts"},
     "imagining": {"arguments", "buffers", "collecting", "dynamics", "filters", "terminations"},
