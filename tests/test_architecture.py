@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sac_memory": {"stacks"},
     "cuda_update": {"sac_memory", "side_stream", "stacks"},
     "arguments": {"checks", "dry_runs", "unsupported"},
-    "terminations": set(),
+    "terminations": {"env_state"},
     "learned_termination": {"ensemble"},
     "dynamics": set(),
     "trust": set(),
