@@ -112,6 +112,8 @@ class RolloutCallback(BaseCallback):
         started = time.perf_counter()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
+        for of, warning in agent.odd_ends():
+            self._warn_once(of, warning)
         if agent.rollout_schedule == "auto":
             self._measure_length(transitions.observations)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
