@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_mbpo.faults import (
+    FLAGS,
     FLOATS,
     LIMIT,
     RESET_API,
@@ -25,6 +26,7 @@ from sb3_mbpo.faults import (
     InvalidTransition,
     fault_of_api,
     fault_of_arrays,
+    flag_fault,
     observation_fault,
     reward_fault,
 )
@@ -57,25 +59,32 @@ class _Env:
         boundary = self.boundary
         try:
             answer = boundary.inner[self.index].step(action)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             if fault := fault_of_api(error, STEP_API):
                 raise boundary.refusal(fault, self.index) from error
             raise
         if self.is_short and type(answer) is tuple and len(answer) == 5:
             obs, reward, terminated, truncated, _ = answer
-            if type(obs) is np.ndarray and obs.shape == self.shape and obs.dtype.kind == "f" and type(reward) in FLOATS:
-                if hypot(*obs.tolist(), reward) <= LIMIT:
-                    if self.is_last and not (terminated or truncated):
+            goes_on = type(terminated) in FLAGS and type(truncated) in FLAGS and not (terminated or truncated)
+            if goes_on and type(obs) is np.ndarray and obs.shape == self.shape and obs.dtype.kind == "f":
+                if type(reward) in FLOATS and hypot(*obs.tolist(), reward) <= LIMIT:
+                    if self.is_last:
                         boundary.finished()
                     return answer
         if not isinstance(answer, SEVERAL) or len(answer) != 5:
             raise boundary.refusal(STEP_API, self.index)
+        for what, flag in zip(("terminated", "truncated"), answer[2:4], strict=True):
+            if fault := flag_fault(flag):
+                raise boundary.refusal(f"{what} {fault}", self.index)
+        ended = bool(answer[2] or answer[3])
         if fault := observation_fault(answer[0], self.shape, self.dtype):
-            raise boundary.refusal(f"the {'last ' * bool(answer[2] or answer[3])}observation {fault}", self.index)
+            raise boundary.refusal(f"the {'last ' * ended}observation {fault}", self.index)
         if fault := reward_fault(answer[1]):
             raise boundary.refusal(f"the reward {fault}", self.index)
-        # Where an episode has ended, a reset comes after it.
-        if self.is_last and not (answer[2] or answer[3]):
+        if ended:
+            # A reset comes next. DummyVecEnv keeps a reference, and the env may write its next observation to the same array.
+            return (np.array(answer[0]), *answer[1:])
+        if self.is_last:
             boundary.finished()
         return answer
 
@@ -139,6 +148,9 @@ class _Remote:
             parts = [("last observation", info["terminal_observation"]), *parts] if done else [("observation", obs)]
             if fault := reward_fault(reward):
                 return f"the reward {fault}"
+            # What the worker made of terminated and truncated: the first of them that is true, else the last.
+            if fault := flag_fault(done) or flag_fault(info["TimeLimit.truncated"]):
+                return f"terminated or truncated {fault}"
         faults = ((what, observation_fault(obs, self.shape, self.dtype)) for what, obs in parts)
         return next((f"the {what} {fault}" for what, fault in faults if fault), "")
 
@@ -212,6 +224,8 @@ class Boundary:
         looks_inside = normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:])
         self._looked_into = normalizer if looks_inside else None
         self._looks_at_arrays = self._looks_on_top or looks_inside
+        #: The last observation of every episode is copied before the env is reset.
+        self.copies_ends = type(base) is DummyVecEnv and bool(self._stand_ins) and not self._looks_at_arrays
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # Copied or pickled it is None: it is about one env, and an agent makes another when it needs one.
@@ -265,6 +279,8 @@ class Boundary:
             self.release()
         if self._looks_on_top:
             self.look_at_arrays(self.env, *((answer,) if call == "reset" else answer))
+            # SB3 keeps a reference, and the next observations may be written to the same array.
+            answer = np.array(answer) if call == "reset" else (np.array(answer[0]), *answer[1:])
         self.in_doubt = False
         return answer
 

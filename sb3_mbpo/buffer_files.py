@@ -82,7 +82,6 @@ def _load(buffer: MixedReplayBuffer, file: BinaryIO) -> None:
     _check_imagined(content, buffer.model_buffer.rows.shape[1])
     rows = {name: tensor.numpy() for name, tensor in content["rows"].items()}
     buffer.reset()
-    buffer.handle_timeout_termination = True  # so that ``insert`` takes all rows
     if content["buffer_size"] == buffer.buffer_size:
         for name, array in rows.items():
             getattr(buffer, name)[:n_rows] = array

@@ -12,10 +12,13 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.episode_ends import Steps, lost_ends, reported_limit
 from sb3_mbpo.model_buffer import ModelBuffer
 
 # What is drawn at once, at most: enough to make the calls cheap, too little to leave a CPU's caches.
 BLOCK_NUMBERS = 2**20
+# Newest steps among which a time limit is looked for that the env reports as a termination.
+ENDS_LOOKED_AT = 20_000
 # SB3's storage arrays, one row a step: (buffer_size, n_envs, ...).
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
@@ -83,6 +86,8 @@ class MixedReplayBuffer(ReplayBuffer):
 
     #: Called before batches are drawn; may break a long ``train()`` off.
     check: Callable[[], None] | None = None
+    #: Last observations of episodes are known to have been copied, see :func:`.episode_ends.lost_ends`.
+    copies_ends = False
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class MixedReplayBuffer(ReplayBuffer):
             theirs, ours = getattr(buffer, name), getattr(self, name)
             if theirs != ours:
                 raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
-        own = ("real_ratio", "model_buffer", "generator", "device", "check")
+        own = ("real_ratio", "model_buffer", "generator", "device", "check", "copies_ends")
         self.__dict__.update({key: value for key, value in buffer.__dict__.items() if key not in own})
         self.model_buffer.refills.clear()
         if isinstance(buffer, MixedReplayBuffer):
@@ -212,7 +217,7 @@ class MixedReplayBuffer(ReplayBuffer):
             self._check()
             drawn = min(n, max(1, BLOCK_NUMBERS // (batch_size * sum(widths))))
             rows = np.random.randint(self.size() * self.n_envs, size=drawn * n_real)
-            real = sent(self._real_rows(rows), self.device)
+            real = sent(self._real_rows(rows, self.handle_timeout_termination), self.device)
             imagined = self.model_buffer.sample(drawn * (batch_size - n_real), self.generator)
             mixed = th.cat([real.unflatten(0, (drawn, n_real)), imagined.unflatten(0, (drawn, -1))], dim=1)
             obs, actions, next_obs, dones, rewards = mixed.split(widths, dim=2)
@@ -225,6 +230,23 @@ class MixedReplayBuffer(ReplayBuffer):
         if self.check is not None:
             self.check()
 
+    def add(self, *args: Any) -> None:
+        """See SB3. Time limits are noted in any case: the dynamics and the termination have to know them."""
+        place, infos = self.pos, args[-1]
+        super().add(*args)
+        if not self.handle_timeout_termination:
+            self.timeouts[place] = [info.get("TimeLimit.truncated", False) for info in infos]
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        if self.handle_timeout_termination:
+            return super()._get_samples(batch_inds, env)
+        # SB3 leaves the noted ones out of ``dones`` whatever was asked for.
+        noted, self.timeouts = self.timeouts, np.broadcast_to(np.float32(0), self.timeouts.shape)
+        try:
+            return super()._get_samples(batch_inds, env)
+        finally:
+            self.timeouts = noted
+
     def insert(self, transitions: dict[str, np.ndarray]) -> None:
         """
         Put many real transitions in at once, as ``add`` would one by one; the oldest leave when the buffer is full.
@@ -233,7 +255,7 @@ class MixedReplayBuffer(ReplayBuffer):
         """
         n_rows = len(transitions["rewards"])
         places = (self.pos + np.arange(n_rows)) % self.buffer_size
-        for name in ROWS if self.handle_timeout_termination else ROWS[:-1]:
+        for name in ROWS:
             # Assignment to a place that comes twice would keep either.
             getattr(self, name)[places[-self.buffer_size :]] = transitions[name][-self.buffer_size :]
         self.full = self.full or self.pos + n_rows >= self.buffer_size
@@ -246,16 +268,44 @@ class MixedReplayBuffer(ReplayBuffer):
     def _tensor(self, array: np.ndarray) -> th.Tensor:
         return th.as_tensor(array, dtype=th.float32, device=self.device)
 
-    def _real_rows(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Real transitions, packed like those of the model buffer; dones without time limits, as SB3's samples have them."""
+    def _real_rows(self, rows: np.ndarray | slice, without_limits: bool) -> np.ndarray:
+        """Real transitions, packed like those of the model buffer; dones with or without those of time limits."""
         *parts, timeouts = (self._flat(getattr(self, name))[rows] for name in ROWS)
-        parts[3] = parts[3] * (1 - timeouts)
+        if without_limits:
+            parts[3] = parts[3] * (1 - timeouts)
         # MuJoCo's observations are float64 in SB3's buffer; the networks are float32.
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
     def real_transitions(self) -> ReplayBufferSamples:
-        """All real transitions, raw, flat, float32."""
-        return ReplayBufferSamples(*self._tensor(self._real_rows(slice(None))).split(self.model_buffer.widths, dim=1))
+        """
+        All real transitions, raw, flat, float32; dones without those of time limits, whatever SAC makes of them. Left out are
+        those whose last observation was lost, see :func:`.episode_ends.lost_ends`.
+        """
+        rows, lost = self._real_rows(slice(None), without_limits=True), self.lost_ends()
+        rows = rows[~lost.flatten()] if lost.any() else rows
+        return ReplayBufferSamples(*self._tensor(rows).split(self.model_buffer.widths, dim=1))
+
+    def lost_ends(self) -> np.ndarray:
+        """:return: see :func:`.episode_ends.lost_ends`, bool ``(size(), n_envs)``"""
+        return lost_ends(self.steps(slice(None)), self.copies_ends)
+
+    def reported_limit(self) -> str | None:
+        """:return: see :func:`.episode_ends.reported_limit`, of the newest steps"""
+        n = min(self.size(), max(ENDS_LOOKED_AT // self.n_envs, 1))
+        rows = (self.pos - n + np.arange(n)) % self.size()
+        return reported_limit(self.steps(rows), from_start=n == self.size() and not self.full)
+
+    def steps(self, rows: np.ndarray | slice) -> Steps:
+        """
+        :param rows: of the filled part of the storage; with an array, the last of them counts as the newest
+        :return: these real transitions, raw
+        """
+        obs, next_obs, dones, limits = (
+            getattr(self, name)[: self.size()][rows] for name in ("observations", "next_observations", "dones", "timeouts")
+        )
+        obs, next_obs = (part.reshape(len(part), self.n_envs, -1) for part in (obs, next_obs))
+        newest = (self.pos - 1) % self.size() if isinstance(rows, slice) else len(obs) - 1
+        return Steps(obs, next_obs, dones > 0.5, limits > 0.5, newest)
 
     def newest(self, n: int) -> ReplayBufferSamples:
         """

@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import torch as th
@@ -11,10 +10,10 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.buffers import normalize_obs, normalize_rewards
 from sb3_mbpo.drift import drift
-from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.plausible import Plausible
 from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
 from sb3_mbpo.rollouts import LONGEST_AUTO, branched_rollout
+from sb3_mbpo.training_state import undone_on_error
 from sb3_mbpo.trust import Explained, constant_errors, explained, imagined_share, reliable_length, smoothed, squared_errors
 from sb3_mbpo.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 
@@ -55,16 +54,18 @@ class RolloutCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         if self._due():
-            with nullcontext() if self.model.resumable is None else self.model.resumable.undoing():
-                transitions = self._fit()
-                if self.model.dynamics.usable and self.model.imagined_share > 0:
-                    self._refill(transitions)
-                else:
-                    # An empty one: the next attempt comes with the next fit, not with the next step.
-                    self.model.replay_buffer.model_buffer.begin_refill()
-            self._judge_values(transitions)
-            self.model.dynamics_fitted_at = self.model.lifetime_timesteps
-            self._show("")
+            try:
+                with undone_on_error(self.model):
+                    transitions = self._fit()
+                    if self.model.dynamics.usable and self.model.imagined_share > 0:
+                        self._refill(transitions)
+                    else:
+                        # An empty one: the next attempt comes with the next fit, not with the next step.
+                        self.model.replay_buffer.model_buffer.begin_refill()
+                    self._judge_values(transitions)
+                    self.model.dynamics_fitted_at = self.model.lifetime_timesteps
+            finally:
+                self._show("")
         self._mix()
         self._record_state()
 
@@ -115,6 +116,8 @@ class RolloutCallback(BaseCallback):
         started, cpu_started = time.perf_counter(), time.process_time()
         agent = self.model
         transitions = agent.replay_buffer.real_transitions()
+        for of, warning in agent.odd_ends():
+            self._warn_once(of, warning)
         if agent.rollout_schedule == "auto":
             self._measure_length(transitions.observations)
         of_steps = self._explained_since_fit(transitions)
@@ -213,11 +216,7 @@ class RolloutCallback(BaseCallback):
                 lost.append(let_through() - before - stored[-1])
                 return imagined
 
-            try:
-                fitted = refill(model_buffer, imagine, start_obs, block, self._say)
-            except Interrupted:
-                model_buffer.drop_refill()
-                raise
+            fitted = refill(model_buffer, imagine, start_obs, block, self._say)
         self._lower_block(min(block, len(start_obs)), fitted)
         if filtering is not None:
             agent.filter_memory = filtering.memory
@@ -268,7 +267,11 @@ class RolloutCallback(BaseCallback):
         self.logger.record("dynamics/q_max", values.max().item())
         if bounds is not None:
             self.logger.record("dynamics/q_bound", bounds[1])
-        for of, warning in (("values", breach(values.max().item(), bounds)), ("rewards", odd_scale(least, most, n_real))):
+        size = th.cat([obs.flatten(1), actions], dim=1).norm(dim=1).max().item()
+        for of, warning in (
+            ("values", breach(values.max().item(), bounds, size)),
+            ("rewards", odd_scale(least, most, n_real)),
+        ):
             if warning is not None:
                 self._warn_once(of, warning)
 

@@ -47,6 +47,7 @@ class Collecting(Saving):
         """
         if self._boundary is None or self._boundary.env is not env:
             self._boundary = Boundary(env)
+        self.replay_buffer.copies_ends = self._boundary.copies_ends
         self._boundary.in_use = True
         try:
             return super().collect_rollouts(env, *args, **kwargs)

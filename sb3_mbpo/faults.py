@@ -10,6 +10,7 @@ LIMIT = float(np.finfo(np.float32).max)
 # Below this, a sum of squares vouches for each of its terms; above it, the terms are looked at one by one.
 SQUARED_LIMIT = LIMIT**2
 FLOATS = (float, np.float64, np.float32)
+FLAGS = (bool, np.bool_)
 STEP_API = (
     "step() must return the five values of Gymnasium's API, (observation, reward, terminated, truncated, info); the old API "
     "had four, with done in place of terminated and truncated"
@@ -100,6 +101,22 @@ def reward_fault(reward: Any) -> str:
     return ""
 
 
+def flag_fault(flag: Any) -> str:
+    """
+    What is wrong with ``terminated`` or ``truncated``. Numbers that equal 0 or 1 are fine.
+
+    :param flag: as the env returned it
+    :return: empty if nothing is
+    """
+    if type(flag) in FLAGS:
+        return ""
+    try:
+        fine = not isinstance(flag, str) and np.ndim(flag) == 0 and float(flag) in (0.0, 1.0)
+    except (TypeError, ValueError):
+        fine = False
+    return "" if fine else f"must be true or false, but is {flag!r:.80}. Return a bool"
+
+
 def fault_of_arrays(
     n_envs: int, space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos: Sequence[dict[str, Any]] = ()
 ) -> tuple[str, int] | None:
@@ -114,6 +131,8 @@ def fault_of_arrays(
     :param infos: with ``terminal_observation`` where an episode ended
     :return: the first fault, and which env's it is (0 where that cannot be told); ``None`` if nothing is
     """
+    if rewards is not None and (np.shape(dones) != (n_envs,) or any(map(flag_fault, np.asarray(dones).tolist()))):
+        return f"dones must be true or false for each of {n_envs} envs, but are {dones!r:.80}", 0
     ended = np.flatnonzero(dones).tolist()
     for i in ended:
         last = infos[i].get("terminal_observation")
@@ -150,7 +169,10 @@ def fault_of_api(error: Exception, api: str) -> str:
         return ""
     if "values to unpack" in str(error):
         return api
+    # What `terminated or truncated` raises for an array, or a tensor.
+    if api == STEP_API and ("truth value" in str(error) or "Boolean value" in str(error)):
+        return f"terminated and truncated must be true or false ({error}). Return a bool for each"
     # The only number that SB3's Monitor makes of what it gets is a float of the reward.
-    if api == STEP_API and raised_in.endswith(".monitor"):
+    if api == STEP_API and raised_in.endswith(".monitor") and not isinstance(error, RuntimeError):
         return f"the reward must be a scalar ({error}). Return float(reward)"
     return ""

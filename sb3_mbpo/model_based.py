@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from sb3_mbpo.checks import check_before_learning
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run, dry_run_filter
 from sb3_mbpo.dynamics import DynamicsModel, Progress
+from sb3_mbpo.episode_ends import lost_ends_warning
 from sb3_mbpo.filters import Rule
 from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.learned_reward import LearnedReward
@@ -222,6 +223,16 @@ class ModelBased(Imagining, Resuming):
             return {}
         return self.learned_reward.fit(transitions, self.dynamics, progress)
 
+    def odd_ends(self) -> Iterator[tuple[str, str]]:
+        """:return: what the ends of real episodes give reason to warn of: its name, and the warning"""
+        buffer = self.replay_buffer
+        lost = buffer.lost_ends()
+        if lost.any():
+            yield "ends", lost_ends_warning(lost, buffer.dones[: buffer.size()] > 0.5)
+        # A VecEnv that loses last observations may not tell of time limits either.
+        elif (warning := buffer.reported_limit()) is not None:
+            yield "limit", warning
+
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """
         Learn from the real terminations, or hold the known function against them.
@@ -235,7 +246,8 @@ class ModelBased(Imagining, Resuming):
             return {**metrics, "termination": "learned"}
         predicted = self.terminates(*transitions[:3])
         warning = disagreement(predicted, terminated)
-        if warning is not None and not self._warned_of_termination:
+        # A time limit that the env reports as a termination is no fault of the function.
+        if warning is not None and not self._warned_of_termination and "limit" not in self._warned_of:
             self._warned_of_termination = True
             warnings.warn(warning, stacklevel=2)
         wrong = (predicted != terminated).float().mean().item()

@@ -50,6 +50,10 @@ class ModelBuffer:
         self.expected: int | None = None
         #: Number of rows of each retained refill, oldest first.
         self.refills: deque[int] = deque(maxlen=retained_rollouts)
+        #: How many refills were begun.
+        self.begun = 0
+        # Where the rows of before the present refill stand, and how many; None once it has overwritten some of them.
+        self._earlier: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
         return sum(self.refills)
@@ -60,6 +64,7 @@ class ModelBuffer:
 
         :param n_rows: most rows that it will bring, if that is known: no room is made for more
         """
+        self.begun, self._earlier = self.begun + 1, (self.start, list(self.refills))
         if len(self.refills) == self.refills.maxlen:
             self._forget(self.refills[0])
             self.refills.popleft()
@@ -67,8 +72,16 @@ class ModelBuffer:
         self.refills.append(0)
 
     def drop_refill(self) -> None:
-        """Take the refill that was begun last back out; what left for it does not return, and would leave for it again."""
-        self.refills.pop()
+        """
+        Discard the refill that was begun last. As long as nothing was added to it, all is as before; after that, what was
+        evicted for it is not restored.
+        """
+        if self._earlier is None:
+            self.refills.pop()
+            return
+        self.start, refills = self._earlier
+        self.refills.clear()
+        self.refills.extend(refills)
 
     def add(self, transitions: ReplayBufferSamples) -> None:
         """
@@ -79,6 +92,7 @@ class ModelBuffer:
         self._append(th.cat(list(transitions[:5]), dim=1).to(self.rows.dtype))
 
     def _append(self, new: th.Tensor) -> None:
+        self._earlier = None
         if self.max_rows is not None:
             new = new[-self.max_rows :]
             self._forget(len(self) + len(new) - self.max_rows)

@@ -323,7 +323,7 @@ class ProbabilisticEnsemble(DynamicsModel):
     def _choose_targets(self, transitions: ReplayBufferSamples) -> None:
         """
         Predict the change of a dimension or its next value, whichever varies less: a position changes little from step to
-        step, while a contact force has nothing to do with the one before. A choice is changed where it is wrong by ``CLEARLY``.
+        step, while a contact force has nothing to do with the one before. A choice is changed where it is ``CLEARLY`` wrong.
         """
         if self.target_mode != "auto":
             return

@@ -3,8 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -159,16 +158,6 @@ class ResumeCallback(BaseCallback):
         :raises Interrupted: a signal came
         """
         self.interrupts.check()
-
-    @contextmanager
-    def undoing(self) -> Iterator[None]:
-        """Work that changes the agent: set back when it is broken off."""
-        before = self._agent()
-        try:
-            yield
-        except Interrupted:
-            put_agent(self.model, *before)
-            raise
 
     def check_train(self) -> None:
         """The same, from inside ``train()``, where that was found to be long."""

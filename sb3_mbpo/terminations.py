@@ -11,6 +11,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
+from sb3_mbpo.env_state import RestorableEnv
+
 # (obs, actions, next_obs) -> bool (B,): raw observations, actions in the env's own scale, float32, on the agent's device.
 TerminationFn: TypeAlias = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 
@@ -158,10 +160,21 @@ class _Asks:
         return env.env_is_wrapped(cast(type[gym.Wrapper], self), indices=index)[0]
 
 
+def _is_patched(thing: Any) -> bool:
+    """Whether a method, or a property, was replaced on this one instance."""
+    of_class = [getattr(type(thing), name, None) for name in vars(thing)]
+    return any(callable(value) or isinstance(value, property) for value in of_class)
+
+
 def _is_strange(wrapper: gym.Wrapper) -> bool:
     module, name = type(wrapper).__module__, type(wrapper).__name__
     plain = module.startswith("gymnasium.wrappers.") and name in _PLAIN_WRAPPERS
-    return not (plain or (module, name) in _PLAIN_ELSEWHERE) or "step" in vars(wrapper)
+    plain |= type(wrapper) is RestorableEnv or (module, name) in _PLAIN_ELSEWHERE
+    return not plain or _is_patched(wrapper)
+
+
+def _is_wrapper(wrapper: gym.Wrapper) -> bool:
+    return True
 
 
 def _prints_oddly(wrapper: gym.Wrapper) -> bool:
@@ -171,29 +184,41 @@ def _prints_oddly(wrapper: gym.Wrapper) -> bool:
     )
 
 
-def _obeys(module: str, wrapper: gym.Wrapper) -> bool:
+def _obeys(module: str, env: gym.Env) -> bool:
     """:return: whether the innermost env is of the class in ``module``, or of one that inherits its rule unchanged"""
-    env = wrapper.unwrapped
+    env = env.unwrapped
     task = next((kind for kind in type(env).__mro__ if kind.__module__ == module), None)
     methods = ("step", "_get_obs", "is_healthy", "terminated", "state_vector")
-    return task is not None and all(
-        getattr(type(env), name, None) is getattr(task, name, None) and name not in vars(env) for name in methods
-    )
+    same = task is not None and all(getattr(type(env), name, None) is getattr(task, name, None) for name in methods)
+    return same and not _is_patched(env)
+
+
+def _task_of(env: VecEnv, index: int) -> str | None:
+    """:return: the module of the known task that an env obeys"""
+
+    def obeys(module: str) -> bool:
+        # An env without any wrapper is not asked by ``env_is_wrapped``, and in another process it cannot be looked at.
+        here = isinstance(env, DummyVecEnv) and _obeys(module, env.envs[index])
+        return here or _Asks(partial(_obeys, module)).of(env, index)
+
+    return next(filter(obeys, _TASKS), None)
 
 
 def _known_in_one(env: VecEnv, index: int) -> tuple[TerminationFn | None, str]:
-    module = env.get_attr("__module__", indices=index)[0]  # of the outermost wrapper, or of an env without any
     strange = _Asks(_is_strange).of(env, index)
-    if not strange and module not in _TASKS:
-        module = next((name for name in _TASKS if _Asks(partial(_obeys, name)).of(env, index)), None)
-    if not strange and module in _TASKS:
+    module = None if strange else _task_of(env, index)
+    if module is not None:
         task, rule = _TASKS[module]
         known = rule(read=lambda name: env.get_attr(name, indices=index)[0])
         return known, f"termination: known, {task}, {known}" if known else f"termination: learned, {task} of another xml_file"
     # A `__str__` of the user's that raises would end a worker, so only Gymnasium's own is called.
     chain = "the environment" if _Asks(_prints_oddly).of(env, index) else env.env_method("__str__", indices=index)[0]
-    reason = f"a wrapper of {chain} may change what is observed or where episodes end" if strange else f"no rule for {chain}"
-    return None, f"termination: learned, {reason}"
+    if strange:
+        return None, f"termination: learned, a wrapper of {chain} may change what is observed or where episodes end"
+    bare = not isinstance(env, DummyVecEnv) and not _Asks(_is_wrapper).of(env, index)
+    if bare and env.get_attr("__module__", indices=index)[0] in _TASKS:
+        return None, f"termination: learned, {chain} in another process cannot be looked at without a wrapper, such as Monitor"
+    return None, f"termination: learned, no rule for {chain}, or a method of it was replaced"
 
 
 def known_termination(env: VecEnv) -> tuple[TerminationFn | None, str]:
@@ -210,9 +235,13 @@ def known_termination(env: VecEnv) -> tuple[TerminationFn | None, str]:
         kind = type(env)
         if kind.__name__ not in _PLAIN_VEC_WRAPPERS or not kind.__module__.startswith("stable_baselines3.common.vec_env."):
             return None, f"termination: learned, the wrapper {kind.__name__} may change what is observed"
+        if _is_patched(env):
+            return None, f"termination: learned, a method of this {kind.__name__} was replaced"
         env = env.venv
     if type(env) not in (DummyVecEnv, SubprocVecEnv):
         return None, f"termination: learned, {type(env).__name__} is neither DummyVecEnv nor SubprocVecEnv"
+    if _is_patched(env):
+        return None, f"termination: learned, a method of this {type(env).__name__} was replaced"
     found = [_known_in_one(env, index) for index in range(env.num_envs)]
     if any(known != found[0][0] for known, _ in found):
         return None, f"termination: learned, the {env.num_envs} environments do not share one rule"

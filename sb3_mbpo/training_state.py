@@ -1,5 +1,6 @@
 """Everything that decides how a run goes on: agent, buffers, random generators, envs, callbacks; taken out and put back."""
 
+import copy
 import inspect
 import json
 import random
@@ -7,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,46 @@ def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     _put_random(agent, unpack(state["random"], tensors))
 
 
+@contextmanager
+def undone_on_error(agent: Any) -> Iterator[None]:
+    """
+    A fit of the learned parts, and the model rollout after it, happen as a whole or not at all.
+
+    Whatever ends them early (an error in a user's function, Ctrl-C, no memory, a signal that ends the run), the agent is as it
+    was before: parameters and optimizers of the learned parts, counters, random numbers, what is not yet logged. The
+    model buffer is not copied, it may be large: see :meth:`.ModelBuffer.drop_refill`. What was warned of stays warned of.
+
+    :param agent: a ModelBased algorithm
+    """
+    log = {name: dict(getattr(agent.logger, name)) for name in ("name_to_value", "name_to_count", "name_to_excluded")}
+    values = {name: value for name, value in _attributes(agent) if not name.startswith("_warned")}
+    learned = _learned(agent)
+    parts = {name: _reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    values, states, random_states = copy.deepcopy((values, states, _random_states(agent)))
+    begun = agent.replay_buffer.model_buffer.begun
+    try:
+        yield
+    except BaseException:
+        if agent.replay_buffer.model_buffer.begun > begun:
+            agent.replay_buffer.model_buffer.drop_refill()
+        vars(agent).update(values)
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+        for name, value in log.items():
+            getattr(agent.logger, name).clear()
+            getattr(agent.logger, name).update(value)
+        _put_random(agent, random_states)
+        raise
+
+
+def _learned(agent: Any) -> list[str]:
+    """:return: names of what the agent learns of the env: networks that are saved and are no part of its policy"""
+    of_policy = {id(module) for module in agent.policy.modules()}
+    roots = dict.fromkeys(name.split(".")[0] for name in agent._get_torch_save_params()[0])
+    return [root for root in roots if isinstance(part := getattr(agent, root), th.nn.Module) and id(part) not in of_policy]
+
+
 def _reach(agent: Any, name: str) -> Any:
     value = agent
     for part in name.split("."):
@@ -150,7 +192,7 @@ def _pending_log(agent: Any) -> dict[str, Any]:
 
 def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
     """Generators of the agent's parts."""
-    for name in ("dynamics", "learned_reward", "learned_termination", "replay_buffer"):
+    for name in (*_learned(agent), "replay_buffer"):
         for key, value in vars(getattr(agent, name)).items():
             if isinstance(value, th.Generator):
                 yield f"{name}.{key}", value

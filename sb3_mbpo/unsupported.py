@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_mbpo.checks import FLAG, MAPPING, is_flag, is_whole, shown
@@ -15,6 +16,11 @@ def check_env(env: Any) -> None:
     """
     if isinstance(env, type) or not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
         raise ValueError(f"env={shown(env)} must be an env, a VecEnv, or the name of a registered one, such as 'Pendulum-v1'")
+    if isinstance(env, VectorEnv):
+        raise ValueError(
+            f"env={shown(env)} is a vectorised env of Gymnasium, not of Stable-Baselines3. Make one with "
+            "stable_baselines3.common.env_util.make_vec_env(name_or_function, n_envs)"
+        )
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:

@@ -76,18 +76,21 @@ def q_values(critic: Any, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
     return th.cat(values, dim=1) if isinstance(values, tuple) else values.flatten(2).mean(dim=2)
 
 
-def breach(largest_q: float, bounds: tuple[float, float] | None) -> str | None:
+def breach(largest_q: float, bounds: tuple[float, float] | None, input_size: float = 1.0) -> str | None:
     """
     Whether a critic is beyond what it can be right about.
 
-    Beyond the bound by its distance from the smallest return, and by 1: networks err, an imagined reward may be a whole range
-    better than any real one (``imagined_margin``), and fresh networks say numbers of that order whatever the rewards are.
+    Beyond the bound by its distance from the smallest return: networks err, and an imagined reward may be a whole range better
+    than any real one (``imagined_margin``). And by the size of what the critics are given, at least 1: fresh networks predict
+    numbers of that order whatever the rewards are. Where these are equal, so that returns span nothing, it takes the critics
+    some 10,000 updates to forget them: the value of a fresh network passes from one target to the next times gamma.
 
     :param largest_q: the largest of some Q-values
     :param bounds: of :func:`return_bounds`
+    :param input_size: the largest norm of the observations and actions that they were computed from
     :return: a warning; ``None``: all is well
     """
-    if bounds is None or largest_q <= bounds[1] + (bounds[1] - bounds[0]) + 1:
+    if bounds is None or largest_q <= bounds[1] + (bounds[1] - bounds[0]) + max(1.0, input_size):
         return None
     return (
         f"The critic expects a return of {largest_q:.3g}, but the rewards seen so far allow {bounds[1]:.3g} at most "

@@ -109,6 +109,12 @@ BAD_API: dict[str, Any] = {
     "reward none": ((FINE, None, False, False, {}), "reward must be a scalar"),
     "reward array": ((FINE, np.zeros(2), False, False, {}), "reward must be a scalar"),
     "reward (1,)": ((FINE, np.zeros(1), False, False, {}), "reward must be a scalar"),
+    "terminated none": ((FINE, 1.0, None, False, {}), "terminated must be true or false, but is None. Return a bool"),
+    "truncated none": ((FINE, 1.0, False, None, {}), "truncated must be true or false, but is None"),
+    "terminated nan": ((FINE, 1.0, np.nan, False, {}), "terminated must be true or false, but is nan"),
+    "terminated text": ((FINE, 1.0, "False", False, {}), "terminated must be true or false, but is 'False'"),
+    "terminated array": ((FINE, 1.0, np.array([False]), False, {}), "terminated must be true or false, but is array"),
+    "terminated arrays": ((FINE, 1.0, np.zeros(3), False, {}), "terminated"),
     "old": ((FINE, 1.0, False, {}), "step() must return the five values of Gymnasium's API"),
 }
 BAD_RESETS: dict[str, Any] = {
@@ -135,6 +141,21 @@ def test_another_api_is_named(answer, message, monitor):
     with pytest.raises(InvalidTransition) as caught:
         stepped(two_envs(DummyVecEnv, {1: answer}, monitor=monitor))
     assert message in str(caught.value) and caught.value.env_index == 1
+
+
+@pytest.mark.parametrize("flag", [None, np.nan, "no", np.array([False])])
+@pytest.mark.parametrize("where", ["terminated", "truncated"])
+def test_flags_from_another_process_are_named(where, flag):
+    """As far as they come through it: of ``terminated``, what counts as false there is lost if ``truncated`` is False."""
+    flags = (flag, False if flag else flag) if where == "terminated" else (False, flag)
+    with pytest.raises(InvalidTransition, match="env 1, after 12 steps: terminated or truncated must be true or false"):
+        stepped(two_envs(SubprocVecEnv, {1: (FINE, 1.0, *flags, {})}, monitor=False))
+
+
+@pytest.mark.parametrize("flag", [np.bool_(False), 0, 0.0, np.array(False)])
+def test_flags_that_equal_false_go_through(flag):
+    for kind in (DummyVecEnv, SubprocVecEnv):
+        assert not stepped(two_envs(kind, {i: (FINE, 1.0, flag, flag, {}) for i in range(9)})).in_doubt
 
 
 def test_another_api_is_named_under_gymnasiums_wrappers():
@@ -231,6 +252,7 @@ SPOILED: dict[str, Any] = {
     "rows": (lambda o, r, d, i: (o[:1], r, d, i), "the array of observations has shape (1, 3) and not (2, 3)"),
     "columns": (lambda o, r, d, i: (o[:, :2], r, d, i), "env 0, after 12 steps: the observation has shape (2,) and not (3,)"),
     "rewards": (lambda o, r, d, i: (o, r[:, None], d, i), "env 0, after 12 steps: the reward must be a scalar"),
+    "dones": (lambda o, r, d, i: (o, r, [False, None], i), "dones must be true or false for each of 2 envs"),
     "few rewards": (lambda o, r, d, i: (o, r[:1], d, i), "the rewards must be one scalar for each of 2 envs"),
 }
 

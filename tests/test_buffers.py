@@ -244,6 +244,34 @@ def test_a_pickle_is_as_large_as_what_is_filled():
     assert len(pickle.dumps(buffer)) < small + 40 * 100 + 500
 
 
+def test_time_limits_are_noted_even_where_sac_takes_them_for_ends():
+    """SB3's batches and mixed ones have them as dones; what models learn from has not."""
+    mixed, plain = (
+        kind(50, OBS, ACT, device="cpu", handle_timeout_termination=False) for kind in (MixedReplayBuffer, ReplayBuffer)
+    )
+    for i in range(40):
+        value = np.full(1, float(i + 1))
+        row = (value.repeat(3), value.repeat(3) + 0.5, value.repeat(2), value, np.array([i % 4 == 3]))
+        infos = [{"TimeLimit.truncated": i % 8 == 7}]
+        mixed.add(*row, infos)
+        plain.add(*row, infos)
+    batches = []
+    for buffer in (mixed, plain):
+        np.random.seed(0)
+        batches.append(buffer.sample(200))
+    assert all(th.equal(one, other) for one, other in zip(batches[0][:5], batches[1][:5], strict=True))
+    assert {float(reward) % 8 for reward in batches[0].rewards[batches[0].dones > 0]} == {0.0, 4.0}
+    real = mixed.real_transitions()
+    assert real.rewards[real.dones > 0].tolist() == [4, 12, 20, 28, 36]
+    mixed.real_ratio = 0.5
+    refill(mixed)
+    batch = mixed.sample(200)
+    ends = batch.rewards[:100][batch.dones[:100] > 0]
+    assert {float(reward) % 8 for reward in ends} == {0.0, 4.0}
+    again = pickle.loads(pickle.dumps(mixed))
+    assert th.equal(again.real_transitions().dones, real.dones) and not again.handle_timeout_termination
+
+
 def test_insert_is_add_many_times():
     """Also over the end of the ring, more rows than there is room for, and several envs."""
     rng = np.random.default_rng(0)

@@ -5,9 +5,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 
 from sb3_mbpo import InvalidTransition
-from sb3_mbpo.faults import LIMIT, RESET_API, STEP_API, fault_of_api, observation_fault, reward_fault
+from sb3_mbpo.faults import (
+    LIMIT,
+    RESET_API,
+    STEP_API,
+    fault_of_api,
+    fault_of_arrays,
+    flag_fault,
+    observation_fault,
+    reward_fault,
+)
 
 FLOAT32, FLOAT64, INT64, UINT8 = (np.dtype(name) for name in ("float32", "float64", "int64", "uint8"))
 
@@ -126,6 +136,25 @@ def test_rewards_that_are_no_scalars(reward):
     assert "must be a scalar, but is " in reward_fault(reward) and "Return float(reward)" in reward_fault(reward)
 
 
+@pytest.mark.parametrize("flag", [True, np.bool_(False), 0, 1, 0.0, np.int64(1), np.array(True), th.tensor(False)])
+def test_flags(flag):
+    assert flag_fault(flag) == ""
+
+
+@pytest.mark.parametrize("flag", [None, np.nan, 2, -1, 0.5, "False", "", np.array([True]), [], np.zeros(3), {}, [[1], [2, 3]]])
+def test_what_is_neither_true_nor_false(flag):
+    assert "must be true or false, but is " in flag_fault(flag) and "Return a bool" in flag_fault(flag)
+
+
+@pytest.mark.parametrize("dones", [None, [True], np.array([np.nan, 0]), np.array([None, False]), np.zeros((2, 1), bool), True])
+def test_dones_of_a_vectorised_env(dones):
+    space, obs, rewards = spaces.Box(-1, 1, (1,)), np.zeros((2, 1), np.float32), np.zeros(2)
+    for fine in (np.array([False, False]), [False, 0], np.zeros(2)):
+        assert fault_of_arrays(2, space, obs, rewards, fine, [{}, {}]) is None
+    fault = fault_of_arrays(2, space, obs, rewards, dones, [{}, {}])
+    assert fault is not None and "dones must be true or false for each of 2 envs" in fault[0]
+
+
 def test_error_says_where_and_survives_pickling():
     error = InvalidTransition("the reward is bad", 3, 120)
     again = pickle.loads(pickle.dumps(error))
@@ -154,6 +183,10 @@ def test_whose_fault_an_exception_is():
         assert fault_of_api(raised_in(module, four), STEP_API) == STEP_API
         assert fault_of_api(raised_in(module, one), RESET_API) == RESET_API
     assert "reward must be a scalar" in fault_of_api(raised_in(monitor, none), STEP_API)
+    for code in ("import numpy; numpy.ones(2) or 1", "import torch; torch.ones(2) or 1"):
+        assert "terminated and truncated must be true or false" in fault_of_api(raised_in(monitor, code), STEP_API)
+        assert fault_of_api(raised_in("my_env", code), STEP_API) == ""
+    assert fault_of_api(raised_in(monitor, "raise RuntimeError('Tried to step environment that needs reset')"), STEP_API) == ""
     # The env's own.
     assert fault_of_api(raised_in("my_env", four), STEP_API) == fault_of_api(raised_in("my_env", none), STEP_API) == ""
     assert (

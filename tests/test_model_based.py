@@ -288,6 +288,16 @@ def test_another_env_is_held_against_what_was_found():
         model.set_env(gym.make("Hopper-v5", healthy_z_range=(0.9, 2.0)))
 
 
+@pytest.mark.parametrize("termination_fn", ["never", "learned"])
+def test_time_limits_are_no_missed_ends_where_sac_takes_them_for_terminations(termination_fn):
+    """Neither held against a function nor learned; warnings are errors here."""
+    env, kwargs = gym.make("Pendulum-v1", max_episode_steps=10), {"handle_timeout_termination": False}
+    model = MBPO("MlpPolicy", env, termination_fn=termination_fn, replay_buffer_kwargs=kwargs, **FAST).learn(100)
+    assert model.replay_buffer.dones.sum() == 10 and model._warned_of == []
+    data = model.replay_buffer.real_transitions()
+    assert data.dones.sum() == 0 and not model.terminates(*data[:3]).any()
+
+
 def test_learned_termination_learns_from_terminations_only():
     """Pendulum's time limit teaches nothing; InvertedPendulum's falls do."""
     limited = MBPO("MlpPolicy", gym.make("Pendulum-v1", max_episode_steps=10), termination_fn="learned", **FAST).learn(150)

@@ -120,6 +120,20 @@ def test_a_refill_taken_back_and_repeated():
             assert list(once.refills) == list(twice.refills)
 
 
+def test_a_refill_without_rows_leaves_no_trace():
+    """What left for it is back, as long as nothing came in; a ring that is full included."""
+    for limits in ({"retained_rollouts": 1}, {"retained_rollouts": 3}, {"retained_rollouts": 3, "max_rows": 25}):
+        buffer = ModelBuffer(3, 2, **limits)
+        for i in range(7):
+            buffer.begin_refill()
+            buffer.add(imagined(list(range(10 * i, 10 * i + 10))))
+            before = contents(buffer), list(buffer.refills)
+            buffer.begin_refill(10)
+            assert list(buffer.refills) != before[1]
+            buffer.drop_refill()
+            assert (contents(buffer), list(buffer.refills)) == before
+
+
 def test_spread_and_rewards():
     """At even distances in age, whatever the ring has been through; nothing is drawn, nothing changed."""
     buffer = ModelBuffer(1, 1, retained_rollouts=2)

@@ -26,11 +26,13 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
+from sb3_mbpo import RestorableEnv
 from sb3_mbpo.terminations import (
     HealthyRange,
     LeavesHealthyRange,
     NeverTerminates,
     TipFalls,
+    _known_in_one,
     disagreement,
     known_termination,
 )
@@ -220,6 +222,7 @@ PLAIN = {
     "RecordEpisodeStatistics": gym.wrappers.RecordEpisodeStatistics,
     "TimeLimit": lambda env: gym.wrappers.TimeLimit(env, 7),
     "Monitor": Monitor,
+    "RestorableEnv": lambda env: RestorableEnv(Monitor(env)),
     "bare": lambda env: env.unwrapped,
 }
 STRANGE = {
@@ -272,10 +275,70 @@ def test_subclasses() -> None:
     assert known(Monitor(OtherRewardHopper())) == known(gym.make("Hopper-v5"))
 
 
-def test_patched_instance_makes_it_learned() -> None:
+def other_step(action: Any) -> Any:
+    return None
+
+
+def patched(env: Any, place: Callable[[Any], Any], name: str) -> Any:
+    setattr(place(env), name, other_step)
+    return env
+
+
+PATCHED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+    "step": (lambda: gym.make("Hopper-v5"), lambda env: env.unwrapped, "step"),
+    "step of a bare env": (HopperEnv, lambda env: env, "step"),
+    "_get_obs of a bare env": (HopperEnv, lambda env: env, "_get_obs"),
+    "do_simulation": (lambda: gym.make("Hopper-v5"), lambda env: env.unwrapped, "do_simulation"),
+    "step of a subclass": (OtherRewardHopper, lambda env: env, "step"),
+    "step of the outermost wrapper": (lambda: gym.make("Hopper-v5"), lambda env: env, "step"),
+    "step of an inner wrapper": (lambda: Monitor(gym.make("Hopper-v5")), lambda env: env.env, "step"),
+    "reset of a wrapper": (lambda: gym.make("Hopper-v5"), lambda env: env, "reset"),
+    "step of RestorableEnv": (lambda: RestorableEnv(gym.make("Hopper-v5")), lambda env: env, "step"),
+    "Pendulum": (lambda: gym.make("Pendulum-v1").unwrapped, lambda env: env, "step"),
+}
+
+
+@pytest.mark.parametrize(("make", "place", "name"), PATCHED.values(), ids=PATCHED)
+def test_a_method_replaced_on_an_instance_makes_it_learned(
+    make: Callable[[], Any], place: Callable[[Any], Any], name: str
+) -> None:
+    assert known_termination(DummyVecEnv([make]))[0] is not None
+    found, reason = known_termination(DummyVecEnv([lambda: patched(make(), place, name)]))
+    assert found is None and ("was replaced" in reason or "a wrapper of" in reason)
+
+
+def test_a_property_replaced_on_an_instance_makes_it_learned() -> None:
+    """Python still asks the class; whoever did it wanted something else."""
     env: Any = gym.make("Hopper-v5")
-    env.unwrapped.step = lambda action: None
+    vars(env.unwrapped)["is_healthy"] = True
     assert known_termination(DummyVecEnv([lambda: env]))[0] is None
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize, VecMonitor])
+def test_a_method_replaced_on_a_vectorised_env(wrap: Callable[[VecEnv], Any]) -> None:
+    env = wrap(DummyVecEnv([lambda: gym.make("Hopper-v5")]))
+    assert known_termination(env)[0] is not None
+    env.step_wait = other_step
+    found, reason = known_termination(env)
+    assert found is None and f"a method of this {type(env).__name__} was replaced" in reason
+
+
+def test_replaced_methods_in_other_processes() -> None:
+    """An env without any wrapper cannot be looked at there: it is not taken for what it may not be."""
+    rule = known(gym.make("Hopper-v5"))
+    cases: list[tuple[Callable[[], Any], Any, str]] = [
+        (lambda: RestorableEnv(Monitor(HopperEnv())), rule, "known"),
+        (lambda: Monitor(patched(HopperEnv(), lambda env: env, "step")), None, "was replaced"),
+        (lambda: patched(Monitor(HopperEnv()), lambda env: env, "step"), None, "a wrapper of"),
+        (HopperEnv, None, "cannot be looked at without a wrapper, such as Monitor"),
+    ]
+    env = SubprocVecEnv([make for make, *_ in cases])
+    try:
+        for index, (_, expected, words) in enumerate(cases):
+            found, reason = _known_in_one(env, index)
+            assert found == expected and words in reason, reason
+    finally:
+        env.close()
 
 
 def test_unknown_env_is_learned_and_named() -> None:

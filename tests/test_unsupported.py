@@ -1,8 +1,10 @@
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from sb3_mbpo import unsupported
@@ -73,3 +75,11 @@ def test_replay_options(changed):
 def test_refused_replay_options(changed, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         unsupported.check_replay(options(**changed), (ReplayBuffer,))
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vectorised_envs_of_gymnasium_are_refused(mode):
+    """They reset in ways of their own, and SB3 does not take them either."""
+    env = gym.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})
+    with pytest.raises(ValueError, match=r"vectorised env of Gymnasium, .*make_vec_env"):
+        unsupported.check_env(env)

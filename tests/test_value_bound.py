@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import DDPG, SAC, TD3
+from stable_baselines3.common.envs import IdentityEnvBox
 
 import sb3_mbpo
 from sb3_mbpo.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
@@ -84,6 +85,18 @@ def test_breach(largest, breached):
     assert (warning is not None) == breached
     if breached:
         assert f"{largest:.3g}" in warning and "10 at most" in warning and "Lower gradient_steps" in warning
+
+
+@pytest.mark.parametrize("high", [0.1, 10, 1000])
+def test_fresh_critics_are_no_breach_where_all_rewards_are_zero(high):
+    """They predict numbers of the size of what they are given; ten times as much is a breach."""
+    for seed in range(8):
+        agent = TD3("MlpPolicy", IdentityEnvBox(-high, high), policy_kwargs={"net_arch": [16]}, seed=seed, buffer_size=10)
+        obs, actions = th.linspace(-high, high, 200).unsqueeze(1), th.linspace(-1, 1, 200).unsqueeze(1)[th.randperm(200)]
+        size = th.cat([obs, actions], dim=1).norm(dim=1).max().item()
+        largest = q_values(agent.critic, obs, actions).max().item()
+        assert breach(largest, (0.0, 0.0), size) is None
+        assert breach(10 * size, (0.0, 0.0), size) is not None
 
 
 @pytest.mark.parametrize(
@@ -172,6 +185,18 @@ def test_logged_and_warned_of_once(name):
     assert len(caught) == 1 and agent._warned_of == ["values"]
     values = agent.logger.name_to_value
     assert values["dynamics/q_mean"] == pytest.approx(1e6, rel=0.01) == values["dynamics/q_max"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_rewards_are_no_alarm(seed):
+    """The critics of 17 of 24 such agents predict more than 1 before their first update."""
+    settings = {**TINY, **OURS, "policy_kwargs": {"net_arch": [16]}, "seed": seed}
+    agent = sb3_mbpo.MBTD3("MlpPolicy", IdentityEnvBox(-10, 10, eps=-1), **settings).learn(25)
+    assert agent._warned_of == []
+    shout(agent)
+    with pytest.warns(UserWarning, match=r"expects a return of 1e\+06, but .* allow 0 at most"):
+        agent.model_train_freq = 5
+        agent.learn(10, reset_num_timesteps=False)
 
 
 def test_no_bound_is_logged_without_discount():
