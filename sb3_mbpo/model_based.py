@@ -23,6 +23,7 @@ from sb3_mbpo.filters import Rule
 from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.memory import estimate
+from sb3_mbpo.moving_statistics import moving_statistics
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resuming import Resuming
 from sb3_mbpo.rollouts import rollout_length
@@ -138,6 +139,7 @@ class ModelBased(Imagining, Resuming):
         # Without a termination_fn it came from the env; a loaded agent has it saved and does not look again.
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
+        self._warn_of_moving_statistics(7)
         self._warned_of_termination = False
         #: What the callback has warned of, and does not again.
         self._warned_of: list[str] = []
@@ -165,6 +167,11 @@ class ModelBased(Imagining, Resuming):
         if not isinstance(dynamics, DynamicsModel):
             raise ValueError(f"dynamics_class={self.dynamics_class!r} made a {type(dynamics).__name__}, no DynamicsModel")
         return dynamics
+
+    def _warn_of_moving_statistics(self, stacklevel: int) -> None:
+        warning = None if self.env is None else moving_statistics(self.env)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=stacklevel)
 
     def _find_termination(self) -> Any:
         """What ``termination_fn`` stands for in this env."""
@@ -271,6 +278,8 @@ class ModelBased(Imagining, Resuming):
         super().set_env(env, force_reset)
         assert self.env is not None
         self._warned_of_termination = False
+        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+        self._warn_of_moving_statistics(3)
         if self.termination_fn is None and not isinstance(self.termination, str):
             known, reason = known_termination(self.env)
             if known != self.termination:

@@ -140,7 +140,7 @@ _PLAIN_WRAPPERS |= {"ClipReward", "NormalizeReward", "TransformReward"}
 _PLAIN_ELSEWHERE = {("stable_baselines3.common.monitor", "Monitor"), ("rl_zoo3.gym_patches", "PatchedTimeLimit")}
 
 
-class _Asks:
+class Asks:
     """
     A question put to every wrapper of an env where the env lives, by ``VecEnv.env_is_wrapped``.
 
@@ -183,15 +183,15 @@ def _obeys(module: str, wrapper: gym.Wrapper) -> bool:
 
 def _known_in_one(env: VecEnv, index: int) -> tuple[TerminationFn | None, str]:
     module = env.get_attr("__module__", indices=index)[0]  # of the outermost wrapper, or of an env without any
-    strange = _Asks(_is_strange).of(env, index)
+    strange = Asks(_is_strange).of(env, index)
     if not strange and module not in _TASKS:
-        module = next((name for name in _TASKS if _Asks(partial(_obeys, name)).of(env, index)), None)
+        module = next((name for name in _TASKS if Asks(partial(_obeys, name)).of(env, index)), None)
     if not strange and module in _TASKS:
         task, rule = _TASKS[module]
         known = rule(read=lambda name: env.get_attr(name, indices=index)[0])
         return known, f"termination: known, {task}, {known}" if known else f"termination: learned, {task} of another xml_file"
     # A `__str__` of the user's that raises would end a worker, so only Gymnasium's own is called.
-    chain = "the environment" if _Asks(_prints_oddly).of(env, index) else env.env_method("__str__", indices=index)[0]
+    chain = "the environment" if Asks(_prints_oddly).of(env, index) else env.env_method("__str__", indices=index)[0]
     reason = f"a wrapper of {chain} may change what is observed or where episodes end" if strange else f"no rule for {chain}"
     return None, f"termination: learned, {reason}"
 

@@ -80,6 +80,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resume_callback": {"checkpoint", "description", "faults", "interrupts", "lock", "packing", "training_state"},
     "callbacks": {"buffers", "interrupts", "drift", "plausible", "refill", "rollouts", "trust", "value_bound"},
     "refill": {"model_buffer"},
+    "reward_audit": set(),
+    "moving_statistics": {"terminations"},
     "memory": {"buffers", "model_buffer", "refill", "rollouts"},
     "imagining": {"arguments", "buffers", "collecting", "dynamics", "filters", "terminations"},
     "model_based": {
@@ -95,6 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "imagining",
         "learned_termination",
         "memory",
+        "moving_statistics",
         "plausible",
         "probabilistic_ensemble",
         "resuming",
