@@ -115,7 +115,7 @@ class RolloutCallback(BaseCallback):
             self._measure_length(transitions.observations)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
         agent.imagined_share = imagined_share(metrics, agent.min_explained_variance, agent.reward_fn is not None)
-        metrics |= agent.fit_termination(transitions)
+        metrics |= agent.fit_termination(transitions) | agent.audit_reward(transitions)
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
         self.logger.record("dynamics/fit_seconds", time.perf_counter() - started)

@@ -26,6 +26,7 @@ from sb3_mbpo.memory import estimate
 from sb3_mbpo.moving_statistics import moving_statistics
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resuming import Resuming
+from sb3_mbpo.reward_audit import audit_rewards, judged_rows
 from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, known_termination
 
@@ -223,6 +224,24 @@ class ModelBased(Imagining, Resuming):
         wrong = (predicted != terminated).float().mean().item()
         known = self.termination_fn is None and isinstance(self.termination, KNOWN_TERMINATIONS)
         return {"termination_disagreement": wrong, "termination": "known" if known else "given"}
+
+    def audit_reward(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
+        """
+        Compare ``reward_fn``, if there is one, with the real rewards; warn once where it is systematically wrong.
+
+        :param transitions: real ones, as the dynamics gets them
+        :return: what to log, under ``dynamics/``: see :class:`.reward_audit.RewardAudit`
+        """
+        if self.reward_fn is None:
+            return {}
+        rows = judged_rows(transitions)
+        judged = ReplayBufferSamples(*(part[rows] for part in transitions[:5]))
+        predicted = resolve(self.reward_fn, "reward_fn")(*self._in_env_terms(judged[:3])) if len(rows) else judged.rewards
+        audit = audit_rewards(predicted, judged)
+        if audit.warning is not None and "reward_fn" not in self._warned_of:
+            self._warned_of.append("reward_fn")
+            warnings.warn(audit.warning, stacklevel=2)
+        return {"reward_disagreement": audit.disagreement}
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not isinstance(callback, BaseCallback):
