@@ -75,10 +75,7 @@ class RolloutCallback(BaseCallback):
         if agent.real_ratio == 1 or agent.gradient_steps == 0 or agent.num_timesteps <= agent.learning_starts:
             return False
         buffer = agent.replay_buffer
-        # As many as a new agent has at its first fit: one that was loaded without its buffer must not forget what it learned
-        # for the sake of a handful.
-        needed = max(agent.dynamics.min_transitions, min(agent.learning_starts, buffer.buffer_size * buffer.n_envs))
-        if buffer.size() * buffer.n_envs < needed:
+        if buffer.size() * buffer.n_envs < agent.rows_before_fit:
             return False
         if agent.dynamics_fitted_at is None or not buffer.model_buffer.refills:
             return True
@@ -110,7 +107,7 @@ class RolloutCallback(BaseCallback):
         """Fit dynamics and, where it is learned, termination, on all real transitions, and return these; measure k before."""
         started = time.perf_counter()
         agent = self.model
-        transitions = agent.replay_buffer.real_transitions()
+        transitions = agent.replay_buffer.real_transitions(agent.dynamics_window)
         if agent.rollout_schedule == "auto":
             self._measure_length(transitions.observations)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
@@ -133,10 +130,10 @@ class RolloutCallback(BaseCallback):
         model_buffer = agent.replay_buffer.model_buffer
         model_buffer.begin_refill(agent.rollout_batch_size * length)
         if transitions is None:
-            transitions = agent.replay_buffer.real_transitions()
+            transitions = agent.replay_buffer.real_transitions(agent.dynamics_window)
         plausible = Plausible(transitions, agent.imagined_margin)
         dynamics, filtering = plausible.within(agent.imagined_dynamics), agent.filtering(transitions)
-        start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size)
+        start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size, agent.dynamics_window)
         stored: list[int] = []
         lost: list[int] = []
         block = self.lowered_block or ROLLOUT_BLOCK.get(agent.device.type, 100_000)

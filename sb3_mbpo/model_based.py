@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_mbpo.arguments import check_keywords, check_names, joined_signature, read_arguments, read_first, read_learn, resolve
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
-from sb3_mbpo.checks import check_before_learning
+from sb3_mbpo.checks import check_before_learning, whole
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run, dry_run_filter
 from sb3_mbpo.dynamics import DynamicsModel
@@ -31,6 +31,9 @@ from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, known_termination
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
+
+# Real transitions after `forget_transitions` from which on an agent fits and trains again, docs/benchmarks/changed_world.csv.
+ROWS_AFTER_FORGETTING = 50
 
 
 class ModelBased(Imagining, Resuming):
@@ -60,6 +63,9 @@ class ModelBased(Imagining, Resuming):
     :param rollout_filter: which imagined transitions are learned from and which branches end early, by how far the members of
         the dynamics disagree: ``None``: all and none (the paper); ``"macura"``, ``"infoprop"``, ``"m2ac"``; or a rule, see
         ``filters.py`` (or its dotted name)
+    :param dynamics_window: number of newest real transitions that the dynamics, the termination and the bounds of imagined
+        values are fitted to, that ``reward_fn`` is compared with, and that rollouts start from, for a world that changes
+        slowly; ``None``: all. Real rows of a batch still come from the whole buffer. See also :meth:`forget_transitions`
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
@@ -80,6 +86,7 @@ class ModelBased(Imagining, Resuming):
         imagined_margin: float | None = 1.0,
         min_explained_variance: float | None = 0.1,
         rollout_filter: str | Rule | None = None,
+        dynamics_window: int | None = None,
         dynamics_class: str | type[DynamicsModel] = ProbabilisticEnsemble,
         dynamics_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -105,6 +112,7 @@ class ModelBased(Imagining, Resuming):
         self.imagined_margin = imagined_margin
         self.min_explained_variance = min_explained_variance
         self.rollout_filter = rollout_filter
+        self.dynamics_window = dynamics_window
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
         #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
@@ -117,6 +125,8 @@ class ModelBased(Imagining, Resuming):
         self.imagined_share = 1.0
         #: What the rule of ``rollout_filter`` remembers of the refills so far.
         self.filter_memory: list[float] = []
+        #: Whether :meth:`forget_transitions` was called: the first fit after it needs fewer rows, and updates wait for it.
+        self.forgot_transitions = False
         self._earlier_timesteps = 0
         super().__init__(*bound.args, **bound.kwargs)
 
@@ -134,6 +144,10 @@ class ModelBased(Imagining, Resuming):
             self.replay_buffer = self._make_replay_buffer()
         super()._setup_model()
         self.dynamics = self._make_dynamics()
+        if self.dynamics_window is not None:
+            whole(self.dynamics.min_transitions).check(
+                "dynamics_window", self.dynamics_window, ", the fewest the dynamics needs"
+            )
         self.learned_termination = LearnedTermination(
             self.observation_space.shape, self.action_space.shape, seed=self.seed, device=self.device
         )
@@ -204,6 +218,53 @@ class ModelBased(Imagining, Resuming):
         if self.rollout_schedule == "auto":
             return self.trusted_length
         return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
+
+    @property
+    def rows_before_fit(self) -> int:
+        """
+        Fewest real transitions that the dynamics is fitted to.
+
+        As many as a new agent has at its first fit: one that was loaded without its buffer must not forget what it learned for
+        the sake of a handful. After :meth:`forget_transitions`, when what it learned is of another world, fewer.
+        """
+        usual = min(self.learning_starts, ROWS_AFTER_FORGETTING) if self.forgot_transitions else self.learning_starts
+        return max(self.dynamics.min_transitions, min(usual, self.replay_buffer.buffer_size * self.replay_buffer.n_envs))
+
+    @property
+    def waits_for_transitions(self) -> bool:
+        """Whether updates wait, after :meth:`forget_transitions`, until there are transitions for a fit."""
+        if not self.forgot_transitions or self.dynamics_fitted_at is not None:
+            return False
+        buffer = self.replay_buffer
+        needed = min(self.rows_before_fit, buffer.buffer_size * buffer.n_envs)
+        return buffer.size() * buffer.n_envs < needed
+
+    def forget_transitions(self, keep: int = 0) -> None:
+        """
+        Call this when the world has changed: real transitions of before leave, and all imagined ones.
+
+        Networks, optimizers, counters and the schedule of k stay. The agent goes on acting with its policy. It makes no
+        updates until there are 50 real transitions (or ``learning_starts``, if that is less); then the dynamics is
+        fitted to these, new transitions are imagined, and everything goes on as before. What has been measured of the
+        dynamics (k of "auto", the imagined share, the memory of a ``rollout_filter``) starts anew.
+
+        May be called between two calls of ``learn`` (with ``reset_num_timesteps=False`` in the second, or SB3 acts at random
+        for ``learning_starts`` steps again), or in a callback.
+
+        :param keep: number of newest real transitions that already are of the changed world, and stay
+        :raises ValueError: ``keep`` is no whole number of at least 0
+        """
+        whole(0).check("forget_transitions: keep", keep)
+        self.replay_buffer.forget(keep)
+        self.forgot_transitions = True
+        self.dynamics_fitted_at, self.trusted_length, self.imagined_share, self.filter_memory = None, 1, 1.0, []
+        self._warned_of_termination = False
+        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+
+    def train(self, *args: Any, **kwargs: Any) -> None:
+        """See SB3; waits after :meth:`forget_transitions`."""
+        if not self.waits_for_transitions:
+            super().train(*args, **kwargs)
 
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """

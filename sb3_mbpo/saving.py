@@ -32,7 +32,7 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = (
     *("termination", "dynamics_fitted_at", "_earlier_timesteps", "trusted_length", "imagined_share", "filter_memory"),
-    *("_warned_of_termination", "_warned_of"),
+    *("_warned_of_termination", "_warned_of", "forgot_transitions"),
 )
 # Arguments that say which networks and optimizers there are.
 _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
