@@ -92,6 +92,24 @@ def test_stochastic_rewards(noise):
         assert noise > 1 or audited(turned, data._replace(rewards=noisy)).warning is not None
 
 
+def test_chance_is_no_error():
+    """Of few rows a regression explains something now and then: not beyond three standard errors."""
+    warned = 0
+    for seed in range(200):
+        data = transitions(12, seed)
+        noise = th.randn(12, 1, generator=th.Generator().manual_seed(1000 + seed))
+        warned += audited(right, data._replace(rewards=data.rewards + 3 * noise)).warning is not None
+    assert warned <= 2
+
+
+def test_small_errors_are_tolerated():
+    """A twentieth of a standard deviation is, a fifth is not."""
+    data = transitions(400)
+    predicted, std = right(data.observations, 2 * data.actions, data.observations), data.rewards.std()
+    assert audit_rewards(predicted + 0.05 * std, data).warning is None
+    assert audit_rewards(predicted + 0.2 * std, data).warning is not None
+
+
 @pytest.mark.parametrize("noise", [0.001, 0.01, 0.05])
 def test_noisy_observations(noise):
     assert all(audited(right, transitions(400, seed, noise)).warning is None for seed in range(20))
