@@ -33,6 +33,9 @@ SETTINGS: dict[str, Any] = {
     **{"learning_starts": 200, "gradient_steps": 20, "rollout_batch_size": 20_000, "learning_rate": 1e-3},
     **{"policy_kwargs": {"net_arch": [64, 64]}, "dynamics_kwargs": {"net_arch": [64, 64, 64, 64]}},
 }
+WINDOWS: dict[str, dict[str, int]] = {
+    f"window 250, a fit every {steps} steps": {"dynamics_window": 250, "model_train_freq": steps} for steps in (50, 250)
+}
 COLUMNS = ["seed", "arm", "step", "return", "explained_obs", "explained_reward", "real_share", "cpu_seconds"]
 
 
@@ -53,18 +56,11 @@ def forget(rows: int) -> Callable[[MBPO], None]:
     return arm
 
 
-def window(rows: int) -> Callable[[MBPO], None]:
-    def arm(agent: MBPO) -> None:
-        agent.dynamics_window = rows
-
-    return arm
-
-
 ARMS: dict[str, Callable[[MBPO], None]] = {
     "kept": keep,
     "emptied": empty,
     **{f"forget, {rows} rows": forget(rows) for rows in (50, 100, 200)},
-    **{f"window {rows}": window(rows) for rows in (250,)},
+    **dict.fromkeys(WINDOWS, keep),
 }
 
 
@@ -87,7 +83,7 @@ def evaluated(agent: MBPO, gravity: float, seed: int) -> float:
 
 def run(folder: Path, seed: int, arm: str) -> list[dict[str, Any]]:
     """:return: rows of the CSV"""
-    agent = MBPO.load(folder / f"{seed}.zip", env=gym.make("Pendulum-v1", g=14.0))
+    agent = MBPO.load(folder / f"{seed}.zip", env=gym.make("Pendulum-v1", g=14.0), **WINDOWS.get(arm, {}))
     agent.load_replay_buffer(folder / f"{seed}.pt")
     agent.set_random_seed(100 + seed)
     before, started = agent.num_timesteps, time.process_time()

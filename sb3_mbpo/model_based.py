@@ -65,7 +65,8 @@ class ModelBased(Imagining, Resuming):
         ``filters.py`` (or its dotted name)
     :param dynamics_window: number of newest real transitions that the dynamics, the termination and the bounds of imagined
         values are fitted to, that ``reward_fn`` is compared with, and that rollouts start from, for a world that changes
-        slowly; ``None``: all. Real rows of a batch still come from the whole buffer. See also :meth:`forget_transitions`
+        slowly; ``None``: all. Imagined transitions of fits before that leave, too; real rows of a batch still come from the
+        whole buffer. See also :meth:`forget_transitions`
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """

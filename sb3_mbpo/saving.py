@@ -69,6 +69,9 @@ class Saving(OffPolicyAlgorithm):
     action_space: spaces.Box
     replay_buffer: MixedReplayBuffer
     dynamics: Any
+    dynamics_window: int | None
+    model_train_freq: int
+    retained_rollouts: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -149,6 +152,10 @@ class Saving(OffPolicyAlgorithm):
         return [*state_dicts, "dynamics", *optimizer, "learned_termination", "learned_termination.optimizer"], variables
 
     def _make_replay_buffer(self) -> MixedReplayBuffer:
+        retained = self.retained_rollouts
+        if self.dynamics_window is not None:
+            # What an older fit imagined rests on none of the newest transitions.
+            retained = min(retained, -(-self.dynamics_window // self.model_train_freq))
         try:
             return MixedReplayBuffer(
                 self.buffer_size,
@@ -158,7 +165,8 @@ class Saving(OffPolicyAlgorithm):
                 self.n_envs,
                 optimize_memory_usage=self.optimize_memory_usage,
                 **self.replay_buffer_kwargs,
-                **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
+                retained_rollouts=retained,
+                **{name: getattr(self, name) for name in ("real_ratio", "model_buffer_size", "seed")},
             )
         except MemoryError as error:
             raise ValueError(f"buffer_size={self.buffer_size} does not fit into memory ({error}). Lower it") from error

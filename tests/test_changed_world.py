@@ -130,6 +130,12 @@ def test_window_is_read_saved_and_loaded(tmp_path):
     assert MBPO.load(tmp_path / "agent", dynamics_window=None).dynamics_window is None
 
 
+@pytest.mark.parametrize(("window", "retained"), [(None, 4), (25, 1), (31, 2), (500, 4)])
+def test_imagined_transitions_of_fits_before_the_window_leave(window, retained):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **SMALL, dynamics_window=window)
+    assert agent.replay_buffer.model_buffer.refills.maxlen == retained
+
+
 # ---------------------------------------------------------------------- forget_transitions
 
 
