@@ -72,7 +72,7 @@ def start_with_episodes(agent: MBPO, env: gym.Env, seed: int) -> None:
     """
     env.reset(seed=seed)
 
-    def start_states(n: int) -> th.Tensor:
+    def start_states(n: int, newest: int | None = None) -> th.Tensor:
         return th.as_tensor(np.array([env.reset()[0] for _ in range(n)]), dtype=th.float32, device=agent.device)
 
     assert agent.replay_buffer is not None

@@ -260,7 +260,9 @@ def _read(name: str, value: Any, default: Any) -> Any:
         if type(value) is tuple:
             return tuple(item if isinstance(item, str) else _as_count(numbers_in(item)) for item in value)
         return value if isinstance(value, str) else _as_count(numbers_in(value))
-    if isinstance(default, bool) or not (name in ("seed", "model_buffer_size") or isinstance(default, int | float)):
+    if isinstance(default, bool) or not (
+        name in ("seed", "model_buffer_size", "dynamics_window") or isinstance(default, int | float)
+    ):
         return value
     if name not in checks.RULES:
         return as_number(value, name, default)

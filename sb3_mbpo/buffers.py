@@ -186,6 +186,17 @@ class MixedReplayBuffer(ReplayBuffer):
         super().reset()
         self.model_buffer.refills.clear()
 
+    def forget(self, keep: int = 0) -> None:
+        """
+        Remove all imagined transitions, and all real ones but the newest.
+
+        :param keep: real transitions that stay, rounded up to whole steps of all envs
+        """
+        steps = np.arange(self.pos - min(-(-keep // self.n_envs), self.size()), self.pos)
+        kept = {name: getattr(self, name)[steps] for name in ROWS}
+        self.reset()
+        self.insert(kept)
+
     def real_rows(self, batch_size: int) -> int:
         """How many of ``batch_size`` rows are real now."""
         return batch_size if len(self.model_buffer) == 0 else int(batch_size * self.real_ratio + 1e-9)
@@ -276,13 +287,28 @@ class MixedReplayBuffer(ReplayBuffer):
         # MuJoCo's observations are float64 in SB3's buffer; the networks are float32.
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
-    def real_transitions(self) -> ReplayBufferSamples:
+    def _newest_rows(self, n: int | None) -> slice | np.ndarray:
         """
-        All real transitions, raw, flat, float32; dones without those of time limits, whatever SAC makes of them. Left out are
+        Places of the newest transitions in the flattened storage arrays.
+
+        :param n: transitions, rounded up to whole steps of all envs; ``None``, or more than there are: all, in no order
+        """
+        n_steps = self.size() if n is None else -(-n // self.n_envs)
+        if n_steps >= self.size():
+            return slice(None)
+        steps = (self.pos - n_steps + np.arange(n_steps)) % self.buffer_size
+        return (steps[:, None] * self.n_envs + np.arange(self.n_envs)).flatten()
+
+    def real_transitions(self, newest: int | None = None) -> ReplayBufferSamples:
+        """
+        Real transitions, raw, flat, float32; dones without those of time limits, whatever SAC makes of them. Left out are
         those whose last observation was lost, see :func:`.episode_ends.lost_ends`.
+
+        :param newest: only so many newest ones, rounded up to whole steps of all envs; ``None``: all
         """
-        rows, lost = self._real_rows(slice(None), without_limits=True), self.lost_ends()
-        rows = rows[~lost.flatten()] if lost.any() else rows
+        there = self._newest_rows(newest)
+        rows, lost = self._real_rows(there, without_limits=True), self.lost_ends()
+        rows = rows[~lost.flatten()[there]] if lost.any() else rows
         return ReplayBufferSamples(*self._tensor(rows).split(self.model_buffer.widths, dim=1))
 
     def lost_ends(self) -> np.ndarray:
@@ -315,21 +341,18 @@ class MixedReplayBuffer(ReplayBuffer):
         :return: each part ``(n, n_envs, dim)``
         """
         rows = np.arange(self.pos - min(n, self.size()), self.pos)
-        parts = (getattr(self, name)[rows].reshape(len(rows), self.n_envs, -1) for name in ROWS[:-1])
-        return ReplayBufferSamples(*map(self._tensor, parts))
+        parts = (getattr(self, name)[rows] for name in ROWS[:-1])
+        # No -1 in place of the last size, which numpy cannot tell where there are no rows.
+        shapes = ((len(rows), self.n_envs, width) for width in self.model_buffer.widths)
+        return ReplayBufferSamples(*(self._tensor(part.reshape(s)) for part, s in zip(parts, shapes, strict=True)))
 
-    def newest_transitions(self, n: int) -> ReplayBufferSamples:
+    def start_states(self, n: int, newest: int | None = None) -> th.Tensor:
         """
-        The last real steps like :meth:`real_transitions`: raw, flat, float32, dones without time limits.
-
-        :param n: steps of each env, if there are so many
-        :return: each part ``(n * n_envs, dim)``
+        :param n: rows
+        :param newest: drawn from so many newest transitions, see :meth:`real_transitions`
+        :return: observations of real transitions, uniform with replacement, raw ``(n, obs_dim)``, float32
         """
-        steps = np.arange(self.pos - min(n, self.size()), self.pos) % self.buffer_size
-        rows = (steps[:, None] * self.n_envs + np.arange(self.n_envs)).ravel()
-        return ReplayBufferSamples(*self._tensor(self._real_rows(rows)).split(self.model_buffer.widths, dim=1))
-
-    def start_states(self, n: int) -> th.Tensor:
-        """:return: observations of ``n`` real transitions, uniform with replacement, raw ``(n, obs_dim)``, float32"""
-        rows = th.randint(self.size() * self.n_envs, (n,), generator=self.generator, device=self.device).cpu().numpy()
-        return self._tensor(self._flat(self.observations)[rows])
+        there = self._newest_rows(newest)
+        size = self.size() * self.n_envs if isinstance(there, slice) else len(there)
+        rows = th.randint(size, (n,), generator=self.generator, device=self.device).cpu().numpy()
+        return self._tensor(self._flat(self.observations)[rows if isinstance(there, slice) else there[rows]])

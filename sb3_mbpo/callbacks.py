@@ -80,10 +80,7 @@ class RolloutCallback(BaseCallback):
         if agent.real_ratio == 1 or agent.gradient_steps == 0 or agent.num_timesteps <= agent.learning_starts:
             return False
         buffer = agent.replay_buffer
-        # As many as a new agent has at its first fit: one that was loaded without its buffer must not forget what it learned
-        # for the sake of a handful.
-        needed = max(agent.dynamics.min_transitions, min(agent.learning_starts, buffer.buffer_size * buffer.n_envs))
-        if buffer.size() * buffer.n_envs < needed:
+        if buffer.size() * buffer.n_envs < agent.rows_before_fit:
             return False
         if agent.dynamics_fitted_at is None or not buffer.model_buffer.refills:
             return True
@@ -115,7 +112,7 @@ class RolloutCallback(BaseCallback):
         """Measure k and what is explained, fit the dynamics and what is learned beside it, and return all real transitions."""
         started, cpu_started = time.perf_counter(), time.process_time()
         agent = self.model
-        transitions = agent.replay_buffer.real_transitions()
+        transitions = agent.replay_buffer.real_transitions(agent.dynamics_window)
         for of, warning in agent.odd_ends():
             self._warn_once(of, warning)
         if agent.rollout_schedule == "auto":
@@ -123,7 +120,7 @@ class RolloutCallback(BaseCallback):
         of_steps = self._explained_since_fit(transitions)
         metrics = agent.dynamics.fit(transitions, progress=self._say)
         metrics |= agent.fit_reward(transitions, self._say)
-        metrics |= agent.fit_termination(transitions)
+        metrics |= agent.fit_termination(transitions) | agent.audit_reward(transitions)
         self._set_gate(of_steps, metrics)
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
@@ -142,7 +139,7 @@ class RolloutCallback(BaseCallback):
         if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
             return None
         unseen = (agent.lifetime_timesteps - agent.dynamics_fitted_at) // agent.n_envs
-        steps = agent.replay_buffer.newest_transitions(min(unseen, MOST_STARTS))
+        steps = agent.replay_buffer.real_transitions(min(unseen, MOST_STARTS) * agent.n_envs)
         if len(steps.rewards) < FEWEST_JUDGED:
             return None
         of_constant = th.maximum(constant_errors(transitions), constant_errors(steps))
@@ -196,10 +193,10 @@ class RolloutCallback(BaseCallback):
         model_buffer = agent.replay_buffer.model_buffer
         model_buffer.begin_refill(agent.rollout_batch_size * length)
         if transitions is None:
-            transitions = agent.replay_buffer.real_transitions()
+            transitions = agent.replay_buffer.real_transitions(agent.dynamics_window)
         plausible = Plausible(transitions, agent.imagined_margin)
         dynamics, filtering = plausible.within(agent.imagined_dynamics), agent.filtering(transitions)
-        start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size)
+        start_obs = agent.replay_buffer.start_states(agent.rollout_batch_size, agent.dynamics_window)
         stored: list[int] = []
         lost: list[int] = []
         block = self.lowered_block or ROLLOUT_BLOCK.get(agent.device.type, 100_000)

@@ -53,7 +53,7 @@ class MBPO(ModelBased, SAC):
             return "real_ratio=1"
         # Ours draws many batches at once, and does not ask sample().
         usual = type(self.replay_buffer) is MixedReplayBuffer and "sample" not in vars(self.replay_buffer)
-        reason = why_not_fast(self, MBPO) if usual else "a replay buffer that draws in its own way"
+        reason = why_not_fast(self, MBPO, ModelBased) if usual else "a replay buffer that draws in its own way"
         if reason is None and self.device.type == "cuda":
             reason = why_not_static(self)
         if self.fast_update and reason is not None:
@@ -71,7 +71,7 @@ class MBPO(ModelBased, SAC):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """See SB3."""
-        if gradient_steps <= 0 or not self._is_fast():
+        if gradient_steps <= 0 or self.waits_for_transitions or not self._is_fast():
             super().train(gradient_steps, batch_size)
             return
         batches = self.replay_buffer.batches(gradient_steps, batch_size, self._vec_normalize_env)

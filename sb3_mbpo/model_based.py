@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_mbpo.arguments import check_keywords, check_names, joined_signature, read_arguments, read_first, read_learn, resolve
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
-from sb3_mbpo.checks import check_before_learning
+from sb3_mbpo.checks import check_before_learning, whole
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run, dry_run_filter
 from sb3_mbpo.dynamics import DynamicsModel, Progress
@@ -25,13 +25,18 @@ from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.learned_reward import LearnedReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.memory import estimate
+from sb3_mbpo.moving_statistics import moving_statistics
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resuming import Resuming
+from sb3_mbpo.reward_audit import audit_rewards, judged_rows
 from sb3_mbpo.rollouts import rollout_length
 from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, known_termination
 from sb3_mbpo.threads import one_thread_by_default
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
+
+# Real transitions after `forget_transitions` from which on an agent fits and trains again, docs/benchmarks/changed_world.csv.
+ROWS_AFTER_FORGETTING = 50
 
 
 class ModelBased(Imagining, Resuming):
@@ -64,6 +69,10 @@ class ModelBased(Imagining, Resuming):
     :param rollout_filter: which imagined transitions are learned from and which branches end early, by how far the members of
         the dynamics disagree: ``None``: all and none (the paper); ``"macura"``, ``"infoprop"``, ``"m2ac"``; or a rule, see
         ``filters.py`` (or its dotted name)
+    :param dynamics_window: number of newest real transitions that the dynamics, the termination and the bounds of imagined
+        values are fitted to, that ``reward_fn`` is compared with, and that rollouts start from, for a world that changes
+        slowly; ``None``: all. Imagined transitions of fits before that leave, too; real rows of a batch still come from the
+        whole buffer. See also :meth:`forget_transitions`
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
     """
@@ -84,6 +93,7 @@ class ModelBased(Imagining, Resuming):
         imagined_margin: float | None = 1.0,
         min_explained_variance: float | None = 0.1,
         rollout_filter: str | Rule | None = None,
+        dynamics_window: int | None = None,
         dynamics_class: str | type[DynamicsModel] = ProbabilisticEnsemble,
         dynamics_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -109,6 +119,7 @@ class ModelBased(Imagining, Resuming):
         self.imagined_margin = imagined_margin
         self.min_explained_variance = min_explained_variance
         self.rollout_filter = rollout_filter
+        self.dynamics_window = dynamics_window
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
         #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
@@ -125,6 +136,8 @@ class ModelBased(Imagining, Resuming):
         self.unused_fits = 0
         #: What the rule of ``rollout_filter`` remembers of the refills so far.
         self.filter_memory: list[float] = []
+        #: Whether :meth:`forget_transitions` was called: the first fit after it needs fewer rows, and updates wait for it.
+        self.forgot_transitions = False
         self._earlier_timesteps = 0
         self._printed_threads = ""
         super().__init__(*bound.args, **bound.kwargs)
@@ -143,6 +156,10 @@ class ModelBased(Imagining, Resuming):
             self.replay_buffer = self._make_replay_buffer()
         super()._setup_model()
         self.dynamics = self._make_dynamics()
+        if self.dynamics_window is not None:
+            whole(self.dynamics.min_transitions).check(
+                "dynamics_window", self.dynamics_window, ", the fewest the dynamics needs"
+            )
         self.learned_termination = LearnedTermination(
             self.observation_space.shape, self.action_space.shape, seed=self.seed, device=self.device
         )
@@ -152,6 +169,7 @@ class ModelBased(Imagining, Resuming):
         # Without a termination_fn it came from the env; a loaded agent has it saved and does not look again.
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
+        self._warn_of_moving_statistics(7)
         self._warned_of_termination = False
         #: What the callback has warned of, and does not again.
         self._warned_of: list[str] = []
@@ -179,6 +197,11 @@ class ModelBased(Imagining, Resuming):
         if not isinstance(dynamics, DynamicsModel):
             raise ValueError(f"dynamics_class={self.dynamics_class!r} made a {type(dynamics).__name__}, no DynamicsModel")
         return dynamics
+
+    def _warn_of_moving_statistics(self, stacklevel: int) -> None:
+        warning = None if self.env is None else moving_statistics(self.env)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=stacklevel)
 
     def _find_termination(self) -> Any:
         """What ``termination_fn`` stands for in this env."""
@@ -233,6 +256,54 @@ class ModelBased(Imagining, Resuming):
         elif (warning := buffer.reported_limit()) is not None:
             yield "limit", warning
 
+    @property
+    def rows_before_fit(self) -> int:
+        """
+        Fewest real transitions that the dynamics is fitted to.
+
+        As many as a new agent has at its first fit: one that was loaded without its buffer must not forget what it learned for
+        the sake of a handful. After :meth:`forget_transitions`, when what it learned is of another world, fewer.
+        """
+        usual = min(self.learning_starts, ROWS_AFTER_FORGETTING) if self.forgot_transitions else self.learning_starts
+        return max(self.dynamics.min_transitions, min(usual, self.replay_buffer.buffer_size * self.replay_buffer.n_envs))
+
+    @property
+    def waits_for_transitions(self) -> bool:
+        """Whether updates wait, after :meth:`forget_transitions`, until there are transitions for a fit."""
+        if not self.forgot_transitions or self.dynamics_fitted_at is not None:
+            return False
+        buffer = self.replay_buffer
+        needed = min(self.rows_before_fit, buffer.buffer_size * buffer.n_envs)
+        return buffer.size() * buffer.n_envs < needed
+
+    def forget_transitions(self, keep: int = 0) -> None:
+        """
+        Call this when the world has changed: real transitions of before leave, and all imagined ones.
+
+        Networks, optimizers, counters and the schedule of k stay. The agent goes on acting with its policy. It makes no
+        updates until there are 50 real transitions (or ``learning_starts``, if that is less); then the dynamics is
+        fitted to these, new transitions are imagined, and everything goes on as before. What has been measured of the
+        dynamics (k of "auto", the imagined share, the memory of a ``rollout_filter``) starts anew.
+
+        May be called between two calls of ``learn`` (with ``reset_num_timesteps=False`` in the second, or SB3 acts at random
+        for ``learning_starts`` steps again), or in a callback.
+
+        :param keep: number of newest real transitions that already are of the changed world, and stay
+        :raises ValueError: ``keep`` is no whole number of at least 0
+        """
+        whole(0).check("forget_transitions: keep", keep)
+        self.replay_buffer.forget(keep)
+        self.forgot_transitions = True
+        self.dynamics_fitted_at, self.trusted_length, self.imagined_share, self.filter_memory = None, 1, 1.0, []
+        self.forward_errors, self.unused_fits = [], 0
+        self._warned_of_termination = False
+        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+
+    def train(self, *args: Any, **kwargs: Any) -> None:
+        """See SB3; waits after :meth:`forget_transitions`."""
+        if not self.waits_for_transitions:
+            super().train(*args, **kwargs)
+
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """
         Learn from the real terminations, or hold the known function against them.
@@ -253,6 +324,24 @@ class ModelBased(Imagining, Resuming):
         wrong = (predicted != terminated).float().mean().item()
         known = self.termination_fn is None and isinstance(self.termination, KNOWN_TERMINATIONS)
         return {"termination_disagreement": wrong, "termination": "known" if known else "given"}
+
+    def audit_reward(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
+        """
+        Compare ``reward_fn``, if there is one, with the real rewards; warn once where it is systematically wrong.
+
+        :param transitions: real ones, as the dynamics gets them
+        :return: what to log, under ``dynamics/``: see :class:`.reward_audit.RewardAudit`
+        """
+        if self.reward_fn is None:
+            return {}
+        rows = judged_rows(transitions)
+        judged = ReplayBufferSamples(*(part[rows] for part in transitions[:5]))
+        predicted = resolve(self.reward_fn, "reward_fn")(*self._in_env_terms(judged[:3])) if len(rows) else judged.rewards
+        audit = audit_rewards(predicted, judged)
+        if audit.warning is not None and "reward_fn" not in self._warned_of:
+            self._warned_of.append("reward_fn")
+            warnings.warn(audit.warning, stacklevel=2)
+        return {"reward_disagreement": audit.disagreement}
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not isinstance(callback, BaseCallback):
@@ -323,6 +412,8 @@ class ModelBased(Imagining, Resuming):
         super().set_env(env, force_reset)
         assert self.env is not None
         self._warned_of_termination = False
+        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+        self._warn_of_moving_statistics(3)
         if self.termination_fn is None and not isinstance(self.termination, str):
             known, reason = known_termination(self.env)
             if known != self.termination:

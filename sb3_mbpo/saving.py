@@ -32,7 +32,7 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = (
     *("termination", "dynamics_fitted_at", "_earlier_timesteps", "trusted_length", "imagined_share", "filter_memory"),
-    *("forward_errors", "unused_fits"),
+    *("forward_errors", "unused_fits", "forgot_transitions"),
     *("_warned_of_termination", "_warned_of"),
 )
 # Arguments that say which networks and optimizers there are.
@@ -70,6 +70,9 @@ class Saving(OffPolicyAlgorithm):
     action_space: spaces.Box
     replay_buffer: MixedReplayBuffer
     dynamics: Any
+    dynamics_window: int | None
+    model_train_freq: int
+    retained_rollouts: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -151,6 +154,10 @@ class Saving(OffPolicyAlgorithm):
         return [*state_dicts, "dynamics", *optimizer, *learned], variables
 
     def _make_replay_buffer(self) -> MixedReplayBuffer:
+        retained = self.retained_rollouts
+        if self.dynamics_window is not None:
+            # What an older fit imagined rests on none of the newest transitions.
+            retained = min(retained, -(-self.dynamics_window // self.model_train_freq))
         try:
             return MixedReplayBuffer(
                 self.buffer_size,
@@ -160,7 +167,8 @@ class Saving(OffPolicyAlgorithm):
                 self.n_envs,
                 optimize_memory_usage=self.optimize_memory_usage,
                 **self.replay_buffer_kwargs,
-                **{name: getattr(self, name) for name in ("real_ratio", "retained_rollouts", "model_buffer_size", "seed")},
+                retained_rollouts=retained,
+                **{name: getattr(self, name) for name in ("real_ratio", "model_buffer_size", "seed")},
             )
         except MemoryError as error:
             raise ValueError(f"buffer_size={self.buffer_size} does not fit into memory ({error}). Lower it") from error

@@ -142,7 +142,7 @@ _PLAIN_WRAPPERS |= {"ClipReward", "NormalizeReward", "TransformReward"}
 _PLAIN_ELSEWHERE = {("stable_baselines3.common.monitor", "Monitor"), ("rl_zoo3.gym_patches", "PatchedTimeLimit")}
 
 
-class _Asks:
+class Asks:
     """
     A question put to every wrapper of an env where the env lives, by ``VecEnv.env_is_wrapped``.
 
@@ -199,23 +199,23 @@ def _task_of(env: VecEnv, index: int) -> str | None:
     def obeys(module: str) -> bool:
         # An env without any wrapper is not asked by ``env_is_wrapped``, and in another process it cannot be looked at.
         here = isinstance(env, DummyVecEnv) and _obeys(module, env.envs[index])
-        return here or _Asks(partial(_obeys, module)).of(env, index)
+        return here or Asks(partial(_obeys, module)).of(env, index)
 
     return next(filter(obeys, _TASKS), None)
 
 
 def _known_in_one(env: VecEnv, index: int) -> tuple[TerminationFn | None, str]:
-    strange = _Asks(_is_strange).of(env, index)
+    strange = Asks(_is_strange).of(env, index)
     module = None if strange else _task_of(env, index)
     if module is not None:
         task, rule = _TASKS[module]
         known = rule(read=lambda name: env.get_attr(name, indices=index)[0])
         return known, f"termination: known, {task}, {known}" if known else f"termination: learned, {task} of another xml_file"
     # A `__str__` of the user's that raises would end a worker, so only Gymnasium's own is called.
-    chain = "the environment" if _Asks(_prints_oddly).of(env, index) else env.env_method("__str__", indices=index)[0]
+    chain = "the environment" if Asks(_prints_oddly).of(env, index) else env.env_method("__str__", indices=index)[0]
     if strange:
         return None, f"termination: learned, a wrapper of {chain} may change what is observed or where episodes end"
-    bare = not isinstance(env, DummyVecEnv) and not _Asks(_is_wrapper).of(env, index)
+    bare = not isinstance(env, DummyVecEnv) and not Asks(_is_wrapper).of(env, index)
     if bare and env.get_attr("__module__", indices=index)[0] in _TASKS:
         return None, f"termination: learned, {chain} in another process cannot be looked at without a wrapper, such as Monitor"
     return None, f"termination: learned, no rule for {chain}, or a method of it was replaced"

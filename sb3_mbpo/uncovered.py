@@ -18,18 +18,22 @@ _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def why_not_fast(agent: SAC, caller: type | None = None) -> str | None:
+def why_not_fast(agent: SAC, *callers: type) -> str | None:
     """
     Why our update cannot stand in for this agent's ``SAC.train``; ``None`` where it can.
 
     Not seen: methods replaced on a class of SB3 or torch, and hooks on all optimizers at once.
 
     :param agent: the agent as it is now
-    :param caller: the class whose ``train`` asks, and would else call ``super().train``; ``None``: no such class
+    :param callers: the class whose ``train`` asks, and would else call ``super().train``, if there is one; then classes whose
+        ``train`` may come next, and calls ``super().train``
     :return: a short phrase for a log line
     """
-    replaced = getattr(super(caller, agent) if caller else agent, "train", None)
-    if getattr(replaced, "__func__", None) is not SAC.train:
+    train = getattr(getattr(super(callers[0], agent) if callers else agent, "train", None), "__func__", None)
+    for caller in callers[1:]:
+        if train is vars(caller)["train"]:
+            train = getattr(getattr(super(caller, agent), "train", None), "__func__", None)
+    if train is not SAC.train:
         return "train() is overridden"
     return _unknown_network(agent) or _unknown_optimizer(agent) or _unknown_critics(agent)
 

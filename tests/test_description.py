@@ -85,6 +85,7 @@ VALUES: dict[str, list[Any]] = {
     "model_buffer_size": [50],
     "imagined_margin": [None, 0.5],
     "min_explained_variance": [0.5],
+    "dynamics_window": [50],
     "rollout_filter": ["macura", "infoprop", "m2ac", Macura(xi=2, zeta=80.0), Infoprop(0.99, 0.1, 50), M2AC(alpha=0.1)],
     "termination_fn": ["learned", "never", TipFalls(0.5)],
     "dynamics_kwargs": [{"net_arch": [4, 4], "n_members": 3, "n_elites": 2, "weight_decays": [0.0, 1e-4, 0.1]}],

@@ -88,6 +88,7 @@ def test_predictions_that_are_not_finite_are_left_out_and_counted():
     assert math.isnan(nothing.disagreement_rank())
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_the_reward_of_a_function_is_judged():
     found = look(Biased, reward_fn=lambda obs, actions, next_obs: -obs[:, 2])
     real = np.concatenate([episode.rewards for episode in found.episodes])

@@ -71,6 +71,7 @@ def test_arguments_are_kept_under_their_names():
     assert missing == [] and model.real_ratio == 0.5 and model.retained_rollouts == 2 and model.model_train_freq == 7
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_everything_from_yaml():
     settings = yaml.safe_load(f"""
         policy: MlpPolicy
@@ -308,6 +309,7 @@ def test_learned_termination_learns_from_terminations_only():
     assert (model.terminates(*data[:3]) == (data.dones[:, 0] > 0)).float().mean() > 0.97
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_reward_function():
     model = MBPO("MlpPolicy", gym.make("InvertedPendulum-v5"), reward_fn=pays, **FAST).learn(50)
     rows = model.replay_buffer.model_buffer
@@ -323,6 +325,7 @@ def test_real_ratio_may_change_between_runs():
     assert model.replay_buffer.real_rows(100) == 100
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_reward_function_in_double_precision():
     MBPO("MlpPolicy", "Pendulum-v1", reward_fn=lambda o, a, n: o[:, 0].double(), **FAST).learn(40)
 

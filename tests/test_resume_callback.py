@@ -148,6 +148,7 @@ def pays(obs, actions, next_obs):
     ],
     ids="sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small auto macura infoprop m2ac".split(),
 )
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_all_kinds_of_agents(tmp_path, settings):
     def finished(folder, cut=None):
         noise = settings.get("action_noise")

@@ -210,6 +210,7 @@ def pays(obs, actions, next_obs):
     return th.full((len(obs),), 1e4)
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_known_rewards_count_as_seen():
     """A goal that was never reached so far, but whose reward is known: high values are right."""
     agent = sb3_mbpo.MBPO("MlpPolicy", "Pendulum-v1", reward_fn=pays, **TINY, **OURS)
