@@ -390,6 +390,32 @@ def test_no_false_alarm(make: Callable[[], gym.Env], seed: int) -> None:
             assert not buffer.lost_ends().any()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [
+        ([10] * 3, True),
+        ([10] * 2, False),
+        ([10] * 5 + [3, 7], True),
+        ([10] * 4 + [3, 7], False),
+        # Lengths that pile up below the longest as well.
+        ([10] * 9 + [9, 9, 9], False),
+        ([10] * 9 + [9, 9], True),
+        ([10] * 9 + [11], False),
+        ([4] * 9, False),
+    ],
+)
+def test_lengths_by_hand(lengths: list[int], found: bool) -> None:
+    dones = np.concatenate([[False] * (length - 1) + [True] for length in lengths])
+    # Every step like every other, with nothing in between.
+    obs = np.tile([1.0, -1.0], len(dones))[: len(dones)]
+    warning = reported_limit(ring(obs, -obs, dones), from_start=True)
+    assert (warning is not None) == found
+    # A longer one that still goes on.
+    dones = np.concatenate([dones, [False] * 12])
+    obs = np.tile([1.0, -1.0], len(dones))[: len(dones)]
+    assert reported_limit(ring(obs, -obs, dones), from_start=True) is None
+
+
 def test_limits_in_a_ring() -> None:
     """The oldest episode has lost its start, and does not count as a longer or a shorter one."""
     with warnings.catch_warnings():
