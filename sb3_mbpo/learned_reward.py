@@ -182,7 +182,7 @@ class _Regression(nn.Module):
             self.load_state_dict(before)
             raise
         if usual is not None:
-            constant = th.stack([(targets[1, rows] - usual).square().mean() for rows in held_out]).mean().item()
+            constant = th.stack([(targets[1, rows].double() - usual).square().mean() for rows in held_out]).mean().item()
             if not best_error < _CLEARLY_BETTER * constant:
                 self._make_constant()
                 return constant
@@ -230,7 +230,8 @@ class _Regression(nn.Module):
         errors = []
         for i, rows in enumerate(held_out):
             predicted = self.network.member(i, self.inputs(inputs[rows])).squeeze(-1)
-            errors.append((self.target.inverse(predicted) - targets[rows]).square().mean())
+            # In double precision, where squares of large rewards are finite.
+            errors.append((self.target.inverse(predicted).double() - targets[rows]).square().mean())
         return th.stack(errors).mean().item()
 
 

@@ -183,7 +183,9 @@ def test_what_is_logged(tmp_path):
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     expected = "train_loss holdout_error epochs elites fit_seconds rollout_seconds rollout_length real_buffer_size "
     expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement "
-    expected += "updates diverged dropped clipped q_mean q_max q_bound explained_obs explained_reward branch_length"
+    expected += (
+        "updates diverged dropped clipped q_mean q_max q_bound explained_obs explained_reward branch_length reward_error"
+    )
     assert {f"dynamics/{name}" for name in expected.split()} == {name for name in header if name.startswith("dynamics/")}
     assert all(len(name) <= 33 for name in header)
     values = model.logger.name_to_value

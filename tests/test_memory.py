@@ -84,7 +84,11 @@ def test_estimate_of_an_agent(capsys):
     assert told.real_buffer == 1000 * 10 * 4 and told.model_buffer == 4 * 100 * 5 * 9 * 4
     assert told.first_model_buffer == 4 * 100 * 9 * 4 and told.lengths == (1, 5)
     assert told.model_buffer < told.growing <= 2 * told.model_buffer
-    weights = [p for part in (model.policy, model.dynamics, model.learned_reward, model.learned_termination) for p in part.parameters()]
+    weights = [
+        p
+        for part in (model.policy, model.dynamics, model.learned_reward, model.learned_termination)
+        for p in part.parameters()
+    ]
     assert told.networks == 4 * 4 * sum(p.numel() for p in weights)
     assert told.rollouts == 100 * 5 * (2 * 9 * 4 + 16) + 100 * 3 * 4
     MBPO("MlpPolicy", "Pendulum-v1", **kwargs)
