@@ -50,16 +50,23 @@ def measure(env_id: str, seed: int) -> list[dict[str, float | str]]:
     else:
         data, fresh = random_play(env_id, 3000, seed), random_play(env_id, 5000, 10_000 + seed)
     head = LearnedTermination(data.observations.shape[1:], data.actions.shape[1:], seed=seed, device="cpu")
-    seen, rows = data.dones[:, 0].cumsum(dim=0), []
+    seen = data.dones[:, 0].cumsum(dim=0)
+    rows: list[dict[str, float | str]] = []
     truth = fresh.dones[:, 0] > 0.5
     for ends in ENDS:
         if seen[-1] < ends:
             break
         n, started = int((seen >= ends).float().argmax()) + 1, time.process_time()
-        head.fit(*(part[:n] for part in data[:3]), data.dones[:n, 0])
+        head.fit(data.observations[:n], data.actions[:n], data.next_observations[:n], data.dones[:n, 0])
         spent, said = time.process_time() - started, head(*fresh[:3])
         hits = int((said & truth).sum())
-        row = {"env": env_id, "seed": seed, "ends": ends, "steps": n, "recall": round(hits / int(truth.sum()), 3)}
+        row: dict[str, float | str] = {
+            "env": env_id,
+            "seed": seed,
+            "ends": ends,
+            "steps": n,
+            "recall": round(hits / int(truth.sum()), 3),
+        }
         row |= {"precision": round(hits / max(int(said.sum()), 1), 3), "rule": int(head.rule), "cpu_seconds": round(spent, 2)}
         rows.append(row)
     return rows

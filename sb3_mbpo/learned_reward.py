@@ -1,5 +1,6 @@
 """The reward as a learned function of the transition: observation, action, next observation, and whether the episode ends."""
 
+import math
 from collections.abc import Callable
 
 import torch as th
@@ -114,7 +115,9 @@ class LearnedReward(nn.Module):
             if error is not None and not at_end:
                 variance = rewards.double().var(correction=0).item()
                 varies = variance > SMALL**2 * rewards.double().square().mean().item()
-                metrics["explained_reward"] = max(0.0, 1 - error / variance) if varies else 1.0
+                # A standard error more: few rows may be lucky, and the best of many looks is.
+                judged = error * (1 + math.sqrt(2 / max(int((fold % _FOLDS_OF_MANY < _N_MEMBERS).sum()), 1)))
+                metrics["explained_reward"] = max(0.0, 1 - judged / variance) if varies else 1.0
         self.fitted.fill_(1.0)
         return metrics
 
@@ -182,7 +185,7 @@ class _Regression(nn.Module):
             self.load_state_dict(before)
             raise
         if usual is not None:
-            constant = th.stack([(targets[1, rows] - usual).square().mean() for rows in held_out]).mean().item()
+            constant = th.stack([(targets[1, rows].double() - usual).square().mean() for rows in held_out]).mean().item()
             if not best_error < _CLEARLY_BETTER * constant:
                 self._make_constant()
                 return constant
@@ -230,7 +233,8 @@ class _Regression(nn.Module):
         errors = []
         for i, rows in enumerate(held_out):
             predicted = self.network.member(i, self.inputs(inputs[rows])).squeeze(-1)
-            errors.append((self.target.inverse(predicted) - targets[rows]).square().mean())
+            # In double precision, where squares of large rewards are finite.
+            errors.append((self.target.inverse(predicted).double() - targets[rows]).square().mean())
         return th.stack(errors).mean().item()
 
 

@@ -144,9 +144,8 @@ class LearnedTermination(nn.Module):
         for i in range(len(self.surfaces) if folds > 1 else 0):
             hits = inventions = 0
             for fold in range(folds):
-                inside = [rows[own != fold] for rows, own in zip((positives, negatives), of, strict=True)]
-                threshold = self._fit_surface(i, *inside, weight)
-                outside = (rows[own == fold] for rows, own in zip((positives, negatives), of, strict=True))
+                threshold = self._fit_surface(i, positives[of[0] != fold], negatives[of[1] != fold], weight)
+                outside = positives[of[0] == fold], negatives[of[1] == fold]
                 found_here = [int((self._logits(i, rows) > threshold).sum()) for rows in outside]
                 hits, inventions = hits + found_here[0], inventions + found_here[1]
             errors = len(positives) - hits + weight * inventions
@@ -166,8 +165,7 @@ class LearnedTermination(nn.Module):
                 threshold = self._fit_surface(i, positives, negatives, weight)
             else:
                 self._train(positives, negatives)
-                logits = (self._logits(i, rows) for rows in (positives, negatives))
-                threshold = _fewest_errors(*logits, weight)
+                threshold = _fewest_errors(self._logits(i, positives), self._logits(i, negatives), weight)
             hits, inventions = (int((self._logits(i, rows) > threshold).sum()) for rows in held_out)
             errors = len(held_out[0]) - hits + inventions
             if errors < _CLEARLY_BETTER * best:

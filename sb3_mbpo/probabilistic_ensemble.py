@@ -158,7 +158,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         """Forget the moments of an earlier fit, and the settings that a loaded optimizer brings along."""
         self.optimizer.state.clear()
         for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
-            group["weight_decay"] = decay
+            group["lr"], group["weight_decay"] = self.learning_rate, decay
 
     @property
     def usable(self) -> bool:  # type: ignore[override]
@@ -477,7 +477,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         with th.no_grad():
             for kept, part in zip([*best, *best_bounds], [*weights, *bounds], strict=True):
                 part.copy_(kept)
-        self.optimizer.state.clear()
+        self._renew_optimizer()
         return loss, schedule.updates, sound
 
 

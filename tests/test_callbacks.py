@@ -186,7 +186,7 @@ def test_what_is_logged(tmp_path):
     expected += "rollout_length real_buffer_size "
     expected += "model_buffer_size real_share updates_per_transition termination termination_disagreement "
     expected += "updates diverged dropped clipped q_mean q_max q_bound explained_obs explained_reward branch_length "
-    expected += "holdout_explained_obs holdout_explained_reward gate"
+    expected += "holdout_explained_obs holdout_explained_reward gate reward_error"
     assert {f"dynamics/{name}" for name in expected.split()} == {name for name in header if name.startswith("dynamics/")}
     assert all(len(name) <= 33 for name in header)
     values = model.logger.name_to_value

@@ -55,7 +55,7 @@ def test_model_off_and_on_again():
 def test_same_seed_same_agent(env_id):
     first, second = (MBPO("MlpPolicy", env_id, **FAST).learn(80) for _ in range(2))
     assert equal_agents(first, second)
-    for name in ("dynamics", "learned_termination"):
+    for name in ("dynamics", "learned_reward", "learned_termination"):
         pairs = zip(*(getattr(agent, name).state_dict().values() for agent in (first, second)), strict=True)
         assert all(th.equal(a, b) for a, b in pairs)
 

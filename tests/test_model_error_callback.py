@@ -48,7 +48,9 @@ def state_of(agent):
         "parameters": parameters,
         "real": [getattr(buffer, name)[: buffer.size()] for name in ("observations", "actions", "rewards", "dones")],
         "imagined": buffer.model_buffer.contents()[0],
-        "generators": [part.generator.get_state() for part in (agent.dynamics, agent.learned_termination, buffer)],
+        "generators": [
+            part.generator.get_state() for part in (agent.dynamics, agent.learned_reward, agent.learned_termination, buffer)
+        ],
         "global": [th.get_rng_state(), np.random.get_state()[1:], random.getstate()[1]],
         "statistics": vars(agent.env.obs_rms) if isinstance(agent.env, VecNormalize) else None,
         "spaces": [agent.action_space.np_random.random(), agent.env.action_space.np_random.random()],

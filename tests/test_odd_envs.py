@@ -71,7 +71,7 @@ def trained(**oddity) -> MBPO:
 )
 def test_trains(oddity):
     agent = trained(**oddity)
-    networks = (agent.policy, agent.dynamics, agent.learned_termination)
+    networks = (agent.policy, agent.dynamics, agent.learned_reward, agent.learned_termination)
     assert all(value.isfinite().all() for network in networks for value in network.state_dict().values())
     assert agent._n_updates == 2 * 180
     rows = agent.replay_buffer.model_buffer.contents()[0]
@@ -84,7 +84,7 @@ def test_trains(oddity):
 def test_rewards_whose_squares_leave_float32():
     """The critic learns nothing from them, but nothing becomes NaN, and the warning has come."""
     agent = trained(reward_scale=1e30)
-    networks = (agent.policy, agent.dynamics, agent.learned_termination)
+    networks = (agent.policy, agent.dynamics, agent.learned_reward, agent.learned_termination)
     assert all(value.isfinite().all() for network in networks for value in network.state_dict().values())
     assert agent.replay_buffer.model_buffer.contents()[0].isfinite().all()
 

@@ -117,7 +117,7 @@ def test_untouched(kwargs):
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST, **kwargs).learn(30)
 
     def draws():
-        generators = (None, agent.dynamics.generator, agent.learned_termination.generator)
+        generators = (None, agent.dynamics.generator, agent.learned_reward.generator, agent.learned_termination.generator)
         own = [th.rand(1, generator=generator).item() for generator in generators]
         return [*own, np.random.random(), random.random(), agent.predict(np.ones(3), deterministic=False)[0].item()]
 
