@@ -3,7 +3,7 @@ How fast on a GPU: SAC's update next to Stable-Baselines3's, the ensemble's fit,
 
     python benchmarks/gpu.py updates     # ours and SB3's SAC.train in turns, on the same GPU; a minute
     python benchmarks/gpu.py profile     # what takes the time of one of our updates; ten seconds
-    python benchmarks/gpu.py fit         # seconds an epoch with 10,000 and 50,000 transitions; half a minute
+    python benchmarks/gpu.py fit         # seconds a pass over 10,000 and 50,000 transitions; half a minute
     python benchmarks/gpu.py rollout     # one imagined step from 100,000 states; ten seconds
     python benchmarks/gpu.py hopper      # 10,000 steps with the settings of hyperparams/mbpo.yml; a minute and a half
 
@@ -14,7 +14,6 @@ captured in a CUDA graph goes by how fast the CPU launches it, SB3's update abov
 
 import argparse
 import csv
-import math
 import platform
 import statistics
 import sys
@@ -37,6 +36,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo import MBPO, ProbabilisticEnsemble, cuda_update
 from sb3_mbpo.callbacks import RolloutCallback
+from sb3_mbpo.probabilistic_ensemble import FIRST_FIT
 from sb3_mbpo.rollouts import rollout_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,10 +149,10 @@ def profile(device: str, tiny: bool) -> Iterator[Row]:
 
 
 def fit(device: str, tiny: bool) -> Iterator[Row]:
-    """Seconds of an epoch of the ensemble, its share of everything else in a fit included."""
+    """Seconds of a pass over the data in batches of 256, its share of everything else in a fit included."""
     for n in (300,) if tiny else (10_000, 50_000):
-        data, batches = transitions(n, device), -(-max(n * 4 // 5, n - 5000) // 256)
-        limits: dict[str, Any] = {"patience": 1000, "max_updates": 5 * batches, "epoch_updates": None}
+        data, batches = transitions(n, device), -(-max(n * 4 // 5, n - 1000) // 256)
+        limits: dict[str, Any] = {"patience": 10**6, "max_updates": 5 * batches, "batch_size": 256}
         ensemble = ProbabilisticEnsemble(OBS_DIM, ACTION_DIM, seed=0, device=device, **limits)
         ensemble.fit(data)
         for i in range(2 if tiny else 5):
@@ -174,14 +174,22 @@ def rollout(device: str, tiny: bool) -> Iterator[Row]:
 
 
 class Deadline(BaseCallback):
-    """Ends training when the time is up."""
+    """Ends training when the time is up, and counts the gradient steps of the fits."""
 
     def __init__(self, minutes: float) -> None:
         super().__init__()
         self.end = time.perf_counter() + 60 * minutes
+        self.fit_steps, self.fitted_at = 0, None
 
     def _on_step(self) -> bool:
         return time.perf_counter() < self.end
+
+    def _on_rollout_end(self) -> None:
+        # MBPO's own callback comes before this one.
+        agent: Any = self.model
+        if agent.dynamics_fitted_at != self.fitted_at:
+            self.fitted_at = agent.dynamics_fitted_at
+            self.fit_steps += self.logger.name_to_value["dynamics/updates"]
 
 
 @contextmanager
@@ -207,14 +215,6 @@ def clocks(device: str, methods: dict[str, tuple[type, str]]) -> Iterator[dict[s
             setattr(cls, method, originals[name])
 
 
-def most_batches(ensemble: ProbabilisticEnsemble, n: int) -> int:
-    """Gradient steps of a fit on ``n`` transitions that ends at its bound, which an epoch may overstep."""
-    held_out = min(int(n * ensemble.holdout_ratio), ensemble.max_holdout)
-    assert ensemble.max_updates is not None and ensemble.epoch_updates is not None
-    epoch = min(math.ceil((n - held_out) / ensemble.batch_size), ensemble.epoch_updates)
-    return math.ceil(ensemble.max_updates / epoch) * epoch
-
-
 def hopper(device: str, tiny: bool) -> Iterator[Row]:
     """Where the time goes in the first steps of Hopper-v5, and what that means for the paper's 125,000 + 5,000 steps."""
     import yaml
@@ -229,7 +229,8 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
     agent = MBPO(env="Hopper-v5", device=device, seed=0, **settings)
     phases: dict[str, tuple[type, str]] = {"fits": (RolloutCallback, "_fit"), "rollouts": (RolloutCallback, "_refill")}
     with clocks(device, {"updates": (MBPO, "train"), **phases}) as spent:
-        total = seconds(lambda: agent.learn(steps, callback=Deadline(7)), device)
+        deadline = Deadline(7)
+        total = seconds(lambda: agent.learn(steps, callback=deadline), device)
     steps, n_updates = agent.num_timesteps, agent._n_updates
     sums = {name: sum(taken) for name, taken in spent.items()}
     sums["env and all else"] = total - sum(sums.values())
@@ -243,10 +244,10 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
     # The first fit comes with the first step after the random ones, the others at each multiple.
     first, steps_after = agent.learning_starts + 1, whole - agent.learning_starts
     at_fits = [first, *range(first - first % frequency + frequency, whole + 1, frequency)]
-    fitted = next(iter(agent.dynamics.optimizer.state.values()))["step"].item()
+    most = agent.dynamics.max_updates * (len(at_fits) - 1 + FIRST_FIT)
     hours = {
         "updates": sums["updates"] / n_updates * agent.gradient_steps * steps_after,
-        "fits": sums["fits"] / fitted * sum(map(partial(most_batches, agent.dynamics), at_fits)),
+        "fits": sums["fits"] / deadline.fit_steps * most,
         "rollouts": statistics.median(spent["rollouts"]) * sum(rollout_length(agent.rollout_schedule, at) for at in at_fits),
         "env and all else": sums["env and all else"] / (steps - agent.learning_starts) * steps_after,
     }

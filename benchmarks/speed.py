@@ -41,7 +41,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_mbpo import MBPO, ProbabilisticEnsemble, RolloutCallback, __version__
+from sb3_mbpo import MBPO, ProbabilisticEnsemble, RolloutCallback, __version__, probabilistic_ensemble
+from sb3_mbpo.likelihood_gradient import LikelihoodGradient
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "speed.csv"
 PROFILES = RESULTS.with_name("profiles.csv")
@@ -133,16 +134,19 @@ def flops(steps: int) -> Iterator[Comparison]:
 
 
 def ensemble(steps: int) -> Iterator[Comparison]:
-    """An epoch of a fit, with its validation on a fifth of the data; one of mbrl-lib's GaussianMLP and ModelTrainer."""
+    """As many gradient steps as an epoch has, batches of 256, then validation; an epoch of mbrl-lib's ModelTrainer."""
     peer = Peer("mbrl")
 
     def ours(n: int, epochs: int) -> Figures:
         rows = n * 5 // 4
         sizes = (OBS, ACT, OBS, 1, 1)
         transitions = ReplayBufferSamples(*(th.randn(rows, size) for size in sizes))
-        limits: dict[str, Any] = {"patience": 10**6, "max_holdout": rows, "max_updates": epochs * -(-n // BATCH)}
-        dynamics = ProbabilisticEnsemble(OBS, ACT, seed=0, epoch_updates=None, **limits)
-        return {f"s/epoch, {n:,} transitions": period(partial(dynamics.fit, transitions))}
+        epoch = -(-n // BATCH)
+        limits: dict[str, Any] = {"patience": 10**6, "max_holdout": rows, "max_updates": epochs * epoch}
+        dynamics = ProbabilisticEnsemble(OBS, ACT, seed=0, batch_size=BATCH, **limits)
+        # Validation as often as theirs: ours counts gradient steps, whatever the number of transitions.
+        with mock.patch.object(probabilistic_ensemble, "LOOK_EVERY", epoch):
+            return {f"s/epoch, {n:,} transitions": period(partial(dynamics.fit, transitions))}
 
     def theirs(n: int, epochs: int) -> Figures:
         return {f"s/epoch, {n:,} transitions": peer.ask("fit", n, epochs)["seconds"]}
@@ -208,18 +212,18 @@ def batches(steps: int) -> Iterator[Comparison]:
 
 
 def run(agent: MBPO, steps: int) -> Figures:
-    """``learn``: its seconds in all and by phase, then the number of epochs and updates."""
+    """``learn``: its seconds in all and by phase, then the number of gradient steps of the fits and of SAC."""
     watch = Stopwatch()
     phases: dict[str, list[tuple[object, str]]] = {
         "SAC updates": [(MBPO, "train")],
         "fits": [(RolloutCallback, "_fit")],
         "rollouts": [(RolloutCallback, "_refill")],
         "env and policy": [(DummyVecEnv, "step"), (MBPO, "_sample_action")],
-        "epochs": [(ProbabilisticEnsemble, "_train_epoch")],
+        "fit steps": [(LikelihoodGradient, "__call__")],
     }
     with watch.timing(phases):
         total = seconds(agent.learn, steps)
-    figures = {**watch.seconds, "epochs": watch.calls["epochs"], "updates": agent._n_updates}
+    figures = {**watch.seconds, "fit steps": watch.calls["fit steps"], "updates": agent._n_updates}
     return {"whole loop": total, **figures, "rest": total - sum(watch.seconds[phase] for phase in [*phases][:4])}
 
 

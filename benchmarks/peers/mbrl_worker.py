@@ -17,7 +17,7 @@ import numpy as np
 import torch as th
 from mbrl.algorithms import mbpo
 from mbrl.env.termination_fns import hopper
-from mbrl.models import ModelEnv, ModelTrainer
+from mbrl.models import ModelEnv, ModelTrainer, OneDTransitionRewardModel
 from mbrl.planning.sac_wrapper import SACAgent
 from mbrl.third_party.pytorch_sac_pranz24.sac import SAC
 from mbrl.util import ReplayBuffer
@@ -132,21 +132,22 @@ def rollout(n: int) -> dict[str, Any]:
 
 
 def loop(steps: int) -> dict[str, Any]:
-    """Random steps, then so many real ones; returns seconds by phase, and the epochs of all fits."""
+    """Random steps, then so many real ones; returns seconds by phase, and the gradient steps of all fits."""
     watch = Stopwatch()
     phases: dict[str, list[tuple[Any, str]]] = {
         "SAC updates": [(SAC, "update_parameters")],
         "fits": [(mbrl.util.common, "train_model_and_save_model_and_data")],
         "rollouts": [(mbpo, "rollout_model_and_populate_sac_buffer")],
         "env and policy": [(mbrl.util.common, "step_env_and_add_to_buffer")],
-        "epochs": [(ModelTrainer, "maybe_get_best_weights")],
+        "fit steps": [(OneDTransitionRewardModel, "update")],
     }
     mbpo.evaluate = lambda *args: 0.0
     mbpo.VideoRecorder = lambda folder: type("Nothing", (), {"save": lambda self, name: None})()
     with tempfile.TemporaryDirectory() as folder, watch.timing(phases):
         env = gym.make("Hopper-v5")
         total = seconds(mbpo.train, env, env, hopper, configuration(num_steps=steps, epoch_length=steps), True, folder)
-    return {"whole loop": total, **watch.seconds, "epochs": watch.calls["epochs"], "updates": watch.calls["SAC updates"]}
+    calls = {"fit steps": watch.calls["fit steps"], "updates": watch.calls["SAC updates"]}
+    return {"whole loop": total, **watch.seconds, **calls}
 
 
 def versions() -> dict[str, Any]:
