@@ -83,7 +83,8 @@ def evaluated(agent: MBPO, gravity: float, seed: int) -> float:
 
 def run(folder: Path, seed: int, arm: str) -> list[dict[str, Any]]:
     """:return: rows of the CSV"""
-    agent = MBPO.load(folder / f"{seed}.zip", env=gym.make("Pendulum-v1", g=14.0), **WINDOWS.get(arm, {}))
+    settings: dict[str, Any] = WINDOWS.get(arm, {})
+    agent = MBPO.load(folder / f"{seed}.zip", env=gym.make("Pendulum-v1", g=14.0), **settings)
     agent.load_replay_buffer(folder / f"{seed}.pt")
     agent.set_random_seed(100 + seed)
     before, started = agent.num_timesteps, time.process_time()

@@ -107,11 +107,12 @@ class EvaluationRecorder(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         # MBPO's own callback comes before those of the user, and leaves its times in the log until the next one is written.
-        fitted_at = getattr(self.model, "dynamics_fitted_at", None)
+        model: Any = self.model
+        fitted_at = getattr(model, "dynamics_fitted_at", None)
         if fitted_at != self._fitted_at:
             self._fitted_at = fitted_at
             # Where nothing was imagined, the log may still hold the numbers of an earlier rollout.
-            if not self.model.replay_buffer.model_buffer.refills[-1]:
+            if not model.replay_buffer.model_buffer.refills[-1]:
                 for name in OF_ROLLOUTS:
                     self.logger.name_to_value.pop(f"dynamics/{name}", None)
             for phase, key in (("fits", "dynamics/fit"), ("rollouts", "dynamics/rollout")):

@@ -243,9 +243,9 @@ def test_episodes_that_end_where_they_begin() -> None:
 
 
 def ring(obs: Any, next_obs: Any, dones: Any, limits: Any = None, newest: int | None = None) -> Steps:
-    columns = (np.asarray(part, np.float64).reshape(len(part), 1, 1) for part in (obs, next_obs))
-    flags = (np.asarray(part, bool).reshape(-1, 1) for part in (dones, np.zeros(len(obs)) if limits is None else limits))
-    return Steps(*columns, *flags, newest=len(obs) - 1 if newest is None else newest)
+    before, after = (np.asarray(part, np.float64).reshape(len(part), 1, 1) for part in (obs, next_obs))
+    ended, cut = (np.asarray(part, bool).reshape(-1, 1) for part in (dones, np.zeros(len(obs)) if limits is None else limits))
+    return Steps(before, after, ended, cut, newest=len(obs) - 1 if newest is None else newest)
 
 
 def test_most_of_a_kind_are_lost_or_none() -> None:

@@ -113,7 +113,12 @@ def run(monkeypatch: pytest.MonkeyPatch, failure: Failure, n: int, cls: type = M
     monkeypatch.setattr("sb3_mbpo.callbacks.ROLLOUT_BLOCK", {"cpu": 7})
     states: list[Any] = []
     original = RolloutCallback._on_rollout_end
-    monkeypatch.setattr(RolloutCallback, "_on_rollout_end", lambda self: states.append(state(agent)) or original(self))
+
+    def watched(self: RolloutCallback) -> None:
+        states.append(state(agent))
+        original(self)
+
+    monkeypatch.setattr(RolloutCallback, "_on_rollout_end", watched)
     agent.learn(55)
     assert agent.dynamics_fitted_at == 30 and len(agent.replay_buffer.model_buffer)
     failure.arm(n)

@@ -57,7 +57,7 @@ def test_a_penalty_at_the_end_is_paid_there_and_nowhere_else() -> None:
     assert error[~ended].mean() < 0.1 and error[ended].mean() < 0.5
     # Nothing but the end decides on the 20.
     assert would_be[ended].min() > -5 and would_be[~ended].max() < -15
-    assert metrics["explained_reward"] > 0.95 and metrics["reward_error"] < 0.2
+    assert float(metrics["explained_reward"]) > 0.95 and float(metrics["reward_error"]) < 0.2
 
 
 @pytest.mark.parametrize("n_ends", [1, 2, 30])
@@ -203,6 +203,12 @@ def test_gradients_pass() -> None:
 # ---------------------------------------------------------------------- in an agent
 
 
+def predicted(agent: MBPO, rows: ReplayBufferSamples) -> th.Tensor:
+    rewards = agent.predict_reward(*rows[:3], rows.dones[:, 0] > 0.5)
+    assert rewards is not None
+    return rewards
+
+
 def test_the_reward_is_learned_unless_it_is_known_or_joint() -> None:
     agents = {
         name: MBPO("MlpPolicy", POLE, reward_fn=reward_fn, **FAST).learn(25)
@@ -211,10 +217,9 @@ def test_the_reward_is_learned_unless_it_is_known_or_joint() -> None:
     kinds = {name: type(agent.imagined_dynamics).__name__ for name, agent in agents.items()}
     assert kinds == {"learned": "TransitionReward", "joint": "ProbabilisticEnsemble", "known": "KnownReward"}
     rows = agents["learned"].replay_buffer.real_transitions()
-    asked = *rows[:3], rows.dones[:, 0] > 0.5
-    assert agents["joint"].predict_reward(*asked) is None
-    assert th.equal(agents["known"].predict_reward(*asked), rows.observations[:, 0])
-    assert agents["learned"].predict_reward(*asked).shape == (len(rows.rewards),)
+    assert agents["joint"].predict_reward(*rows[:3], rows.dones[:, 0] > 0.5) is None
+    assert th.equal(predicted(agents["known"], rows), rows.observations[:, 0])
+    assert predicted(agents["learned"], rows).shape == (len(rows.rewards),)
     logged = {name: "dynamics/reward_error" in agent.logger.name_to_value for name, agent in agents.items()}
     assert logged == {"learned": True, "joint": False, "known": False}
 
@@ -243,16 +248,15 @@ def test_a_dynamics_class_of_the_users_keeps_its_rewards() -> None:
 def test_it_is_saved_loaded_and_seeded(tmp_path: Path) -> None:
     agent = MBPO("MlpPolicy", POLE, **FAST).learn(30)
     rows = agent.replay_buffer.real_transitions()
-    asked = *rows[:3], rows.dones[:, 0] > 0.5
     agent.save(tmp_path / "agent")
     for safe in (False, True):
         loaded = MBPO.load(tmp_path / "agent", safe=safe)
         assert bool(loaded.learned_reward.fitted)
-        assert th.equal(loaded.predict_reward(*asked), agent.predict_reward(*asked))
+        assert th.equal(predicted(loaded, rows), predicted(agent, rows))
     for one in (agent, loaded):
         one.set_random_seed(3)
         one.fit_reward(rows)
-    assert th.equal(loaded.predict_reward(*asked), agent.predict_reward(*asked))
+    assert th.equal(predicted(loaded, rows), predicted(agent, rows))
     MBPO("MlpPolicy", POLE, reward_fn="joint", **FAST).save(tmp_path / "joint")
     assert MBPO.load(tmp_path / "joint", safe=True).reward_fn == "joint"
 
