@@ -161,7 +161,9 @@ ENSEMBLE: dict[str, list] = {
     "patience": [-1, NAN, True, None],
     "min_improvement": [-0.1, 1, NAN, True, None],
     "max_updates": [0, -1, NAN, True, 2.5],
-    "epoch_updates": [0, -1, NAN, True, 2.5],
+    "bootstrap": ["false", None, 3, NAN],
+    "layer_norm": ["false", None, 3, NAN],
+    "beta": [-0.1, 1.1, NAN, True, None, "x"],
     "target_mode": ["absolute", None, 3, True],
     "normalize_targets": ["false", None, 3, NAN],
 }

@@ -190,10 +190,9 @@ def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
 
     with monkeypatch.context() as patch:
         if phase == "fit":
-            kind = "sb3_mbpo.probabilistic_ensemble.ProbabilisticEnsemble._train_epoch"
             from sb3_mbpo import ProbabilisticEnsemble
 
-            patch.setattr(kind, interrupting(ProbabilisticEnsemble._train_epoch, 2))
+            patch.setattr(ProbabilisticEnsemble, "_train_steps", interrupting(ProbabilisticEnsemble._train_steps, 2))
         elif phase == "refill":
             from sb3_mbpo import callbacks
 
