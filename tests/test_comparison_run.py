@@ -164,7 +164,7 @@ def test_run(tmp_path: Path) -> None:
     # The first fit comes right before the first update.
     with (folder / "fits.csv").open(newline="") as file:
         fits = {(step, name): float(value) for step, name, value in csv.reader(file)}
-    assert {step for step, _ in fits} == {"21"} and fits["21", "updates"] == 2 and ("21", "explained_obs") in fits
+    assert {step for step, _ in fits} == {"21"} and fits["21", "updates"] == 3 and ("21", "explained_obs") in fits
     # Where the Zoo's other commands find it.
     assert (folder / "mbpo" / "Pendulum-v1_1" / "Pendulum-v1.zip").is_file()
 

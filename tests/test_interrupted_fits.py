@@ -11,6 +11,7 @@ from gymnasium import spaces
 from tiny import FAST
 
 from sb3_mbpo import MBPO, MBTD3, DynamicsModel, RolloutCallback
+from sb3_mbpo.learned_reward import LearnedReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 
@@ -75,6 +76,9 @@ class Own(DynamicsModel):
         return predicted[:, 1:] + 0.1 * noise.unsqueeze(1), predicted[:, 0]
 
 
+LEARNED = ("dynamics", "learned_reward", "learned_termination")
+
+
 def flat(value: Any) -> Any:
     """Comparable with ``==``."""
     if isinstance(value, th.Tensor):
@@ -89,8 +93,9 @@ def flat(value: Any) -> Any:
 def state(agent: Any) -> dict[str, Any]:
     """What a fit and a rollout change."""
     buffer = agent.replay_buffer
-    generators = {name: getattr(agent, name).generator for name in ("dynamics", "learned_termination", "replay_buffer")}
+    generators = {name: getattr(agent, name).generator for name in (*LEARNED, "replay_buffer")}
     plain = ("trusted_length", "imagined_share", "filter_memory", "dynamics_fitted_at", "num_timesteps", "rollout_length")
+    plain += ("forward_errors", "unused_fits")
     return {
         "parameters": flat(agent.get_parameters()),
         "generators": {name: flat(generator.get_state()) for name, generator in generators.items()},
@@ -143,6 +148,7 @@ def goes_on(agent: Any) -> None:
 PLACES: dict[str, tuple[Any, str, int]] = {
     "at the first word of the fit": (RolloutCallback, "_say", 1),
     "when the dynamics is fitted": (ProbabilisticEnsemble, "fit", 1),
+    "when the reward is fitted": (LearnedReward, "fit", 1),
     "when the termination is fitted": (LearnedTermination, "fit", 1),
     "when a first block was imagined": (RolloutCallback, "_lower_block", 1),
     "at the very end": (RolloutCallback, "_judge_values", 1),
