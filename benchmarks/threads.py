@@ -35,7 +35,7 @@ ARMS = {
     "2, short spin": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "5000"},
     "2, passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
 }
-KINDS = {"update": 40, "fit": 16, "rollout": 50_000}  # amount of one measurement, in updates, gradient steps, states
+KINDS = {"update": 40, "fit": 18, "rollout": 50_000}  # amount of one measurement, in updates, gradient steps, states
 CLOCKS = (time.perf_counter, time.process_time, time.thread_time)
 # Ends with the process that started it.
 BUSY = [sys.executable, "-c", "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10_000))"]
@@ -46,6 +46,7 @@ def workload() -> dict[str, Callable[[], object]]:
     from speed import BATCH, mixed_agent
 
     from sb3_mbpo import ProbabilisticEnsemble, RolloutCallback
+    from sb3_mbpo.probabilistic_ensemble import FIRST_FIT
 
     agent = mixed_agent(5_000)
     agent.rollout_batch_size = KINDS["rollout"]
@@ -54,7 +55,8 @@ def workload() -> dict[str, Callable[[], object]]:
     transitions = agent.replay_buffer.real_transitions()
 
     def fit() -> None:
-        ProbabilisticEnsemble(11, 3, seed=0, max_updates=KINDS["fit"]).fit(transitions)
+        most = round(KINDS["fit"] / FIRST_FIT)
+        ProbabilisticEnsemble(11, 3, seed=0, batch_size=BATCH, max_updates=most).fit(transitions)
 
     return {"update": lambda: agent.train(KINDS["update"], BATCH), "fit": fit, "rollout": callback._refill}
 
