@@ -179,7 +179,8 @@ class Deadline(BaseCallback):
     def __init__(self, minutes: float) -> None:
         super().__init__()
         self.end = time.perf_counter() + 60 * minutes
-        self.fit_steps, self.fitted_at = 0, None
+        self.fit_steps = 0.0
+        self.fitted_at: int | None = None
 
     def _on_step(self) -> bool:
         return time.perf_counter() < self.end

@@ -94,8 +94,10 @@ def state(agent: Any) -> dict[str, Any]:
     """What a fit and a rollout change."""
     buffer = agent.replay_buffer
     generators = {name: getattr(agent, name).generator for name in (*LEARNED, "replay_buffer")}
-    plain = ("trusted_length", "imagined_share", "filter_memory", "dynamics_fitted_at", "num_timesteps", "rollout_length")
-    plain += ("forward_errors", "unused_fits")
+    plain = [
+        *("trusted_length", "imagined_share", "filter_memory", "dynamics_fitted_at", "num_timesteps", "rollout_length"),
+        *("forward_errors", "unused_fits"),
+    ]
     return {
         "parameters": flat(agent.get_parameters()),
         "generators": {name: flat(generator.get_state()) for name, generator in generators.items()},
