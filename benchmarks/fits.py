@@ -7,9 +7,9 @@ How well does a fit of the dynamics predict the next 250 real steps, and what do
     python benchmarks/fits.py print                    # tables of what there is
 
 A data set is the stream of transitions of one SAC agent, random ones first. An ensemble is fitted to the first rows of it,
-again and again as the stream grows, and after each fit it predicts the 250 transitions that come next. docs/benchmarks/fits.csv
-has a row for each fit. Arms differ from ``default`` by their ``dynamics_kwargs``. The arm ``before`` needs the package of commit
-efd253d: PYTHONPATH=<a checkout of it>. ``scratch`` is a new network in each fit, trained three times as long.
+again and again as the stream grows, and after each fit it predicts the 250 transitions that come next. A row of
+docs/benchmarks/fits.csv is a fit. Arms differ from ``default`` by their ``dynamics_kwargs``. The arm ``before`` needs the
+package of commit efd253d: PYTHONPATH=<its checkout>. ``scratch`` is a new network in each fit, trained three times as long.
 """
 
 import argparse
