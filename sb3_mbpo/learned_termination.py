@@ -15,7 +15,7 @@ _ENOUGH, _FOLDS = 100, 3
 # A rule replaces one before it if it makes less than this share of its errors.
 _CLEARLY_BETTER = 0.8
 # Where between the two classes the threshold of few terminations lies, from the others (0) to these (1). The others are many,
-# so their edge is known better: ten ends of ForbiddenDisc-v0 let it find .91 of the fresh ones, with 0.5 it was .82.
+# so their edge is known better.
 _AT = 0.1
 # Penalty of a surface's weights: small, so that terminations and other transitions are separated wherever they can be.
 _L1 = 1e-5
