@@ -202,7 +202,8 @@ ENSEMBLE_RULES: dict[str, Rule] = {
     "max_holdout": whole(1),
     "patience": whole(0),
     "min_improvement": Rule(lambda value: is_number(value, 0, 1) and value < 1, "a number of at least 0 and below 1"),
-    "max_updates": optional(whole(1)),
+    # The first fit takes half as many again, which a float has to hold.
+    "max_updates": optional(whole(1, MOST)),
     "target_mode": Rule(
         lambda value: isinstance(value, str) and value in ("auto", "delta", "next"), "'auto', 'delta' or 'next'"
     ),

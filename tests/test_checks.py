@@ -160,7 +160,7 @@ ENSEMBLE: dict[str, list] = {
     "max_holdout": [0, NAN, True, None],
     "patience": [-1, NAN, True, None],
     "min_improvement": [-0.1, 1, NAN, True, None],
-    "max_updates": [0, -1, NAN, True, 2.5],
+    "max_updates": [0, -1, NAN, True, 2.5, 10**12],
     "bootstrap": ["false", None, 3, NAN],
     "layer_norm": ["false", None, 3, NAN],
     "beta": [-0.1, 1.1, NAN, True, None, "x"],
