@@ -34,6 +34,7 @@ def test_entry_is_understood(file: str, env_id: str) -> None:
     algorithm = getattr(sb3_mbpo, CLASSES[file])
     assert set(entry) - OF_THE_ZOO <= set(inspect.signature(algorithm).parameters)
     assert 0 < entry.get("learning_starts", 0) < int(entry["n_timesteps"])
+    assert 5 <= entry["gradient_steps"] / entry.get("train_freq", 1) <= 40
     lengths = [rollout_length(entry.get("rollout_schedule", 1), step) for step in range(0, 400_000, 5000)]
     assert 1 == lengths[0] <= lengths[-1] <= 25
     # What the schedule fills, in rows of two observations, an action, a reward and an end, stays below 6 GB.
@@ -48,6 +49,12 @@ def test_every_task_of_the_paper_is_there() -> None:
     assert set(FILES["mbpo_full_obs"]) == {"Ant-v5", "Humanoid-v5"}
     for name in ("mbpo", "mbtd3", "mbtqc", "mbcrossq"):
         assert {"default", "Pendulum-v1", *(f"{task}-v5" for task in tasks)} <= set(FILES[name])
+
+
+@pytest.mark.parametrize(("file", "env_id"), [entry for entry in ENTRIES if FILES[entry[0]][entry[1]].get("use_sde")])
+def test_noise_that_depends_on_the_state_lasts(file: str, env_id: str) -> None:
+    """SB3 draws it anew in each rollout, and with train_freq=1 a rollout is one step."""
+    assert FILES[file][env_id]["train_freq"] >= 8
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -136,6 +143,7 @@ def test_entry_trains(file: str, env_id: str, monkeypatch: pytest.MonkeyPatch) -
     settings["min_explained_variance"] = None
     settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "net_arch": [8]}
     tiny = {"learning_starts": 20, "gradient_steps": 2, "batch_size": 32, "rollout_batch_size": 20, "model_train_freq": 10}
+    tiny["train_freq"] = 1
     agent = getattr(sb3_mbpo, CLASSES[file])(env=env, seed=0, **{**settings, **tiny, "buffer_size": 100}).learn(35)
     # Fits after steps 21 and 30.
     assert agent._n_updates == 30 and agent.dynamics_fitted_at == 30
