@@ -14,6 +14,9 @@ _NEVER = 1e30  # a logit that no rule reaches, yet finite: SB3 and checkpoints e
 _ENOUGH, _FOLDS = 100, 3
 # A rule replaces one before it if it makes less than this share of its errors.
 _CLEARLY_BETTER = 0.8
+# Where between the two classes the threshold of few terminations lies, from the others (0) to these (1). The others are many,
+# so their edge is known better.
+_AT = 0.1
 # Penalty of a surface's weights: small, so that terminations and other transitions are separated wherever they can be.
 _L1 = 1e-5
 # Observations of more dimensions have too many products.
@@ -177,7 +180,8 @@ class LearnedTermination(nn.Module):
         """:return: its threshold"""
         surface: Any = self.surfaces[i]
         surface.fit(positives, negatives)
-        return _fewest_errors(surface(positives), surface(negatives), weight)
+        logits = surface(positives), surface(negatives)
+        return _fewest_errors(*logits, weight, at=_AT if len(positives) < _ENOUGH else 0.5)
 
     def _train(self, positives: th.Tensor, negatives: th.Tensor) -> None:
         """Train the network on, half of each minibatch of either class."""
@@ -282,7 +286,7 @@ def _metrics(judged: int, hits: int, inventions: int) -> dict[str, float]:
     return metrics
 
 
-def _fewest_errors(positives: th.Tensor, negatives: th.Tensor, weight: float) -> th.Tensor:
+def _fewest_errors(positives: th.Tensor, negatives: th.Tensor, weight: float, at: float = 0.5) -> th.Tensor:
     """
     The threshold of fewest errors, the middle one where several are as good.
 
@@ -292,6 +296,7 @@ def _fewest_errors(positives: th.Tensor, negatives: th.Tensor, weight: float) ->
     :param positives: logits of terminations
     :param negatives: logits of other transitions
     :param weight: transitions that each of ``negatives`` stands for
+    :param at: where between the two logits beside it, 0 the lower
     :return: a scalar tensor: terminated above it
     """
     logits, order = th.cat([positives, negatives]).double().sort()
@@ -302,7 +307,7 @@ def _fewest_errors(positives: th.Tensor, negatives: th.Tensor, weight: float) ->
     errors[upper <= logits] = th.inf  # no threshold lies between equal logits
     best = th.nonzero(errors <= errors.min() + 1e-6)[:, 0]
     middle = best[len(best) // 2]
-    return (logits[middle] + upper[middle]) / 2
+    return (1 - at) * logits[middle] + at * upper[middle]
 
 
 def _finite(obs: th.Tensor) -> th.Tensor:

@@ -36,7 +36,7 @@ from sb3_mbpo.threads import one_thread_by_default
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 # Real transitions after `forget_transitions` from which on an agent fits and trains again, docs/benchmarks/changed_world.csv.
-ROWS_AFTER_FORGETTING = 50
+ROWS_AFTER_FORGETTING = 200
 
 
 class ModelBased(Imagining, Resuming):
@@ -281,7 +281,7 @@ class ModelBased(Imagining, Resuming):
         Call this when the world has changed: real transitions of before leave, and all imagined ones.
 
         Networks, optimizers, counters and the schedule of k stay. The agent goes on acting with its policy. It makes no
-        updates until there are 50 real transitions (or ``learning_starts``, if that is less); then the dynamics is
+        updates until there are 200 real transitions (or ``learning_starts``, if that is less); then the dynamics is
         fitted to these, new transitions are imagined, and everything goes on as before. What has been measured of the
         dynamics (k of "auto", the imagined share, the memory of a ``rollout_filter``) starts anew.
 

@@ -183,7 +183,8 @@ def test_held_out_rows_stay_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TEN_ENDS = [
     ("ForbiddenDisc-v0", 0.8, 0.5),
-    ("GoalDisc-v0", 0.8, 0.5),
+    # Ten arrivals leave open where the disc's far side is.
+    ("GoalDisc-v0", 0.65, 0.5),
     ("Fall-v0", 0.8, 0.5),
     # Its disc lies elsewhere in every episode: with ten ends it is not found, with fifty it is.
     pytest.param("ObservedGoal-v0", 0.7, 0.7, marks=pytest.mark.expensive),
