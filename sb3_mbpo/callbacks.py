@@ -82,10 +82,12 @@ class RolloutCallback(BaseCallback):
         buffer = agent.replay_buffer
         if buffer.size() * buffer.n_envs < agent.rows_before_fit:
             return False
-        if agent.dynamics_fitted_at is None or not buffer.model_buffer.refills:
-            return True
-        frequency = agent.model_train_freq
-        return agent.lifetime_timesteps // frequency > agent.dynamics_fitted_at // frequency
+        frequency, fitted_at = agent.model_train_freq, agent.dynamics_fitted_at
+        first = fitted_at is None or not buffer.model_buffer.refills
+        if not first and agent.lifetime_timesteps // frequency <= fitted_at // frequency:
+            return False
+        # Asked last, for it looks at all rows: ends whose last observation was lost are no transitions to learn from.
+        return len(buffer.real_transitions(agent.dynamics_window).rewards) >= agent.dynamics.min_transitions
 
     def _measure_length(self, obs: th.Tensor) -> None:
         """

@@ -10,11 +10,17 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 # An odd number whose multiples spread evenly over 32 bits (Knuth, The Art of Computer Programming, 6.4).
 _SPREAD = 2654435761
 _RANGE = 2**32
+# Rows that are hashed at once, which bounds the memory that it takes.
+_BLOCK = 10_000
 
 
 def row_hash(transitions: ReplayBufferSamples) -> th.Tensor:
     """:return: a number between 0 and 1 that depends on a transition's content alone, ``(N,)``; as good as uniform"""
-    content = th.cat([transitions.observations, transitions.actions, transitions.next_observations], dim=1)
+    parts = zip(*(part.split(_BLOCK) for part in transitions[:3]), strict=True)
+    return th.cat([_hash(th.cat(list(block), dim=1)) for block in parts])
+
+
+def _hash(content: th.Tensor) -> th.Tensor:
     bits = content.float().contiguous().view(th.int32).long()
     # Each column by a factor of its own; integer overflow wraps around.
     factors = (th.arange(1, bits.shape[1] + 1, device=bits.device) * _SPREAD) | 1

@@ -9,6 +9,7 @@ from torch import nn
 
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
+from sb3_mbpo.holdout import row_hash
 from sb3_mbpo.trust import SMALL
 
 _N_MEMBERS, _BATCH, _MOST_ROWS, _BLOCK = 3, 128, 20_000, 5_000
@@ -97,14 +98,17 @@ class LearnedReward(nn.Module):
         ended = transitions.dones.squeeze(1) > 0.5
         metrics: dict[str, float | str] = {}
         first = not bool(self.fitted)
+        finite = (
+            th.cat([transitions.rewards, transitions.next_observations, transitions.observations], dim=1).isfinite().all(dim=1)
+        )
         for part, name, of in (("going_on", "reward_error", ~ended), ("extra_at_end", "end_reward_error", ended)):
-            rows = of.nonzero().squeeze(1)
+            rows = (of & finite).nonzero().squeeze(1)
             if not len(rows):
                 continue
             if len(rows) > _MOST_ROWS:
                 rows = rows[th.randperm(len(rows), generator=self.generator)[:_MOST_ROWS].to(rows.device)]
             some = ReplayBufferSamples(*(part[rows] for part in transitions[:5]))
-            inputs, rewards, fold = _both_inputs(some, dynamics), some.rewards.squeeze(1), _hash(some.next_observations)
+            inputs, rewards, fold = _both_inputs(some, dynamics), some.rewards.squeeze(1), _folds(some)
             at_end, regression = part == "extra_at_end", getattr(self, part)
             targets = rewards - th.stack([self._in_blocks(x) for x in inputs]) if at_end else rewards.expand(2, -1)
             usual = targets.mean() if at_end else None
@@ -112,12 +116,13 @@ class LearnedReward(nn.Module):
             error = regression.fit(inputs, targets, fold, updates, self.generator, usual, progress)
             if error is not None:
                 metrics[name] = error**0.5
-            if error is not None and not at_end:
+            if not at_end:
                 variance = rewards.double().var(correction=0).item()
                 varies = variance > SMALL**2 * rewards.double().square().mean().item()
-                # A standard error more: few rows may be lucky, and the best of many looks is.
-                judged = error * (1 + math.sqrt(2 / max(int((fold % _FOLDS_OF_MANY < _N_MEMBERS).sum()), 1)))
-                metrics["explained_reward"] = max(0.0, 1 - judged / variance) if varies else 1.0
+                # A standard error more: few rows may be lucky, and the best of many looks is. A constant explains nothing.
+                n = max(int((fold % _FOLDS_OF_MANY < _N_MEMBERS).sum()), 1)
+                unexplained = variance if error is None else error * (1 + math.sqrt(2 / n))
+                metrics["explained_reward"] = max(0.0, 1 - unexplained / variance) if varies else 1.0
         self.fitted.fill_(1.0)
         return metrics
 
@@ -172,12 +177,14 @@ class _Regression(nn.Module):
         held_out = [(fold == i).nonzero().squeeze(1) for i in range(_N_MEMBERS)]
         kept_in = [(fold != i).nonzero().squeeze(1) for i in range(_N_MEMBERS)]
         before = {name: value.clone() for name, value in self.state_dict().items()}
+        trained = bool(self.network.layers[-1].weight.any())  # type: ignore[operator, union-attr]
         error_before = self._error(inputs[1], targets[1], held_out)
         self.inputs.fit(inputs.flatten(0, 1))
         self.target.fit(targets.reshape(-1, 1))
         if any(not len(rows) for rows in kept_in) or any(not len(rows) for rows in held_out):
             # Too few to judge a network by.
-            self._make_constant()
+            if trained:
+                self.load_state_dict(before)
             return None
         try:
             best_error, best = self._train(inputs, targets, kept_in, held_out, updates, generator, progress)
@@ -299,7 +306,6 @@ def _both_inputs(rows: ReplayBufferSamples, dynamics: DynamicsModel) -> th.Tenso
     return th.stack([_inputs(rows.observations, rows.actions, end) for end in (rows.next_observations, predicted)])
 
 
-def _hash(next_obs: th.Tensor) -> th.Tensor:
+def _folds(rows: ReplayBufferSamples) -> th.Tensor:
     """A number of each row's own content ``(N,)``, so that rows held out now were not trained on by an earlier fit."""
-    content = next_obs.sum(dim=1, dtype=th.float32).view(th.int32).long()
-    return (content * 2654435761 % 2**32) // 2**8
+    return (row_hash(rows) * 2**24).long()

@@ -332,11 +332,12 @@ class ModelBased(Imagining, Resuming):
         :param transitions: real ones, as the dynamics gets them
         :return: what to log, under ``dynamics/``: see :class:`.reward_audit.RewardAudit`
         """
-        if self.reward_fn is None:
+        known_reward = self.known_reward
+        if known_reward is None:
             return {}
         rows = judged_rows(transitions)
         judged = ReplayBufferSamples(*(part[rows] for part in transitions[:5]))
-        predicted = resolve(self.reward_fn, "reward_fn")(*self._in_env_terms(judged[:3])) if len(rows) else judged.rewards
+        predicted = known_reward(*judged[:3]) if len(rows) else judged.rewards
         audit = audit_rewards(predicted, judged)
         if audit.warning is not None and "reward_fn" not in self._warned_of:
             self._warned_of.append("reward_fn")

@@ -347,7 +347,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         magnitude = th.cat([targets[:, :1], transitions.next_observations], dim=-1).abs().amax(dim=0)
         self.target_standardizer.fit(targets[~left_out], magnitude)
         if not self.normalize_targets:
-            self.target_standardizer.mean.zero_()
+            # Raw targets; a constant one is its mean all the same.
+            self.target_standardizer.mean.mul_(1 - self.target_standardizer.varies)
             self.target_standardizer.std.fill_(1.0)
         if self.usable:
             self._keep_predictions(*before)
@@ -489,9 +490,11 @@ def _mean(errors: th.Tensor) -> float:
 
 def _change(old: Standardizer, new: Standardizer) -> tuple[th.Tensor, th.Tensor]:
     """
-    :return: scale and shift with ``old(x) = new(x) * scale + shift``, ``(size,)`` each; 1 and 0 for a dimension that is
-        constant by one of them or whose unit is another by far: what was learned of it says nothing now
+    :return: scale and shift with ``old(x) = new(x) * scale + shift``, ``(size,)`` each; 1 and 0 for a dimension that was
+        constant or whose unit is another by far: what was learned of it says nothing now
     """
     scale, shift = new.std / old.std, (new.mean - old.mean) / old.std
-    alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING) & (old.varies > 0.5) & (new.varies > 0.5)
-    return th.where(alike, scale, 1.0), th.where(alike, shift, 0.0)
+    alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING) & (new.varies > 0.5)
+    # One that has become constant goes on with its value.
+    kept = (old.varies > 0.5) & (alike | (new.varies < 0.5))
+    return th.where(kept, scale, 1.0), th.where(kept, shift, 0.0)

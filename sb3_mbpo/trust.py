@@ -99,10 +99,13 @@ def smoothed(before: Sequence[float], errors: th.Tensor, of_constant: th.Tensor)
     :param of_constant: ``(1 + obs_dim,)``; an error counts up to twice as much, so that one bad stretch is soon forgotten
     :return: ``1 + obs_dim`` finite numbers
     """
-    bounded = th.minimum(errors, 2 * of_constant).tolist()
+    most = 2 * of_constant
+    bounded = th.minimum(errors, most).tolist()
     if not before:
         return [0.0 if math.isnan(new) else new for new in bounded]
-    mixed = zip(before, bounded, strict=True)
+    # The earlier ones as well: the unit may have become another.
+    earlier = th.minimum(th.tensor(before, dtype=most.dtype, device=most.device), most).tolist()
+    mixed = zip(earlier, bounded, strict=True)
     return [old if math.isnan(new) else SMOOTHING * old + (1 - SMOOTHING) * new for old, new in mixed]
 
 

@@ -53,7 +53,7 @@ def hyperparams_folder() -> Path:
 
 def settings_file(config: str | None, algo: str) -> str | None:
     """
-    :param config: what ``--conf-file`` says; a bare name may be one of our files, as ``mbpo_truncated_obs.yml``
+    :param config: what ``--conf-file`` says; a bare name may be one of our files, as ``mbpo_full_obs.yml``
     :param algo: name of an algorithm
     :return: the file; ``None``: the Zoo's own for this algorithm
     """

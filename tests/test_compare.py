@@ -243,7 +243,7 @@ def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
         (("--steps 40", "--steps 40 --conf-file sac=text.yml"), "--conf-file sac=text.yml has no settings for Pendulum-v1"),
         (("--steps 40", "--steps 40 --conf-file sac=broken.yml"), "--conf-file sac=broken.yml cannot be read: while"),
         (("--steps 40", "--steps 40 --conf-file sac=other.py"), "--conf-file sac=other.py has no settings for Pendulum-v1"),
-        (("--steps 40", "--steps 40 --conf-file mbpo=mbpo_truncated_obs.yml"), "obs.yml has no settings for Pendulum-v1"),
+        (("--steps 40", "--steps 40 --conf-file mbpo=mbpo_full_obs.yml"), "obs.yml has no settings for Pendulum-v1"),
         (("--steps 40", "--steps 0"), "--steps must be at least 1"),
         (("--steps 40", "--steps 40 --workers 0"), "--workers must be at least 1"),
         (("--eval-freq 20", "--eval-freq -1"), "--eval-freq must be at least 1"),

@@ -18,14 +18,14 @@ from sb3_mbpo.rollouts import rollout_length
 ROOT = Path(__file__).parent.parent
 FILES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "hyperparams").glob("*.yml"))}
 ENTRIES = [(file, env_id) for file, entries in FILES.items() for env_id in entries]
-CLASSES = {"mbpo": "MBPO", "mbpo_truncated_obs": "MBPO", "mbtd3": "MBTD3", "mbtqc": "MBTQC", "mbcrossq": "MBCrossQ"}
+CLASSES = {"mbpo": "MBPO", "mbpo_full_obs": "MBPO", "mbtd3": "MBTD3", "mbtqc": "MBTQC", "mbcrossq": "MBCrossQ"}
 # Read by the Zoo, not by the algorithm.
 OF_THE_ZOO = {"n_timesteps", "env_kwargs", "env_wrapper", "noise_type", "noise_std"}
 # Length of the observation, where it is the point.
-DIMENSIONS = {"Ant-v4": 27, "Ant-v5": 105, "Humanoid-v4": 376, "Humanoid-v5": 348}
-TRUNCATED = {"Ant-v5": 27, "Humanoid-v5": 45}
+DIMENSIONS = {"Ant-v4": 27, "Ant-v5": 27, "Humanoid-v4": 376, "Humanoid-v5": 45}
+FULL = {"Ant-v5": 105, "Humanoid-v5": 348}
 # One of each kind; all of them are a minute of work.
-QUICK = [("mbpo", "dm_control/cartpole-swingup-v0"), ("mbpo_truncated_obs", "Humanoid-v5"), ("mbtd3", "InvertedPendulum-v5")]
+QUICK = [("mbpo", "dm_control/cartpole-swingup-v0"), ("mbpo_full_obs", "Humanoid-v5"), ("mbtd3", "InvertedPendulum-v5")]
 
 
 @pytest.mark.parametrize(("file", "env_id"), ENTRIES)
@@ -34,10 +34,11 @@ def test_entry_is_understood(file: str, env_id: str) -> None:
     algorithm = getattr(sb3_mbpo, CLASSES[file])
     assert set(entry) - OF_THE_ZOO <= set(inspect.signature(algorithm).parameters)
     assert 0 < entry.get("learning_starts", 0) < int(entry["n_timesteps"])
+    assert 5 <= entry["gradient_steps"] / entry.get("train_freq", 1) <= 40
     lengths = [rollout_length(entry.get("rollout_schedule", 1), step) for step in range(0, 400_000, 5000)]
     assert 1 == lengths[0] <= lengths[-1] <= 25
     # What the schedule fills, in rows of two observations, an action, a reward and an end, stays below 6 GB.
-    width = (TRUNCATED if file == "mbpo_truncated_obs" else DIMENSIONS).get(env_id, 24)
+    width = (FULL if file == "mbpo_full_obs" else DIMENSIONS).get(env_id, 24)
     rows = entry.get("model_buffer_size", 100_000 * max(lengths) * entry.get("retained_rollouts", 4))
     assert 4 * rows * (2 * width + 19) < 6e9
 
@@ -45,9 +46,15 @@ def test_entry_is_understood(file: str, env_id: str) -> None:
 def test_every_task_of_the_paper_is_there() -> None:
     tasks = ["InvertedPendulum", "InvertedDoublePendulum", "Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid"]
     assert {f"{task}-{version}" for task in tasks for version in ("v4", "v5")} <= set(FILES["mbpo"])
-    assert set(FILES["mbpo_truncated_obs"]) == {"Ant-v5", "Humanoid-v5"}
+    assert set(FILES["mbpo_full_obs"]) == {"Ant-v5", "Humanoid-v5"}
     for name in ("mbpo", "mbtd3", "mbtqc", "mbcrossq"):
         assert {"default", "Pendulum-v1", *(f"{task}-v5" for task in tasks)} <= set(FILES[name])
+
+
+@pytest.mark.parametrize(("file", "env_id"), [entry for entry in ENTRIES if FILES[entry[0]][entry[1]].get("use_sde")])
+def test_noise_that_depends_on_the_state_lasts(file: str, env_id: str) -> None:
+    """SB3 draws it anew in each rollout, and with train_freq=1 a rollout is one step."""
+    assert FILES[file][env_id]["train_freq"] >= 8
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -68,8 +75,8 @@ PAPER = {
     ("mbpo", "HalfCheetah"): (40, -3, 250, 4, 5000, 200),
     ("mbpo", "Ant"): (20, -4, 250, 4, 5000, 200),
     ("mbpo", "Humanoid"): (20, -2, 1000, 5, 5000, 400),
-    ("mbpo_truncated_obs", "Ant"): (20, -4, 250, 4, 5000, 200),
-    ("mbpo_truncated_obs", "Humanoid"): (20, -2, 1000, 5, 5000, 400),
+    ("mbpo_full_obs", "Ant"): (20, -4, 250, 4, 5000, 200),
+    ("mbpo_full_obs", "Humanoid"): (20, -2, 1000, 5, 5000, 400),
     # Four refills where the paper has one: as the committed runs had it.
     ("mbpo", "InvertedPendulum"): (10, -0.05, 250, 4, 500, 200),
 }
@@ -91,7 +98,7 @@ def test_values_of_the_paper(file: str, task: str) -> None:
 # jannerm/mbpo: epochs of 1,000 steps after 5,000 random ones; k is first 2 at epoch 30 (Hopper), 24 (Ant), 32 (Humanoid).
 @pytest.mark.parametrize(
     ("file", "env_id", "epoch"),
-    [("mbpo", "Hopper-v5", 30), ("mbpo_truncated_obs", "Ant-v5", 24), ("mbpo_truncated_obs", "Humanoid-v5", 32)],
+    [("mbpo", "Hopper-v5", 30), ("mbpo", "Ant-v5", 24), ("mbpo", "Humanoid-v5", 32)],
 )
 def test_schedule_counts_the_random_steps(file: str, env_id: str, epoch: int) -> None:
     schedule = FILES[file][env_id]["rollout_schedule"]
@@ -130,12 +137,13 @@ def test_entry_trains(file: str, env_id: str, monkeypatch: pytest.MonkeyPatch) -
     env = made(env_id, entry, monkeypatch)
     assert env.observation_space.shape is not None
     (dimension,) = env.observation_space.shape
-    assert dimension == (TRUNCATED if file == "mbpo_truncated_obs" else DIMENSIONS).get(env_id, dimension)
+    assert dimension == (FULL if file == "mbpo_full_obs" else DIMENSIONS).get(env_id, dimension)
     settings = {key: value for key, value in entry.items() if key not in OF_THE_ZOO}
     settings["dynamics_kwargs"] = {"net_arch": [8], "max_updates": 2}
     settings["min_explained_variance"] = None
     settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "net_arch": [8]}
     tiny = {"learning_starts": 20, "gradient_steps": 2, "batch_size": 32, "rollout_batch_size": 20, "model_train_freq": 10}
+    tiny["train_freq"] = 1
     agent = getattr(sb3_mbpo, CLASSES[file])(env=env, seed=0, **{**settings, **tiny, "buffer_size": 100}).learn(35)
     # Fits after steps 21 and 30.
     assert agent._n_updates == 30 and agent.dynamics_fitted_at == 30

@@ -266,3 +266,53 @@ def test_two_runs_of_one_seed_are_equal() -> None:
     assert equal_agents(first, second)
     state = second.learned_reward.state_dict()
     assert all(th.equal(value, state[name]) for name, value in first.learned_reward.state_dict().items())
+
+
+def test_observations_whose_sums_are_alike_teach_a_reward():
+    """One-hot observations: rows are held out by all of their content, not by a sum of it."""
+    generator = th.Generator().manual_seed(0)
+    obs = th.eye(4)[th.randint(4, (400,), generator=generator)]
+    actions = 2 * th.rand(400, 1, generator=generator) - 1
+    rewards = actions * (obs @ th.tensor([[1.0], [2.0], [-1.0], [0.5]]))
+    rows = ReplayBufferSamples(obs, actions, obs, th.zeros(400, 1), rewards)
+    learned = LearnedReward(4, 1, seed=0, device="cpu")
+    metrics = learned.fit(rows, Still(4, 1))
+    with th.no_grad():
+        errors = learned(obs, actions, obs, th.zeros(400, dtype=th.bool)) - rewards[:, 0]
+    assert errors.var() < 0.05 * rewards.var() and metrics["explained_reward"] > 0.9
+
+
+def test_too_few_rows_explain_nothing_and_forget_nothing():
+    """A constant earns no trust; and a handful of rows after ``forget_transitions`` leaves what was learned."""
+    generator = th.Generator().manual_seed(0)
+    obs, actions = th.randn(400, 2, generator=generator), th.randn(400, 1, generator=generator)
+    rows = ReplayBufferSamples(obs, actions, obs, th.zeros(400, 1), obs[:, :1].clone())
+    few = ReplayBufferSamples(*(part[:2] for part in rows[:5]))
+    learned = LearnedReward(2, 1, seed=0, device="cpu")
+    assert learned.fit(few, Still(2, 1))["explained_reward"] == 0
+    learned.fit(rows, Still(2, 1))
+    never = th.zeros(400, dtype=th.bool)
+    with th.no_grad():
+        before = learned(obs, actions, obs, never)
+        learned.fit(few, Still(2, 1))
+        assert th.equal(learned(obs, actions, obs, never), before)
+
+
+def test_a_reward_that_is_not_a_number_is_left_out():
+    generator = th.Generator().manual_seed(0)
+    obs, actions = th.randn(400, 2, generator=generator), th.randn(400, 1, generator=generator)
+    rewards = obs[:, :1].clone()
+    rewards[7] = float("nan")
+    learned = LearnedReward(2, 1, seed=0, device="cpu")
+    metrics = learned.fit(ReplayBufferSamples(obs, actions, obs, th.zeros(400, 1), rewards), Still(2, 1))
+    assert metrics["explained_reward"] > 0.9 and all(value.isfinite().all() for value in learned.state_dict().values())
+
+
+class Still(DynamicsModel):
+    """Nothing moves."""
+
+    def fit(self, transitions, progress=None):
+        return {}
+
+    def sample(self, obs, actions):
+        return obs, obs[:, 0]

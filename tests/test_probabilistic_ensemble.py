@@ -231,6 +231,36 @@ def test_new_statistics_of_the_data_leave_predictions_as_they_were(target_mode, 
         th.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def test_a_dimension_that_becomes_constant_leaves_predictions_as_they_were():
+    """At its value: a goal that stays where it is in the newest data, which the network has learned to use."""
+    ensemble = ProbabilisticEnsemble(4, 2, **SMALL)
+    data = linear_system(400)
+    goal = th.rand(400, 1, generator=th.Generator().manual_seed(0))
+    varied = with_more_dimensions(data, goal, goal)._replace(rewards=goal * data.rewards)
+    ensemble.fit(varied)
+    ensemble.gain.fill_(1.0)
+    still = with_more_dimensions(data, level := th.full((400, 1), 0.8), level)._replace(rewards=0.8 * data.rewards)
+    with th.no_grad():
+        before = ensemble.predict(still.observations, still.actions)[0]
+        ensemble._split(still)
+        after = ensemble.predict(still.observations, still.actions)[0]
+    assert ensemble.input_standardizer.varies[3] == 0
+    th.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("target_mode", ["auto", "delta", "next"])
+def test_constant_raw_targets_are_their_mean(target_mode):
+    """A reward of 1 and a clock, in the units of the env."""
+    data = linear_system(200)
+    clock = 0.05 * th.arange(200.0).unsqueeze(1)
+    data = with_more_dimensions(data, clock, clock + 0.05)._replace(rewards=th.ones(200, 1))
+    ensemble = ProbabilisticEnsemble(4, 2, normalize_targets=False, target_mode=target_mode, max_updates=10, **SMALL)
+    ensemble.fit(data)
+    mean = ensemble.predict_mean(data.observations, data.actions)
+    assert (mean[:, 0] == 1).all()
+    assert target_mode == "next" or (mean[:, 4] - clock[:, 0] - 0.05).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("max_updates", [1, 60, 130])
 def test_bounded_work(max_updates):
     """Half as much again in the first fit."""

@@ -100,6 +100,11 @@ def test_one_bad_stretch_is_soon_forgotten_and_does_not_close_the_gate():
     assert errors == [0.5]
 
 
+def test_errors_of_another_unit_are_forgotten():
+    """Large rewards that have left the data: what they were wrong by counts no more than a constant would twice."""
+    assert smoothed([1e9], th.tensor([0.0]), th.tensor([1.0])) == [1.0]
+
+
 def test_what_was_not_measured_leaves_what_was():
     nan, constant = th.tensor([math.nan]), th.tensor([1.0])
     assert smoothed([0.3], nan, constant) == [0.3] and smoothed([], nan, constant) == [0.0]

@@ -54,7 +54,7 @@ def test_settings_file(zoo: ModuleType, tmp_path: Path) -> None:
         assert settings_file(None, name) == str(zoo.hyperparams_folder() / f"{name}.yml")
     # The Zoo's own.
     assert settings_file(None, "sac") is None
-    assert settings_file("mbpo_truncated_obs.yml", "sac") == str(zoo.hyperparams_folder() / "mbpo_truncated_obs.yml")
+    assert settings_file("mbpo_full_obs.yml", "sac") == str(zoo.hyperparams_folder() / "mbpo_full_obs.yml")
     assert settings_file("a.module", "mbpo") == "a.module"
     assert settings_file("mine.yml", "mbpo") == "mine.yml"
     Path("mbpo.yml").touch()
@@ -70,7 +70,7 @@ def test_incomplete_copy_says_so(zoo: ModuleType, tmp_path: Path, monkeypatch: p
 
 
 def test_env_kwargs_of_the_file_reach_the_evaluation(zoo: ModuleType) -> None:
-    train(zoo, "--env", "Ant-v5", "-conf", "mbpo_truncated_obs.yml", "--eval-freq", "15", "--eval-episodes", "1", n=15)
+    train(zoo, "--env", "Ant-v5", "--eval-freq", "15", "--eval-episodes", "1", n=15)
     folder, config = saved("mbpo", "Ant-v5")
     agent = zoo.ALGORITHMS["mbpo"].load(folder / "best_model.zip")
     assert agent.observation_space.shape == (27,)
