@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"checks", "dry_runs", "unsupported"},
     "terminations": {"env_state"},
     "learned_termination": {"ensemble"},
-    "learned_reward": {"dynamics", "ensemble", "trust"},
+    "learned_reward": {"dynamics", "ensemble", "holdout", "trust"},
     "dynamics": set(),
     "trust": set(),
     "drift": {"dynamics"},

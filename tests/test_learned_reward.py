@@ -209,6 +209,7 @@ def predicted(agent: MBPO, rows: ReplayBufferSamples) -> th.Tensor:
     return rewards
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_the_reward_is_learned_unless_it_is_known_or_joint() -> None:
     agents = {
         name: MBPO("MlpPolicy", POLE, reward_fn=reward_fn, **FAST).learn(25)

@@ -107,7 +107,7 @@ def test_errors_of_another_unit_are_forgotten():
 
 def test_what_was_not_measured_leaves_what_was():
     nan, constant = th.tensor([math.nan]), th.tensor([1.0])
-    assert smoothed([0.3], nan, constant) == [0.3] and smoothed([], nan, constant) == [0.0]
+    assert smoothed([0.25], nan, constant) == [0.25] and smoothed([], nan, constant) == [0.0]
 
 
 def test_what_does_not_vary_is_left_out():
