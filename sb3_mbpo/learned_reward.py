@@ -173,7 +173,11 @@ class _Regression(nn.Module):
         :param usual: ``None``, or the constant to fall back on where rows are few
         :return: mean squared error of held-out rows with the predicted next observation; ``None``: no row was held out
         """
-        fold = fold % (_FOLDS_OF_MANY if usual is None else _FOLDS_OF_FEW)
+        n_folds = _FOLDS_OF_MANY if usual is None else _FOLDS_OF_FEW
+        if len(th.unique(fold % n_folds)) < n_folds:
+            # Of few rows, or of copies, none may fall to a member: by rank each gets its share.
+            fold = fold.argsort(stable=True).argsort()
+        fold = fold % n_folds
         held_out = [(fold == i).nonzero().squeeze(1) for i in range(_N_MEMBERS)]
         kept_in = [(fold != i).nonzero().squeeze(1) for i in range(_N_MEMBERS)]
         before = {name: value.clone() for name, value in self.state_dict().items()}
