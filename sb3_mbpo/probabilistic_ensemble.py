@@ -24,6 +24,9 @@ LOOK_EVERY = 50
 FIRST_FIT = 1.5
 # An error of a thousandth of a standard deviation is good enough: a dimension must not keep a fit going forever.
 GOOD_ENOUGH = 1e-6
+# Inputs farther from the mean than so many standard deviations are taken for this far: the first states of a new policy lie
+# beyond those of random actions, and what a network makes of them without a bound is worse than a constant.
+FARTHEST_INPUT = 4.0
 # Variances differ clearly by this factor.
 CLEARLY = 2.0
 # Hold-out rows that a gain of 1 is given in advance.
@@ -123,7 +126,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         # The weights are drawn on the CPU, so that a seed means the same network on every device.
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
         out_dim = 1 + obs_dim
-        self.input_standardizer = Standardizer(obs_dim + action_dim)
+        self.input_standardizer = Standardizer(obs_dim + action_dim, limit=FARTHEST_INPUT)
         # Targets are never cut: a rare large reward is information. A constant one gets next to no noise from the start.
         self.target_standardizer = Standardizer(out_dim, limit=float("inf"), constant_std=1e-3)
         self.mlp = EnsembleMLP(n_members, obs_dim + action_dim, 2 * out_dim, list(net_arch), on_cpu, layer_norm)
