@@ -245,7 +245,9 @@ def test_a_dimension_that_becomes_constant_leaves_predictions_as_they_were():
         ensemble._split(still)
         after = ensemble.predict(still.observations, still.actions)[0]
     assert ensemble.input_standardizer.varies[3] == 0
-    th.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    # But for rows so far out that their inputs are cut.
+    inside = (data.observations.abs() < 2.5).all(dim=1)
+    th.testing.assert_close(after[:, inside], before[:, inside], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("target_mode", ["auto", "delta", "next"])
