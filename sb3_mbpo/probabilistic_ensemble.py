@@ -369,6 +369,9 @@ class ProbabilisticEnsemble(DynamicsModel):
         :param targets: that of the targets
         """
         scale, shift = _change(inputs, self.input_standardizer)
+        # An input that has become constant goes on with its value.
+        still = (inputs.varies > 0.5) & (self.input_standardizer.varies < 0.5)
+        shift = th.where(still, inputs(self.input_standardizer.mean), shift)
         first: Any = self.mlp.layers[0]
         last: Any = self.mlp.layers[-1]
         first.bias += (shift @ first.weight).unsqueeze(1)
@@ -493,11 +496,9 @@ def _mean(errors: th.Tensor) -> float:
 
 def _change(old: Standardizer, new: Standardizer) -> tuple[th.Tensor, th.Tensor]:
     """
-    :return: scale and shift with ``old(x) = new(x) * scale + shift``, ``(size,)`` each; 1 and 0 for a dimension that was
-        constant or whose unit is another by far: what was learned of it says nothing now
+    :return: scale and shift with ``old(x) = new(x) * scale + shift``, ``(size,)`` each; 1 and 0 for a dimension that is
+        constant by one of them or whose unit is another by far: what was learned of it says nothing now
     """
     scale, shift = new.std / old.std, (new.mean - old.mean) / old.std
-    alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING) & (new.varies > 0.5)
-    # One that has become constant goes on with its value.
-    kept = (old.varies > 0.5) & (alike | (new.varies < 0.5))
-    return th.where(kept, scale, 1.0), th.where(kept, shift, 0.0)
+    alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING) & (old.varies > 0.5) & (new.varies > 0.5)
+    return th.where(alike, scale, 1.0), th.where(alike, shift, 0.0)
