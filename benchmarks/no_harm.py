@@ -171,6 +171,8 @@ def train(run: Run, folder: Path) -> None:
     name, arm, seed = run
     task = TASKS[name]
     th.set_num_threads(1)
+    # Now: SB3 writes into policy_kwargs.
+    described = description(run)
     recorder = EvaluationRecorder(
         folder / EVALUATIONS, {"task": name, "arm": arm, "seed": seed}, evaluation_steps(task), EPISODES
     )
@@ -179,7 +181,7 @@ def train(run: Run, folder: Path) -> None:
     algorithm = SAC if arm == "sac" else MBPO
     agent = algorithm("MlpPolicy", gym.make(task.env), seed=seed, device="cpu", **settings_of(task, arm))
     agent.learn(task.steps, callback=recorder)
-    made = {"description": description(run), "cpu_seconds": sum(recorder.cpu_seconds.values()), **provenance()}
+    made = {"description": described, "cpu_seconds": sum(recorder.cpu_seconds.values()), **provenance()}
     put(folder / FINISHED, json.dumps(made, indent=1).encode())
 
 
