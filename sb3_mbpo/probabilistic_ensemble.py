@@ -24,8 +24,7 @@ LOOK_EVERY = 50
 FIRST_FIT = 1.5
 # An error of a thousandth of a standard deviation is good enough: a dimension must not keep a fit going forever.
 GOOD_ENOUGH = 1e-6
-# Inputs farther from the mean than so many standard deviations are taken for this far: the first states of a new policy lie
-# beyond those of random actions, and what a network makes of them without a bound is worse than a constant.
+# Inputs are cut at so many standard deviations: beyond them a network's guess is worse than a constant.
 FARTHEST_INPUT = 4.0
 # Variances differ clearly by this factor.
 CLEARLY = 2.0
@@ -181,7 +180,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         return self._bounded(self.mlp(x))
 
     def _bounded(self, output: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """:return: mean and log-variance, each ``(..., 1 + obs_dim)``, from the networks' ``output (..., 2 (1 + obs_dim))``"""
+        """:return: mean and log-variance, each ``(..., 1 + obs_dim)``, of the networks' ``output (..., 2 (1 + obs_dim))``"""
         mean, log_variance = output.chunk(2, dim=-1)
         # Soft bounds, so that a gradient is left beyond them (Chua et al., 2018, appendix A.1).
         log_variance = self.max_log_variance - nn.functional.softplus(self.max_log_variance - log_variance)
@@ -284,9 +283,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         Whether the ensemble has improved by ``min_improvement``.
 
-        Dimensions that nothing is known of must not dilute what the others gain. The error is a geometric mean over n
-        dimensions, so log(error) n / log(0.1) is the number of dimensions that are known to a tenth if the others are unknown;
-        the mean over these must have improved.
+        Dimensions that nothing is known of must not dilute what the others gain: log(error) n / log(0.1) of n dimensions are
+        known to a tenth if the others are unknown, and the mean over these must have improved.
 
         :param error: mean hold-out error of the members, see :meth:`_holdout_error`
         :param best: the least so far
@@ -322,7 +320,6 @@ class ProbabilisticEnsemble(DynamicsModel):
     def _targets(self, transitions: ReplayBufferSamples) -> th.Tensor:
         return th.cat([transitions.rewards, transitions.next_observations - self.relative * transitions.observations], dim=-1)
 
-    @th.no_grad()
     def _choose_targets(self, transitions: ReplayBufferSamples) -> None:
         """
         Predict the change of a dimension or its next value, whichever varies less: a position changes little from step to
@@ -333,7 +330,6 @@ class ProbabilisticEnsemble(DynamicsModel):
         obs, next_obs = transitions.observations.double(), transitions.next_observations.double()
         of_next, of_change = next_obs.var(dim=0, correction=0), (next_obs - obs).var(dim=0, correction=0)
         favored = th.where(self.relative > 0.5, 1 / CLEARLY, CLEARLY) if self.usable else 1.0
-        # A dimension that never changes keeps its change of zero.
         self.relative.copy_((of_change * favored < of_next) | (of_change == 0))
 
     def _split(self, transitions: ReplayBufferSamples) -> FitData:
@@ -363,7 +359,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         Change the first and the last layer so that new standardizers leave the predictions as they were.
 
-        A fit then starts from what the last one has learned, whatever the data have become. The gain is found anew.
+        A fit then starts from what the last one has learned. The gain is found anew.
 
         :param inputs: the standardizer of the inputs before
         :param targets: that of the targets
@@ -399,8 +395,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         :return: mean loss
         """
         size = min(self.batch_size, rows.shape[1])
-        draws = (len(rows), len(rates) * size)
-        chosen = rows.gather(1, th.randint(rows.shape[1], draws, generator=self.generator, device=rows.device))
+        draws = th.randint(rows.shape[1], (len(rows), len(rates) * size), generator=self.generator, device=rows.device)
+        chosen = rows.gather(1, draws)
         losses = []
         for batch, rate in zip(chosen.split(size, dim=1), rates, strict=True):
             for group in self.optimizer.param_groups:

@@ -99,6 +99,8 @@ def test_continued_run_goes_on(zoo: ModuleType, recwarn: pytest.WarningsRecorder
     assert agents[1].replay_buffer.size() == 60
 
 
+# What these few steps teach is not used.
+@pytest.mark.filterwarnings("ignore:The dynamics was not used after 3 fits")
 def test_continued_run_without_its_data_warms_up(zoo: ModuleType) -> None:
     train(zoo, "--env", "Pendulum-v1")
     first = saved("mbpo", "Pendulum-v1")[0]
