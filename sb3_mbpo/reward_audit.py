@@ -36,7 +36,7 @@ class RewardAudit(NamedTuple):
 
 def judged_rows(transitions: ReplayBufferSamples) -> th.Tensor:
     """
-    Which transitions a reward function is asked about: at even distances, and none that terminated.
+    Choose the transitions that a reward function is compared on: evenly spaced, without those that terminated.
 
     A function of (obs, action, next_obs) is not told whether the episode ended, and cannot know a bonus or penalty for that.
 

@@ -291,7 +291,7 @@ def test_another_env_is_held_against_what_was_found():
 
 @pytest.mark.parametrize("termination_fn", ["never", "learned"])
 def test_time_limits_are_no_missed_ends_where_sac_takes_them_for_terminations(termination_fn):
-    """Neither held against a function nor learned; warnings are errors here."""
+    """Time limits are neither compared with a function nor learned from; warnings are errors here."""
     env, kwargs = gym.make("Pendulum-v1", max_episode_steps=10), {"handle_timeout_termination": False}
     model = MBPO("MlpPolicy", env, termination_fn=termination_fn, replay_buffer_kwargs=kwargs, **FAST).learn(100)
     assert model.replay_buffer.dones.sum() == 10 and model._warned_of == []

@@ -308,7 +308,7 @@ def test_a_method_replaced_on_an_instance_makes_it_learned(
 
 
 def test_a_property_replaced_on_an_instance_makes_it_learned() -> None:
-    """Python still asks the class; whoever did it wanted something else."""
+    """Python looks a property up on the class, so the replacement has no effect; the end is learned all the same."""
     env: Any = gym.make("Hopper-v5")
     vars(env.unwrapped)["is_healthy"] = True
     assert known_termination(DummyVecEnv([lambda: env]))[0] is None
