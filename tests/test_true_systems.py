@@ -58,3 +58,15 @@ def test_no_past() -> None:
     drawn = th.cat([drawn, *(dynamics.sample(obs, actions)[0] for _ in range(20))])
     assert drawn.abs().max() <= 1 and th.allclose(drawn.mean(dim=0), th.zeros(3), atol=0.05)
     assert th.allclose(drawn.std(dim=0), th.full((3,), 3**-0.5), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["Reacher-v5", "InvertedDoublePendulum-v5", "Hopper-v5"])
+def test_simulated_transitions_are_those_of_the_env(name: str) -> None:
+    rows = transitions(name, "random", 300)
+    obs, actions, next_obs, rewards, _ = (th.as_tensor(np.array(part)).float() for part in zip(*rows, strict=True))
+    predicted, predicted_rewards = TRUE_SYSTEMS[name][0](obs.shape[1], actions.shape[1], seed=0).sample(obs, actions)
+    # What is not in the observation: how the solver starts, speeds beyond 10, float64.
+    inside = (obs.abs() != 10).all(dim=1)
+    assert inside.float().mean() > 0.9
+    assert th.allclose(predicted[inside], next_obs[inside], atol=2e-2) and predicted[inside].sub(next_obs[inside]).abs().median() < 1e-5
+    assert th.allclose(predicted_rewards[inside], rewards[inside], atol=1e-2)
