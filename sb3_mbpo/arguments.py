@@ -252,7 +252,7 @@ def _read(name: str, value: Any, default: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: as_number(item, f"rollout_schedule: {key}", 1) for key, item in value.items()}
         return _as_count(value)
-    if name in ("policy_kwargs", "ent_coef", "target_entropy"):
+    if name in ("policy_kwargs", "ent_coef", "target_entropy", "real_ratio"):
         return numbers_in(value)
     if name == "train_freq":
         # SB3 refuses text here, even where it is a number; a list is YAML's tuple.

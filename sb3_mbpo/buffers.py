@@ -62,6 +62,18 @@ def normalize_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor
     return (rewards / std).clamp(-env.clip_reward, env.clip_reward)
 
 
+def balanced_ratio(updates: float) -> float:
+    """
+    The share of real rows with which a real row is drawn as often as by SAC with one update a transition.
+
+    With 20 updates this is the paper's 0.05. Fewer updates at 0.05 would learn less from what really happened than SAC does;
+    more than SAC does is where repeated rows begin to harm. At most 0.5: half of each batch is left to the dynamics.
+
+    :param updates: gradient updates for each env transition
+    """
+    return min(max(1 / max(updates, 1e-9), 0.05), 0.5)
+
+
 class MixedReplayBuffer(ReplayBuffer):
     """
     SB3's replay buffer, filled with the real transitions as ever, whose batches are ``real_ratio`` real and the rest imagined.

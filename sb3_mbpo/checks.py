@@ -162,7 +162,7 @@ RULES: dict[str, Rule] = {
     "seed": optional(whole(0, 2**32 - 1)),
     "verbose": Rule(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
     "replay_buffer_kwargs": MAPPING,
-    "real_ratio": RATIO,
+    "real_ratio": unless("auto", RATIO),
     "model_train_freq": whole(1),
     **{name: whole(1, MOST) for name in ("rollout_batch_size", "retained_rollouts")},
     "model_buffer_size": optional(whole(1, sys.maxsize)),

@@ -56,6 +56,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "seed": (_NOTHING, int),
     "ent_coef": (int, float, str),
     "target_entropy": (int, float, str),
+    "real_ratio": (int, float),
     "rollout_schedule": (int, dict, LinearSchedule, str),
     "model_buffer_size": (_NOTHING, int),
     "dynamics_window": (_NOTHING, int),

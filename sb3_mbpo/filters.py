@@ -44,12 +44,15 @@ class Filtered(NamedTuple):
     :param stored: which transitions are learned from, bool ``(B,)``
     :param onward: which branches go on, unless they terminate, bool ``(B,)``
     :param state: what is to be known of each branch in its next step, ``(B, ...)``, or ``None``
+    :param penalty: what the stored reward is less by, wherever that reward comes from, ``(B,)``, in standard deviations of the
+        real rewards; ``None``: nothing
     """
 
     prediction: th.Tensor
     stored: th.Tensor
     onward: th.Tensor
     state: th.Tensor | None = None
+    penalty: th.Tensor | None = None
 
     def of(self, rows: th.Tensor) -> "Filtered":
         """:return: the same of some rows, bool ``(B,)``"""
@@ -168,8 +171,8 @@ class M2AC:
         k = branches.length
         share = 0.5 if k == 1 else (k - branches.step) / (2 * (k + 1))
         rank = uncertainty.argsort(stable=True).argsort(stable=True)
-        value[:, 0] -= self.alpha * uncertainty
-        return Filtered(value, rank < share * len(rank), th.ones_like(chosen, dtype=th.bool))
+        everywhere = th.ones_like(chosen, dtype=th.bool)
+        return Filtered(value, rank < share * len(rank), everywhere, penalty=self.alpha * uncertainty)
 
 
 #: The rules by the names that ``rollout_filter`` knows.
@@ -226,8 +229,8 @@ class Filtering:
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
         :param step: see :class:`Branches`, and so ``length`` and ``state``
-        :return: with the reward and the next observation, in the environment's units; what is not finite counts as stored,
-            for :func:`.rollouts.branched_rollout` to drop
+        :return: with the reward, the next observation and the penalty in the environment's units; what is not finite counts as
+            stored, for :func:`.rollouts.branched_rollout` to drop
         """
         branches = Branches(step, length, self.limits, state, self.dynamics.generator)
         filtered = self.rule(*self.predict(obs, actions), branches)
@@ -235,4 +238,5 @@ class Filtering:
         prediction = th.cat([drawn[:, :1], obs + drawn[:, 1:]], dim=1)
         broken = ~prediction.isfinite().all(dim=1)
         self.left_out += int((~filtered.stored & ~broken).sum())
-        return filtered._replace(prediction=prediction, stored=filtered.stored | broken, onward=filtered.onward | broken)
+        penalty = None if filtered.penalty is None else filtered.penalty * self.std[0]
+        return Filtered(prediction, filtered.stored | broken, filtered.onward | broken, filtered.state, penalty)

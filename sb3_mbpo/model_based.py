@@ -4,16 +4,17 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from math import inf
 from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, TrainFrequencyUnit
 
 from sb3_mbpo.arguments import check_keywords, check_names, joined_signature, read_arguments, read_first, read_learn, resolve
-from sb3_mbpo.buffers import MixedReplayBuffer
+from sb3_mbpo.buffers import MixedReplayBuffer, balanced_ratio
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.checks import check_before_learning, whole
 from sb3_mbpo.denormals import flush_denormals
@@ -46,7 +47,9 @@ class ModelBased(Imagining, Resuming):
     Takes every argument of that algorithm, by the same name and with the same meaning and default, except that
     ``gradient_steps`` is 20; and, by keyword only:
 
-    :param real_ratio: share of real rows in a batch; 1: the plain algorithm, bit for bit; 0: imagined rows only
+    :param real_ratio: share of real rows in a batch; 1: the plain algorithm, bit for bit; 0: imagined rows only; ``"auto"``:
+        as many as let each real row be drawn as often as with one update a transition, see :func:`.buffers.balanced_ratio`:
+        0.05 for 20 updates (the paper), 0.2 for 5. Replaced by that number at construction
     :param model_train_freq: env transitions from one fit of the dynamics to the next
     :param rollout_batch_size: real states that imagined rollouts start from after each fit
     :param rollout_schedule: the rollout length k: a number; or ``min_length``, ``max_length``, ``start`` and ``end`` (env
@@ -82,7 +85,7 @@ class ModelBased(Imagining, Resuming):
         policy: Any,
         env: GymEnv | str | None,
         *args: Any,
-        real_ratio: float = 0.05,
+        real_ratio: float | str = "auto",
         model_train_freq: int = 250,
         rollout_batch_size: int = 100_000,
         rollout_schedule: int | str | dict[str, int] | Callable[[int], int] = 1,
@@ -108,7 +111,8 @@ class ModelBased(Imagining, Resuming):
         for warning in read_first(policy, env, passed, as_ever):
             warnings.warn(warning, stacklevel=3)
 
-        self.real_ratio = real_ratio
+        # A number from _setup_model on.
+        self.real_ratio: Any = real_ratio
         self.model_train_freq = model_train_freq
         self.rollout_batch_size = rollout_batch_size
         self.rollout_schedule = rollout_schedule
@@ -149,6 +153,8 @@ class ModelBased(Imagining, Resuming):
 
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, MixedReplayBuffer))
+        if self.real_ratio == "auto":
+            self.real_ratio = self._balanced_ratio()
         if self.rollout_schedule != "auto":
             rollout_length(self.rollout_schedule, 0)
         if self.replay_buffer is None:
@@ -180,6 +186,17 @@ class ModelBased(Imagining, Resuming):
             dry_run_filter(self.filtering, self.rollout_filter, self.dynamics)
         if self.verbose >= 1:
             print(estimate(self))
+
+    def _balanced_ratio(self) -> float:
+        """What ``real_ratio="auto"`` stands for."""
+        self._convert_train_freq()
+        frequency: Any = self.train_freq
+        if self.gradient_steps < 0:
+            # As many updates as transitions.
+            return balanced_ratio(1)
+        # How many transitions an episode has is not known: as few as possible are real.
+        known = frequency.unit is TrainFrequencyUnit.STEP
+        return balanced_ratio(self.gradient_steps / (frequency.frequency * self.n_envs) if known else inf)
 
     def _make_dynamics(self) -> DynamicsModel:
         make = resolve(self.dynamics_class, "dynamics_class")

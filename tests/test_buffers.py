@@ -9,7 +9,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo.buffers import ROWS, MixedReplayBuffer, normalize_obs, normalize_rewards
+from sb3_mbpo.buffers import ROWS, MixedReplayBuffer, balanced_ratio, normalize_obs, normalize_rewards
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float64)
 ACT = spaces.Box(-2, 2, (2,), np.float32)
@@ -335,3 +335,10 @@ def test_shares_are_not_cut_by_rounding():
     buffer = filled(real_ratio=0.29)
     refill(buffer)
     assert buffer.real_rows(100) == 29
+
+
+@pytest.mark.parametrize(("updates", "share"), [(20, 0.05), (40, 0.05), (10, 0.1), (5, 0.2), (2, 0.5), (1, 0.5), (0.25, 0.5)])
+def test_a_balanced_ratio_draws_a_real_row_as_often_as_one_update_does(updates, share):
+    assert balanced_ratio(updates) == pytest.approx(share)
+    # Real rows drawn for each env transition, in batches.
+    assert not 2 <= updates <= 20 or updates * balanced_ratio(updates) == pytest.approx(1)

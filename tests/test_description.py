@@ -77,7 +77,7 @@ VALUES: dict[str, list[Any]] = {
     ],
     "verbose": [1],
     "seed": [5, None],
-    "real_ratio": [0.5],
+    "real_ratio": [0.25],
     "model_train_freq": [11],
     "rollout_batch_size": [12],
     "rollout_schedule": [3, {"min_length": 1, "max_length": 4, "start": 10, "end": 20}, LinearSchedule(1, 2, 3, 4)],

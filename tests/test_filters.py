@@ -118,13 +118,12 @@ def test_m2ac_stores_the_most_certain_and_stops_nobody(length, shares):
     assert uncertainty[filtered.stored].max() <= uncertainty[~filtered.stored].min()
 
 
-def test_m2ac_takes_the_penalty_from_the_reward_alone():
+def test_m2acs_penalty_is_that_of_the_drawn_member():
     mean, var = spread(th.linspace(0, 5, 20))
     plain, dear = (M2AC(alpha)(mean, var, branches()) for alpha in (0.0, 0.5))
     chosen = th.randint(3, (20,), generator=th.Generator().manual_seed(0))
-    expected = 0.5 * one_vs_rest_kl(mean, var, chosen)
-    th.testing.assert_close(plain.prediction[:, 0] - dear.prediction[:, 0], expected)
-    assert th.equal(plain.prediction[:, 1:], dear.prediction[:, 1:])
+    th.testing.assert_close(dear.penalty, 0.5 * one_vs_rest_kl(mean, var, chosen))
+    assert th.equal(plain.prediction, dear.prediction) and not plain.penalty.any()
 
 
 @pytest.mark.parametrize(
@@ -334,17 +333,23 @@ def test_what_is_not_finite_is_dropped_and_not_counted_as_filtered(name):
     assert data.observations.flatten().tolist() == [0.0] * (1 - filtering.left_out) and filtering.left_out <= 1
 
 
-def test_bounds_and_a_known_reward_hold_with_a_rule():
-    dynamics = Members()
-    plausible = Plausible(real(dynamics), 0)
-    data, _ = rolled(
-        M2AC(alpha=100.0),
-        dynamics,
-        th.linspace(-1, 1, 40).unsqueeze(1),
-        wrap=lambda inner: plausible.within(KnownReward(inner, lambda obs, actions, next_obs: 7 * next_obs[:, 0])),
-    )
-    assert data.next_observations.max() == 1 and plausible.clipped > 0
-    assert th.equal(data.rewards, 7 * data.next_observations)
+def test_bounds_a_known_reward_and_the_penalty_hold_together():
+    rewards = {}
+    for alpha in (0.0, 100.0):
+        dynamics = Members()
+        plausible = Plausible(real(dynamics), 0)
+        data, _ = rolled(
+            M2AC(alpha=alpha),
+            dynamics,
+            th.linspace(-1, 1, 40).unsqueeze(1),
+            wrap=lambda inner, of=plausible: of.within(KnownReward(inner, lambda obs, actions, next_obs: 7 * next_obs[:, 0])),
+        )
+        assert data.next_observations.max() == 1 and plausible.clipped > 0
+        rewards[alpha] = data.rewards
+        missing = 7 * data.next_observations - data.rewards
+        assert (missing > 0).all() if alpha else not missing.any()
+    # The members disagree, and by as much in each run: the penalty is in proportion to alpha.
+    assert len(rewards[0.0]) == len(rewards[100.0])
 
 
 def test_rollouts_that_come_out_empty():

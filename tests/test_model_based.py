@@ -71,6 +71,28 @@ def test_arguments_are_kept_under_their_names():
     assert missing == [] and model.real_ratio == 0.5 and model.retained_rollouts == 2 and model.model_train_freq == 7
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "n_envs", "share"),
+    [
+        ({}, 1, 0.05),
+        ({"gradient_steps": 5}, 1, 0.2),
+        ({"gradient_steps": 160, "train_freq": 32}, 1, 0.2),
+        ({"gradient_steps": 20}, 4, 0.2),
+        ({"gradient_steps": -1}, 1, 0.5),
+        ({"gradient_steps": 50, "train_freq": (1, "episode")}, 1, 0.05),
+        ({"gradient_steps": -1, "train_freq": (1, "episode")}, 1, 0.5),
+        ({"gradient_steps": 5, "real_ratio": "auto"}, 1, 0.2),
+        ({"gradient_steps": 5, "real_ratio": 0}, 1, 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:gradient_steps")
+def test_real_ratio_follows_from_the_updates_of_a_transition(kwargs, n_envs, share, tmp_path):
+    model = MBPO("MlpPolicy", make_vec_env("Pendulum-v1", n_envs), **kwargs)
+    assert model.real_ratio == pytest.approx(share) == model.replay_buffer.real_ratio
+    model.save(tmp_path / "agent")
+    assert MBPO.load(tmp_path / "agent").real_ratio == pytest.approx(share)
+
+
 @pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_everything_from_yaml():
     settings = yaml.safe_load(f"""
@@ -133,7 +155,7 @@ def test_the_callers_dictionaries_stay_as_they_are():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"real_ratio": 1.2}, r"real_ratio=1.2 must be a number between 0"),
+        ({"real_ratio": 1.2}, r"real_ratio=1.2 must be .auto. or a number between 0"),
         ({"real_ratio": -0.1}, r"real_ratio=-0.1"),
         ({"model_train_freq": 0}, r"model_train_freq=0 must be a whole number"),
         ({"rollout_batch_size": -5}, r"rollout_batch_size=-5"),
