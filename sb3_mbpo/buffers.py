@@ -352,11 +352,19 @@ class MixedReplayBuffer(ReplayBuffer):
         :param n: steps of each env, if there are so many
         :return: each part ``(n, n_envs, dim)``
         """
-        rows = np.arange(self.pos - min(n, self.size()), self.pos)
+        rows = self._newest_steps(n)
         parts = (getattr(self, name)[rows] for name in ROWS[:-1])
         # No -1 in place of the last size, which numpy cannot tell where there are no rows.
         shapes = ((len(rows), self.n_envs, width) for width in self.model_buffer.widths)
         return ReplayBufferSamples(*(self._tensor(part.reshape(s)) for part, s in zip(parts, shapes, strict=True)))
+
+    def newest_lost_ends(self, n: int) -> th.Tensor:
+        """:return: which of the steps of :meth:`newest` have lost their last observation, bool ``(n, n_envs)``"""
+        return th.as_tensor(self.lost_ends()[self._newest_steps(n)], device=self.device)
+
+    def _newest_steps(self, n: int) -> np.ndarray:
+        """Places of the last steps, oldest first; negative where the storage has wrapped around."""
+        return np.arange(self.pos - min(n, self.size()), self.pos)
 
     def start_states(self, n: int, newest: int | None = None) -> th.Tensor:
         """

@@ -105,8 +105,8 @@ class RolloutCallback(BaseCallback):
             what = f'rollout_schedule="auto" has too few steps in a row to measure k, with n_envs={agent.n_envs} and'
             remedy = f"k stays {agent.trusted_length}. Raise it, to {enough} for up to {LONGEST_AUTO} steps"
             self._warn_once("auto", f"{what} model_train_freq={agent.model_train_freq}: {remedy}")
-        steps = agent.replay_buffer.newest(min(unseen, MOST_STARTS))
-        errors = drift(agent.dynamics, steps, LONGEST_AUTO, FEWEST_STARTS)
+        steps = agent.replay_buffer.newest(n := min(unseen, MOST_STARTS))
+        errors = drift(agent.dynamics, steps, LONGEST_AUTO, FEWEST_STARTS, agent.replay_buffer.newest_lost_ends(n))
         if errors:
             agent.trusted_length = reliable_length(errors, obs)
 
@@ -120,7 +120,7 @@ class RolloutCallback(BaseCallback):
         if agent.rollout_schedule == "auto":
             self._measure_length(transitions.observations)
         of_steps = self._explained_since_fit(transitions)
-        metrics = agent.dynamics.fit(transitions, progress=self._say)
+        metrics = agent.dynamics.fit(agent.without_unused_rewards(transitions), progress=self._say)
         metrics |= agent.fit_reward(transitions, self._say)
         metrics |= agent.fit_termination(transitions) | agent.audit_reward(transitions)
         self._set_gate(of_steps, metrics)

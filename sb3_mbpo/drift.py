@@ -7,7 +7,9 @@ from sb3_mbpo.dynamics import DynamicsModel
 
 
 @th.no_grad()
-def drift(dynamics: DynamicsModel, steps: ReplayBufferSamples, length: int, fewest: int = 1) -> list[th.Tensor]:
+def drift(
+    dynamics: DynamicsModel, steps: ReplayBufferSamples, length: int, fewest: int = 1, untold: th.Tensor | None = None
+) -> list[th.Tensor]:
     """
     Mean squared error of the observation after 1, 2, ... ``length`` predicted steps, from every real step on.
 
@@ -17,14 +19,17 @@ def drift(dynamics: DynamicsModel, steps: ReplayBufferSamples, length: int, fewe
     :param steps: consecutive real steps of some envs, ``(T, n_envs, dim)``; dones of any kind
     :param length: most steps
     :param fewest: starts that a number of steps must leave room for, to be measured
+    :param untold: steps whose outcome is not known, bool ``(T, n_envs)``: trajectories end before them; ``None``: none
     :return: of each number of steps ``(obs_dim,)``
     """
     n_steps, n_envs = steps.dones.shape[:2]
     # SB3 stores the observation after a reset as the next step's, and so does a dataset whose rows are joined.
     goes_on = (steps.dones[:-1, :, 0] < 0.5) & (steps.next_observations[:-1] == steps.observations[1:]).all(dim=2)
-    goes_on = th.cat([goes_on, goes_on.new_zeros(1, n_envs)]).flatten()
+    known = goes_on.new_ones(n_steps, n_envs) if untold is None else ~untold
+    goes_on = th.cat([goes_on & known[1:], goes_on.new_zeros(1, n_envs)]).flatten()
     obs, actions, truth = (part.flatten(0, 1) for part in (steps.observations, steps.actions, steps.next_observations))
-    rows = th.arange(n_steps * n_envs, device=obs.device)
+    rows = known.flatten().nonzero().squeeze(1)
+    obs = obs[rows]
     errors: list[th.Tensor] = []
     while len(errors) < length and len(rows) >= fewest:
         predicted, _ = dynamics.sample(obs, actions[rows])

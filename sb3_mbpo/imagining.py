@@ -49,6 +49,15 @@ class Imagining(Collecting):
         known = self.known_reward
         return self.dynamics if known is None else KnownReward(self.dynamics, known)
 
+    def without_unused_rewards(self, transitions: ReplayBufferSamples) -> ReplayBufferSamples:
+        """
+        :param transitions: real transitions
+        :return: what the dynamics is fitted to: a reward that comes from elsewhere is 0, a constant, so that it takes no part
+            in loss, hold-out error and disagreement
+        """
+        unused = not self.dynamics.own_reward and (self.learns_reward or self.known_reward is not None)
+        return transitions._replace(rewards=th.zeros_like(transitions.rewards)) if unused else transitions
+
     def predict_reward(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, terminated: th.Tensor
     ) -> th.Tensor | None:

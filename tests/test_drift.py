@@ -35,7 +35,7 @@ def trajectory(n_steps, n_envs, seed=0, ends=()):
     return ReplayBufferSamples(*(th.as_tensor(part, dtype=th.float32) for part in parts))
 
 
-def by_hand(steps, bias, length):
+def by_hand(steps, bias, length, untold=None):
     """Every start followed on its own, in plain Python."""
     n_steps, n_envs = steps.dones.shape[:2]
     errors = [[] for _ in range(length)]
@@ -43,11 +43,24 @@ def by_hand(steps, bias, length):
         for start in range(n_steps):
             now = steps.observations[start, env, 0].item()
             for h in range(min(length, n_steps - start)):
+                if untold is not None and untold[start + h, env]:
+                    break
                 now = 2 * now + steps.actions[start + h, env, 0].item() + bias
                 errors[h].append((now - steps.next_observations[start + h, env, 0].item()) ** 2)
                 if steps.dones[start + h, env, 0]:
                     break
     return [np.mean(squares) for squares in errors if squares]
+
+
+def test_nothing_is_measured_at_ends_that_were_lost():
+    """Their next observation is another episode's first one."""
+    steps = trajectory(10, 2, ends=(2, 6, 9))
+    untold = steps.dones[..., 0] > 0.5
+    untold[6, 1] = False
+    steps.next_observations[untold] = 1e6
+    errors = drift(Biased(0.5), steps, 6, untold=untold)
+    np.testing.assert_allclose([error.item() for error in errors], by_hand(steps, 0.5, 6, untold))
+    assert max(errors).item() < 1e6
 
 
 @pytest.mark.parametrize("ends", [(), (3,), (0, 1, 4, 9)])
