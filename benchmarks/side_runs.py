@@ -5,8 +5,8 @@ One run of MBPO with other arguments, beside those of no_harm.py: why is it behi
     python benchmarks/side_runs.py "true system, half real" 1 --task MountainCarContinuous-v0 --arm true --set real_ratio=0.5
     python benchmarks/side_runs.py "true system, half random" 1 --task Pendulum-v1 --arm true --random 0.5
 
-A row of docs/benchmarks/side_runs.csv is an evaluation: the mean return of five deterministic episodes. What is not given is as
-in no_harm.py: task, random steps, updates, evaluations. The arm ``before`` is the package of commit efd253d:
+A row of docs/benchmarks/side_runs.csv is an evaluation: the mean return of five deterministic episodes. What is not given is
+as in no_harm.py: task, random steps, updates, evaluations. The arm ``before`` is the package of commit efd253d:
 PYTHONPATH=<its checkout>. Until commit 4a6e766, real_ratio was 0.05. These are single runs, to look for a cause and not to
 compare arms.
 """

@@ -135,9 +135,9 @@ def joined_signature(cls: type, mixin: type, **defaults: Any) -> inspect.Signatu
     position = mro.index(mixin)
     base = next(kind for kind in mro[position + 1 :] if "__init__" in vars(kind))
     theirs = list(inspect.signature(base.__init__).parameters.values())[1:]
-    plain = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
     mixed = [p for kind in reversed(mro[: position + 1]) for p in inspect.signature(kind.__init__).parameters.values()]
-    return inspect.Signature([*plain, *{p.name: p for p in mixed if p.kind is p.KEYWORD_ONLY}.values()])
+    every = [*(p for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD), *(p for p in mixed if p.kind is p.KEYWORD_ONLY)]
+    return inspect.Signature([p.replace(default=defaults.get(p.name, p.default)) for p in {p.name: p for p in every}.values()])
 
 
 def check_names(kwargs: Mapping[str, Any], signature: inspect.Signature, cls: type) -> None:

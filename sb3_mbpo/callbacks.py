@@ -124,6 +124,7 @@ class RolloutCallback(BaseCallback):
         metrics |= agent.fit_reward(transitions, self._say)
         metrics |= agent.fit_termination(transitions) | agent.audit_reward(transitions)
         self._set_gate(of_steps, metrics)
+        agent.adapt_networks(transitions)
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
         self.logger.record("dynamics/fit_seconds", time.perf_counter() - started)

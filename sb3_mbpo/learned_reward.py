@@ -292,7 +292,8 @@ class TransitionReward(DynamicsModel):
         finite = next_obs.isfinite().all(dim=1, keepdim=True)
         # A termination function of the user's is not asked about numbers that are none; such a row is dropped later.
         asked = next_obs if finite.all() else th.where(finite, next_obs, obs)
-        ended = self.termination(obs, actions, asked)
+        # Which transitions end has no gradient.
+        ended = self.termination(obs.detach(), actions.detach(), asked.detach())
         rewards = self.reward(obs, actions, asked, ended)
         return rewards if self.limit is None else self.limit(rewards, ended)
 

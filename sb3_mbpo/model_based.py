@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -80,6 +80,9 @@ class ModelBased(Imagining, Resuming):
     :param dynamics_kwargs: its keyword arguments
     """
 
+    #: Defaults that differ from those of the algorithm that this is mixed into.
+    DEFAULTS: ClassVar[dict[str, Any]] = {"gradient_steps": 20}
+
     def __init__(
         self,
         policy: Any,
@@ -149,7 +152,7 @@ class ModelBased(Imagining, Resuming):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # What help() and editors show.
-        cls.__signature__ = joined_signature(cls, ModelBased, gradient_steps=20)  # type: ignore[attr-defined]
+        cls.__signature__ = joined_signature(cls, ModelBased, **cls.DEFAULTS)  # type: ignore[attr-defined]
 
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, MixedReplayBuffer))
@@ -262,6 +265,13 @@ class ModelBased(Imagining, Resuming):
         if not self.learns_reward or not self.dynamics.usable:
             return {}
         return self.learned_reward.fit(transitions, self.dynamics, progress)
+
+    def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
+        """
+        Called after each fit of the dynamics, for what policy and critics need of the data: nothing here.
+
+        :param transitions: all real transitions, as the dynamics gets them
+        """
 
     def odd_ends(self) -> Iterator[tuple[str, str]]:
         """:return: what the ends of real episodes give reason to warn of: its name, and the warning"""

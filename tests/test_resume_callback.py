@@ -29,6 +29,7 @@ from tiny import FAST
 
 from sb3_mbpo import MBPO, MBTD3, ResumeCallback, checkpoint, resume
 from sb3_mbpo.checkpoint import listed
+from sb3_mbpo.dhmbpo import DHMBPO
 from sb3_mbpo.training_state import take_training
 
 
@@ -145,8 +146,12 @@ def pays(obs, actions, next_obs):
         {"rollout_filter": "macura", "rollout_schedule": 3},
         {"rollout_filter": "infoprop", "rollout_schedule": 3, "reward_fn": pays, "termination_fn": "learned"},
         {"rollout_filter": "m2ac", "rollout_schedule": 3, "kind": MBTD3, "env_id": "Pendulum-v1"},
+        {"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7},
     ],
-    ids="sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small auto macura infoprop m2ac".split(),
+    ids=[
+        *"sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small auto macura infoprop".split(),
+        *"m2ac dhmbpo".split(),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_all_kinds_of_agents(tmp_path, settings):
@@ -161,13 +166,15 @@ def test_all_kinds_of_agents(tmp_path, settings):
     assert_same(whole, finished(tmp_path / "cut"))
 
 
-@pytest.mark.parametrize("phase", ["fit", "refill", "train", "train, half imagined"])
+@pytest.mark.parametrize("phase", ["fit", "refill", "train", "train, half imagined", "train of DHMBPO"])
 def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
     """A signal in the midst of a fit, a refill or a long train(): saved at once, and nothing is different in the end."""
     settings: dict = {"train_freq": 10, "gradient_steps": 120, "rollout_batch_size": 60, "total": 80}
     if phase == "fit":
         # More gradient steps than from one look at the hold-out rows to the next.
         settings["dynamics_kwargs"] = {"net_arch": [8], "max_updates": 120}
+    if phase == "train of DHMBPO":
+        settings |= {"kind": DHMBPO, "distribution_freq": 1, "gradient_steps": 8, "rollout_batch_size": 8}
     monkeypatch.setattr("sb3_mbpo.callbacks.ROLLOUT_BLOCK", {"cpu": 20})
     if phase == "train, half imagined":
         monkeypatch.setattr("sb3_mbpo.callbacks.imagined_share", lambda *given: 0.5)
@@ -200,6 +207,8 @@ def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
             from sb3_mbpo import callbacks
 
             patch.setattr("sb3_mbpo.callbacks.branched_rollout", interrupting(callbacks.branched_rollout, 5))
+        elif phase == "train of DHMBPO":
+            patch.setattr(DHMBPO, "_update", interrupting(DHMBPO._update, 3))
         else:
             from sb3_mbpo import MixedReplayBuffer
 

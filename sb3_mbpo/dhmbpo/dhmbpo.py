@@ -1,0 +1,280 @@
+"""DHMBPO: SAC that looks some steps ahead through the differentiable dynamics."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples
+from torch import nn
+
+from sb3_mbpo.buffers import normalize_obs, normalize_rewards
+from sb3_mbpo.checks import is_number, number, shown, whole
+from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
+from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
+from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
+from sb3_mbpo.interrupts import Interrupted
+from sb3_mbpo.model_based import ModelBased
+from sb3_mbpo.plausible import Plausible
+from sb3_mbpo.rollouts import branched_rollout
+
+# Target critics that a value is the least of.
+TARGET_CRITICS = 2
+# Values of the critics follow the bounds at this rate of an update.
+BOUNDS_RATE = 3e-4
+
+
+class DHMBPO(ModelBased, SAC):
+    """
+    Double-horizon model-based policy optimization.
+
+    Paper: https://arxiv.org/abs/2512.15439
+
+    Two imagined horizons. *Distribution rollouts* of ``rollout_schedule`` steps follow the present policy from real states
+    and leave their states in the model buffer. *Training rollouts* of ``training_horizon`` steps start there; the critic's
+    target is their discounted sum of rewards, and the actor climbs it along the gradient that passes through dynamics,
+    actions and states. So a value travels that many steps in an update, and one update a step is enough.
+
+    While the dynamics has not earned trust (see ``min_explained_variance``), updates are SAC's own on real transitions.
+
+    Arguments: those of ``stable_baselines3.SAC`` (other defaults: ``gamma`` .995, ``ent_coef`` "auto_0.1", ``gradient_steps``
+    1), then those of :class:`.ModelBased` (other defaults: ``rollout_schedule`` 20, ``rollout_batch_size`` 256,
+    ``retained_rollouts`` 10; ``real_ratio`` is 0, or 1 for SAC without a model), then
+
+    :param training_horizon: H, steps of the training rollouts
+    :param distribution_freq: updates from one distribution rollout to the next
+    :param real_roots: share of the training rollouts that start at real states instead of imagined ones
+    :param value_quantiles: quantiles of the soft rewards that bound the values, see :func:`.value_expansion.value_bounds`
+    """
+
+    policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": DHMBPOPolicy}
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        **{"gamma": 0.995, "ent_coef": "auto_0.1", "gradient_steps": 1},
+        **{"rollout_schedule": 20, "rollout_batch_size": 256, "retained_rollouts": 10, "real_ratio": 0.0},
+    }
+
+    actor: Any
+    log_ent_coef: Any
+    target_entropy: Any
+    critic: BoundedCritic
+    critic_target: BoundedCritic
+
+    def __init__(
+        self,
+        policy: Any,
+        env: GymEnv | str | None,
+        *args: Any,
+        training_horizon: int = 5,
+        distribution_freq: int = 20,
+        real_roots: float = 0.0,
+        value_quantiles: tuple[float, float] = (0.01, 0.99),
+        **kwargs: Any,
+    ) -> None:
+        self.training_horizon = training_horizon
+        self.distribution_freq = distribution_freq
+        self.real_roots = real_roots
+        self.value_quantiles = value_quantiles
+        positional = list(inspect.signature(DHMBPO).parameters)[2 : 2 + len(args)]
+        defaults = {name: value for name, value in self.DEFAULTS.items() if name not in positional}
+        super().__init__(policy, env, *args, **{**defaults, **kwargs})
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        super()._setup_model()
+        if not isinstance(self.policy, DHMBPOPolicy):
+            raise ValueError(f"policy={shown(self.policy_class)} must be 'MlpPolicy' or a subclass of DHMBPOPolicy")
+
+    def _check_arguments(self) -> None:
+        whole(1, 1000).check("training_horizon", self.training_horizon)
+        whole(1).check("distribution_freq", self.distribution_freq)
+        number(0, 1).check("real_roots", self.real_roots)
+        quantiles = self.value_quantiles
+        if not (len(quantiles) == 2 and all(is_number(q, 0, 1) for q in quantiles) and quantiles[0] < quantiles[1]):
+            raise ValueError(f"value_quantiles={shown(quantiles)} must be two numbers from 0 to 1, the lower one first")
+        if self.real_ratio not in (0, 1):
+            raise ValueError(
+                f"real_ratio={shown(self.real_ratio)} must be 0, or 1 for SAC without a model. For training rollouts that "
+                "start at real states, pass real_roots"
+            )
+        if self.use_sde:
+            raise ValueError("use_sde=True must be False: training rollouts need an independent action in each state")
+
+    def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
+        """Standardize what policy and critics see, by all real observations."""
+        assert isinstance(self.policy, DHMBPOPolicy)
+        self.policy.standardize(self._as_policy_sees(transitions.observations).flatten(1))
+
+    @property
+    def expands_values(self) -> bool:
+        """Whether updates look ahead through the dynamics; else they are SAC's own, on real transitions."""
+        trusted = self.real_ratio < 1 and self.imagined_share > 0 and self.dynamics_fitted_at is not None
+        return trusted and self.dynamics.usable
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """See SB3."""
+        if gradient_steps <= 0 or self.waits_for_transitions or not self.expands_values:
+            super().train(gradient_steps, batch_size)
+            return
+        self.policy.set_training_mode(True)
+        optimizers = [self.actor.optimizer, self.critic.optimizer]
+        self._update_learning_rate(optimizers + ([] if self.ent_coef_optimizer is None else [self.ent_coef_optimizer]))
+        dynamics, logged = self.imagined_dynamics, []
+        with self._undone_if_interrupted(gradient_steps):
+            for update in range(self._n_updates, self._n_updates + gradient_steps):
+                if self.replay_buffer.check is not None:
+                    self.replay_buffer.check()
+                imagined = len(self.replay_buffer.model_buffer)
+                if self.real_roots < 1 and (update % self.distribution_freq == 0 or not imagined):
+                    self.roll_distribution()
+                logged.append(self._update(dynamics, self._roots(batch_size)))
+                if update % self.target_update_interval == 0:
+                    self._move_targets()
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name in logged[0]:
+            self.logger.record(f"train/{name}", float(np.mean([values[name] for values in logged])))
+
+    @contextmanager
+    def _undone_if_interrupted(self, gradient_steps: int) -> Iterator[None]:
+        """What ``ResumeCallback`` does not set back when ``train`` is broken off: the model buffer."""
+        buffer = self.replay_buffer.model_buffer
+        # A single update is not broken off once it has begun.
+        before = buffer.contents() if self.resumable is not None and gradient_steps > 1 else None
+        try:
+            yield
+        except Interrupted:
+            if before is not None:
+                buffer.restore(*before)
+            raise
+
+    def roll_distribution(self) -> None:
+        """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
+        buffer = self.replay_buffer
+        plausible = Plausible(buffer.real_transitions(self.dynamics_window), self.imagined_margin)
+        dynamics, length = plausible.within(self.imagined_dynamics), self.rollout_length
+        buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
+        missing = self.rollout_batch_size * length
+        with self.imagining() as policy:
+            # Branches that ended early are replaced, up to a point: there may be no other.
+            for _ in range(length):
+                starts = buffer.start_states(min(self.rollout_batch_size, missing), self.dynamics_window)
+                rows = branched_rollout(dynamics, policy, self.terminates, starts, length)
+                kept = ReplayBufferSamples(*(part[:missing] for part in rows[:5]))
+                buffer.model_buffer.add(kept)
+                missing -= len(kept.rewards)
+                if missing <= 0:
+                    break
+
+    def _roots(self, n: int) -> th.Tensor:
+        """:return: raw observations ``(n, obs_dim)`` that training rollouts start at"""
+        buffer = self.replay_buffer
+        n_real = n if not len(buffer.model_buffer) else round(n * self.real_roots)
+        parts = [buffer.start_states(n_real, self.dynamics_window)] if n_real else []
+        if n_real < n:
+            parts.append(buffer.model_buffer.sample(n - n_real, buffer.generator)[:, : buffer.model_buffer.widths[0]])
+        return th.cat(parts)
+
+    def _update(self, dynamics: Any, roots: th.Tensor) -> dict[str, float]:
+        """
+        One step of critics, actor and entropy coefficient, in this order.
+
+        :param roots: ``(B, obs_dim)``
+        :return: what to log
+        """
+        rollout = training_rollout(dynamics, self._action_and_log_prob, self.terminates, roots, self.training_horizon)
+        rewards = normalize_rewards(rollout.rewards, self._vec_normalize_env)
+        if not rewards.requires_grad and self.training_horizon > 1:
+            raise ValueError(
+                "DHMBPO learns along gradients of imagined rewards, and these have none: dynamics_class or reward_fn must be "
+                "made of differentiable torch operations. MBPO does without"
+            )
+        ent_coef = self._ent_coef()
+        rollout = rollout._replace(rewards=rewards)
+        critic_loss, values = self._update_critics(rollout, ent_coef)
+        actor_loss = self._update_actor(rollout, ent_coef)
+        logged = {"critic_loss": critic_loss, "actor_loss": actor_loss, "ent_coef": float(ent_coef), "value": values}
+        if self.ent_coef_optimizer is not None:
+            logged["ent_coef_loss"] = self._update_ent_coef(rollout.log_probs[0].detach())
+        return logged
+
+    def _ent_coef(self) -> th.Tensor:
+        return self.ent_coef_tensor if self.ent_coef_optimizer is None else self.log_ent_coef.detach().exp()
+
+    def _update_critics(self, rollout: TrainingRollout, ent_coef: th.Tensor) -> tuple[float, float]:
+        """:return: the loss, and the mean target"""
+        with th.no_grad():
+            low, high = value_bounds(
+                rollout.rewards - ent_coef * rollout.log_probs[:-1], rollout.alive[:-1], self.value_quantiles, self.gamma
+            )
+            for critic in (self.critic, self.critic_target):
+                critic.move_bounds(low, high, BOUNDS_RATE)
+            last = rollout.obs[-1].detach(), rollout.actions[-1].detach()
+            asked = np.random.permutation(self.critic.n_critics)[:TARGET_CRITICS]
+            values = self.critic_target.values_of(asked, self._as_policy_sees(last[0]), last[1])
+            least = th.cat(values, dim=1).amin(dim=1).clamp(self.critic_target.value_low, self.critic_target.value_high)
+            target = expanded_values(
+                rollout.rewards, rollout.log_probs, rollout.alive, least, self.gamma, ent_coef, root_entropy=False
+            ).unsqueeze(1)
+        predicted = self.critic(self._as_policy_sees(rollout.obs[0].detach()), rollout.actions[0].detach())
+        # In the unit of the bounds: the size of rewards does not decide about the size of a step.
+        width = (self.critic.value_high - self.critic.value_low) / 2
+        loss = sum((0.5 * nn.functional.mse_loss(values / width, target / width) for values in predicted), th.zeros(()))
+        self.critic.optimizer.zero_grad()
+        loss.backward()
+        self.critic.optimizer.step()
+        return loss.item(), target.mean().item()
+
+    def actor_objective(self, rollout: TrainingRollout, ent_coef: th.Tensor | float) -> th.Tensor:
+        """
+        What the actor climbs: the mean over the roots of their soft values, through the whole rollout.
+
+        :param rollout: with its graph
+        :param ent_coef: alpha
+        :return: a scalar
+        """
+        values = th.cat(self.critic(self._as_policy_sees(rollout.obs[-1]), rollout.actions[-1]), dim=1).mean(dim=1)
+        expanded = expanded_values(
+            rollout.rewards, rollout.log_probs, rollout.alive, values, self.gamma, ent_coef, root_entropy=True
+        )
+        return expanded.mean()
+
+    def _update_actor(self, rollout: TrainingRollout, ent_coef: th.Tensor) -> float:
+        """:return: the loss"""
+        loss = -self.actor_objective(rollout, ent_coef)
+        parameters = [parameter for parameter in self.actor.parameters() if parameter.requires_grad]
+        # Of the actor alone: dynamics and critics would cost as much again.
+        gradients = th.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.actor.optimizer.step()
+        self.actor.optimizer.zero_grad()
+        return loss.item()
+
+    def _update_ent_coef(self, log_probs: th.Tensor) -> float:
+        """:return: the loss of SAC, on the first actions"""
+        assert self.ent_coef_optimizer is not None and self.log_ent_coef is not None
+        loss = -(self.log_ent_coef * (log_probs + self.target_entropy)).mean()
+        self.ent_coef_optimizer.zero_grad()
+        loss.backward()
+        self.ent_coef_optimizer.step()
+        return loss.item()
+
+    def to_sac(self) -> SAC:
+        """:return: a plain SAC with this policy as trained so far, on the same env, with an empty replay buffer"""
+        return self._model_free()
+
+    @th.no_grad()
+    def _move_targets(self) -> None:
+        targets, sources = ([p.data for p in critic.parameters()] for critic in (self.critic_target, self.critic))
+        th._foreach_lerp_(targets, sources, self.tau)
+
+    def _action_and_log_prob(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """:return: reparameterized actions in [-1, 1] at raw ``obs (B, obs_dim)``, and their log-probabilities ``(B,)``"""
+        return self.actor.action_log_prob(self._as_policy_sees(obs))
+
+    def _as_policy_sees(self, obs: th.Tensor) -> th.Tensor:
+        """:return: raw, flat observations ``(B, obs_dim)`` in the env's shape, normalized if there is a VecNormalize"""
+        return normalize_obs(obs.reshape(len(obs), *self.observation_space.shape), self._vec_normalize_env)

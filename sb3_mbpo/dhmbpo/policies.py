@@ -1,0 +1,225 @@
+"""SAC's policy with what double-horizon learning needs: standardized observations, smooth layers, values within bounds."""
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.sac.policies import SACPolicy
+from torch import nn
+
+# Standardized observations are clipped there.
+FARTHEST = 10.0
+# Standard deviation of a dimension that is constant in the data.
+CONSTANT_STD = 1.0
+# A spread this small beside its magnitude is rounding of float32.
+ROUNDING = 1e-6
+# Where a standard deviation changes by more than this factor, what was learned of the dimension says nothing.
+LARGEST_RESCALING = 10.0
+
+
+class StandardizeExtractor(BaseFeaturesExtractor):
+    """
+    Flat observations, with mean 0 and standard deviation 1 in the real data.
+
+    :param observation_space: a Box
+    """
+
+    obs_mean: th.Tensor
+    obs_std: th.Tensor
+    obs_known: th.Tensor
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        size = spaces.utils.flatdim(observation_space)
+        super().__init__(observation_space, size)
+        self.register_buffer("obs_mean", th.zeros(size))
+        self.register_buffer("obs_std", th.ones(size))
+        # 1 once there were statistics.
+        self.register_buffer("obs_known", th.zeros(()))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """:return: ``(B, obs_dim)``"""
+        return ((observations.flatten(1) - self.obs_mean) / self.obs_std).clamp(-FARTHEST, FARTHEST)
+
+    @th.no_grad()
+    def set_statistics(self, mean: th.Tensor, std: th.Tensor, first_layers: list[nn.Linear]) -> None:
+        """
+        Change the statistics and, but for the first time, the layers that come next, so that these compute what they did.
+
+        :param mean: ``(obs_dim,)``
+        :param std: ``(obs_dim,)``
+        :param first_layers: their first ``obs_dim`` inputs are the features
+        """
+        scale, shift = std / self.obs_std, (mean - self.obs_mean) / self.obs_std
+        alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING) & (self.obs_known > 0.5)
+        scale, shift = th.where(alike, scale, 1.0), th.where(alike, shift, 0.0)
+        for layer in first_layers:
+            weight = layer.weight[:, : len(scale)]
+            layer.bias.add_(weight @ shift)
+            weight.mul_(scale)
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std)
+        self.obs_known.fill_(1.0)
+
+
+def value_network(in_size: int, net_arch: list[int], activation_fn: type[nn.Module], layer_norm: bool) -> nn.Sequential:
+    """
+    A network with one output, whose last layer starts at zero.
+
+    :param in_size: inputs
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: between layers
+    :param layer_norm: normalize what goes into each layer but the first, without learned scale and shift
+    """
+    modules: list[nn.Module] = []
+    for size in net_arch:
+        modules += [nn.Linear(in_size, size), activation_fn()]
+        modules += [nn.LayerNorm(size, elementwise_affine=False)] if layer_norm else []
+        in_size = size
+    head = nn.Linear(in_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*modules, head)
+
+
+class BoundedCritic(ContinuousCritic):
+    """
+    SB3's critic whose networks predict where a value is between two bounds: Q = center + width * net.
+
+    The heads start at zero, so all values start at the center. Bounds move slowly, see :meth:`move_bounds`.
+
+    :param layer_norm: see :func:`value_network`
+    :param kwargs: see ``ContinuousCritic``
+    """
+
+    value_low: th.Tensor
+    value_high: th.Tensor
+    bounds_known: th.Tensor
+
+    def __init__(self, *, layer_norm: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        size = kwargs["features_dim"] + spaces.utils.flatdim(kwargs["action_space"])
+        self.q_networks = [
+            value_network(size, kwargs["net_arch"], kwargs["activation_fn"], layer_norm) for _ in range(self.n_critics)
+        ]
+        for i, network in enumerate(self.q_networks):
+            setattr(self, f"qf{i}", network)
+        self.register_buffer("value_low", th.tensor(-1.0))
+        self.register_buffer("value_high", th.tensor(1.0))
+        # 1 once bounds were measured.
+        self.register_buffer("bounds_known", th.zeros(()))
+
+    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """:return: Q-values of every network, ``(B, 1)`` each"""
+        return self.values_of(range(self.n_critics), obs, actions)
+
+    def values_of(self, networks: Any, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param networks: numbers of those that are asked
+        :param obs: as the policy sees them
+        :param actions: ``(B, action_dim)``
+        :return: Q-values of each, ``(B, 1)``
+        """
+        center, width = (self.value_high + self.value_low) / 2, (self.value_high - self.value_low) / 2
+        inputs = th.cat([self.extract_features(obs, self.features_extractor), actions], dim=1)
+        return tuple(center + width * self.q_networks[int(i)](inputs) for i in networks)
+
+    @th.no_grad()
+    def move_bounds(self, low: th.Tensor, high: th.Tensor, rate: float) -> None:
+        """
+        Move the bounds towards new ones; the first time, set them.
+
+        :param low: a scalar
+        :param high: a scalar
+        :param rate: share of the way
+        """
+        rate = rate if bool(self.bounds_known) else 1.0
+        self.value_low.lerp_(low, rate)
+        # Values need room even where every reward is the same.
+        self.value_high.copy_(th.maximum(self.value_high.lerp(high, rate), self.value_low + 1.0))
+        self.bounds_known.fill_(1.0)
+
+
+class DHMBPOPolicy(SACPolicy):
+    """
+    SAC's policy with SiLU, standardized observations, five critics with layer normalization, and values within bounds.
+
+    What differs from ``SACPolicy`` are defaults, the features extractor and
+
+    :param layer_norm: normalize what goes into each layer of a critic but the first
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        use_sde: bool = False,
+        log_std_init: float = -3,
+        use_expln: bool = False,
+        clip_mean: float = 2.0,
+        features_extractor_class: type[BaseFeaturesExtractor] = StandardizeExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 5,
+        share_features_extractor: bool = False,
+        layer_norm: bool = True,
+    ) -> None:
+        if share_features_extractor:
+            # SB3 then turns gradients off in the critic's extractor, and dQ/ds would be zero.
+            raise ValueError("policy_kwargs: share_features_extractor must be False: gradients pass through the critic's")
+        self.layer_norm = layer_norm
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            [256, 256, 256] if net_arch is None else net_arch,
+            activation_fn,
+            use_sde,
+            log_std_init,
+            use_expln,
+            clip_mean,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+            n_critics,
+            share_features_extractor,
+        )
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> BoundedCritic:
+        """See SB3."""
+        kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
+        return BoundedCritic(layer_norm=self.layer_norm, **kwargs).to(self.device)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "layer_norm": self.layer_norm}
+
+    @th.no_grad()
+    def standardize(self, obs: th.Tensor) -> None:
+        """
+        Standardize what the networks see by the statistics of real data; what they compute stays the same.
+
+        :param obs: as the policy sees them, flat ``(N, obs_dim)``, at least one
+        """
+        mean, std = obs.double().mean(dim=0), obs.double().std(dim=0, correction=0)
+        std = th.where(std <= ROUNDING * mean.abs().clamp(min=ROUNDING), CONSTANT_STD, std)
+        for network in (self.actor, self.critic, self.critic_target):
+            extractor = network.features_extractor
+            if isinstance(extractor, StandardizeExtractor):
+                bodies: Any = [self.actor.latent_pi] if network is self.actor else network.q_networks
+                extractor.set_statistics(mean.float(), std.float(), [_first_layer(body) for body in bodies])
+
+
+def _first_layer(body: nn.Module) -> nn.Linear:
+    return next(module for module in body.modules() if isinstance(module, nn.Linear))
+
+
+MlpPolicy = DHMBPOPolicy

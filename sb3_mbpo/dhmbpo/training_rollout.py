@@ -1,0 +1,80 @@
+"""Training rollouts: short imagined trajectories that gradients pass through."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_mbpo.dynamics import DynamicsModel
+
+
+class TrainingRollout(NamedTuple):
+    """
+    Imagined trajectories of H steps, one after the other along the first dimension.
+
+    :param obs: raw observations ``(H + 1, B, obs_dim)``
+    :param actions: in [-1, 1], ``(H + 1, B, action_dim)``
+    :param log_probs: of these actions, ``(H + 1, B)``
+    :param rewards: ``(H, B)``
+    :param alive: 1 until the episode has ended, then 0, ``(H + 1, B)``; no gradient
+    """
+
+    obs: th.Tensor
+    actions: th.Tensor
+    log_probs: th.Tensor
+    rewards: th.Tensor
+    alive: th.Tensor
+
+
+def training_rollout(
+    dynamics: DynamicsModel,
+    policy: Callable[[th.Tensor], tuple[th.Tensor, th.Tensor]],
+    termination: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
+    start_obs: th.Tensor,
+    horizon: int,
+) -> TrainingRollout:
+    """
+    Follow the policy in the dynamics, and keep the graph of actions, states and rewards.
+
+    A branch that has ended, or whose prediction is not finite, stays where it was and counts no more.
+
+    :param dynamics: differentiable, see ``DynamicsModel.sample``
+    :param policy: raw observations ``(B, obs_dim)`` -> reparameterized actions in [-1, 1] and their log-probabilities ``(B,)``
+    :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``; asked without a graph
+    :param start_obs: ``(B, obs_dim)``
+    :param horizon: H, at least 1
+    """
+    obs, alive = [start_obs], [th.ones_like(start_obs[:, 0])]
+    first_actions, first_log_probs = policy(start_obs)
+    actions, log_probs = [first_actions], [first_log_probs]
+    rewards: list[th.Tensor] = []
+    for _ in range(horizon):
+        now, action, going = obs[-1], actions[-1], alive[-1] > 0.5
+        inputs = now.view_as(now), action.view_as(action)
+        next_obs, reward = dynamics.sample(*inputs)
+        finite = next_obs.detach().isfinite().all(dim=1) & reward.detach().isfinite()
+        if not finite.all():
+            _without_gradient(inputs, ~finite)
+        counts = going & finite
+        kept = th.where(counts.unsqueeze(1), next_obs, now.detach())
+        rewards.append(th.where(counts, reward, 0.0))
+        with th.no_grad():
+            ended = termination(now.detach(), action.detach(), kept.detach())
+        alive.append((counts & ~ended).to(start_obs.dtype))
+        obs.append(kept)
+        next_actions, next_log_probs = policy(kept)
+        actions.append(next_actions)
+        log_probs.append(next_log_probs)
+    return TrainingRollout(*(th.stack(parts) for parts in (obs, actions, log_probs, rewards, alive)))
+
+
+def _without_gradient(tensors: tuple[th.Tensor, ...], rows: th.Tensor) -> None:
+    """
+    Let no gradient through some rows: that of a prediction that is not finite is none, even if the prediction is not used.
+
+    :param tensors: each ``(B, size)``
+    :param rows: bool ``(B,)``
+    """
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: gradient.masked_fill(rows.unsqueeze(1), 0.0))
