@@ -62,6 +62,7 @@ class Study(NamedTuple):
 
 
 STUDIES = {
+    "dhmbpo": Study("DHMBPO", "dhmbpo", {}, 50_000, 3),
     "sac": Study("SAC", "sac", {}, 50_000, 3, conf_file=DEFAULTS),
     "sac_300k": Study("SAC, long", "sac", {}, 300_000, 1, eval_freq=5_000, conf_file=DEFAULTS),
     "sac_20": Study("SAC, 20 updates", "sac", {"gradient_steps": 20}, 20_000, 1, TASKS[:2], conf_file=DEFAULTS),

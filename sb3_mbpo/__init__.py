@@ -5,6 +5,7 @@ from typing import Any
 
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
+from sb3_mbpo.dhmbpo import DHMBPO
 from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.env_state import RestorableEnv
 from sb3_mbpo.faults import InvalidTransition
@@ -20,6 +21,7 @@ from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
 __version__ = (Path(__file__).parent / "version.txt").read_text().strip()
 
 __all__ = [
+    "DHMBPO",
     "MBPO",
     "MBTD3",
     "DynamicsModel",

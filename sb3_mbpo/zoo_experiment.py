@@ -21,11 +21,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import ProgressBarCallback
 
 from sb3_mbpo.arguments import numbers_in
+from sb3_mbpo.dhmbpo import DHMBPO
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.resume_callback import ResumeCallback
 from sb3_mbpo.variants import MBTD3, MBTQC, MBCrossQ
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"mbpo": MBPO, "mbtd3": MBTD3, "mbtqc": MBTQC, "mbcrossq": MBCrossQ}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    **{"mbpo": MBPO, "dhmbpo": DHMBPO, "mbtd3": MBTD3, "mbtqc": MBTQC, "mbcrossq": MBCrossQ},
+}
 
 # Evaluations in a run whose budget is below the Zoo's interval of 25,000 steps, and in a trial, where the Zoo makes one per
 # 100,000 steps: too few for budgets this small to choose a best agent or to prune by.
@@ -88,13 +91,18 @@ def sample(algorithm: type, trial: Any, n_actions: int, n_envs: int, additional_
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.03, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 9),
-        "gradient_steps": trial.suggest_int("gradient_steps", 5, 40, step=5),
-        "real_ratio": trial.suggest_float("real_ratio", 0.02, 0.5, log=True),
         "model_train_freq": trial.suggest_categorical("model_train_freq", [125, 250, 500, 1000]),
-        "rollout_schedule": trial.suggest_int("rollout_schedule", 1, 15, log=True),
-        "retained_rollouts": trial.suggest_int("retained_rollouts", 1, 8),
     }
     known = inspect.signature(algorithm).parameters
+    if "training_horizon" in known:
+        params["gradient_steps"] = trial.suggest_int("gradient_steps", 1, 4)
+        params["training_horizon"] = trial.suggest_int("training_horizon", 1, 8)
+        params["real_roots"] = trial.suggest_float("real_roots", 0.0, 1.0)
+    else:
+        params["gradient_steps"] = trial.suggest_int("gradient_steps", 5, 40, step=5)
+        params["real_ratio"] = trial.suggest_float("real_ratio", 0.02, 0.5, log=True)
+        params["rollout_schedule"] = trial.suggest_int("rollout_schedule", 1, 15, log=True)
+        params["retained_rollouts"] = trial.suggest_int("retained_rollouts", 1, 8)
     if "tau" in known:
         params["tau"] = trial.suggest_float("tau", 0.001, 0.08, log=True)
     if "target_entropy" in known:

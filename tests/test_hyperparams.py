@@ -18,7 +18,14 @@ from sb3_mbpo.rollouts import rollout_length
 ROOT = Path(__file__).parent.parent
 FILES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "hyperparams").glob("*.yml"))}
 ENTRIES = [(file, env_id) for file, entries in FILES.items() for env_id in entries]
-CLASSES = {"mbpo": "MBPO", "mbpo_full_obs": "MBPO", "mbtd3": "MBTD3", "mbtqc": "MBTQC", "mbcrossq": "MBCrossQ"}
+CLASSES = {
+    "mbpo": "MBPO",
+    "mbpo_full_obs": "MBPO",
+    "mbtd3": "MBTD3",
+    "mbtqc": "MBTQC",
+    "mbcrossq": "MBCrossQ",
+    "dhmbpo": "DHMBPO",
+}
 # Read by the Zoo, not by the algorithm.
 OF_THE_ZOO = {"n_timesteps", "env_kwargs", "env_wrapper", "noise_type", "noise_std"}
 # Length of the observation, where it is the point.
@@ -34,6 +41,10 @@ def test_entry_is_understood(file: str, env_id: str) -> None:
     algorithm = getattr(sb3_mbpo, CLASSES[file])
     assert set(entry) - OF_THE_ZOO <= set(inspect.signature(algorithm).parameters)
     assert 0 < entry.get("learning_starts", 0) < int(entry["n_timesteps"])
+    if file == "dhmbpo":
+        # Its defaults are for all tasks.
+        assert set(entry) <= {"policy", "learning_starts", *OF_THE_ZOO}
+        return
     assert 5 <= entry["gradient_steps"] / entry.get("train_freq", 1) <= 40
     lengths = [rollout_length(entry.get("rollout_schedule", 1), step) for step in range(0, 400_000, 5000)]
     assert 1 == lengths[0] <= lengths[-1] <= 25
@@ -47,7 +58,7 @@ def test_every_task_of_the_paper_is_there() -> None:
     tasks = ["InvertedPendulum", "InvertedDoublePendulum", "Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid"]
     assert {f"{task}-{version}" for task in tasks for version in ("v4", "v5")} <= set(FILES["mbpo"])
     assert set(FILES["mbpo_full_obs"]) == {"Ant-v5", "Humanoid-v5"}
-    for name in ("mbpo", "mbtd3", "mbtqc", "mbcrossq"):
+    for name in ("mbpo", "dhmbpo", "mbtd3", "mbtqc", "mbcrossq"):
         assert {"default", "Pendulum-v1", *(f"{task}-v5" for task in tasks)} <= set(FILES[name])
 
 
