@@ -5,8 +5,8 @@ COMMAND is a script of the Zoo and takes the Zoo's own options: train, enjoy, re
 push_to_hub, load_from_hub, all_plots (in short: plot), plot_from_file, plot_train. One is ours: with --checkpoints FOLDER,
 train saves everything there now and then, and the same command goes on where it was cut; after SIGTERM, SIGINT or SIGUSR1 it
 saves and ends with exit code 75.
-Algorithms: those of the Zoo and mbpo, dhmbpo, mbtd3, mbtqc, mbcrossq. Settings per task: those of this package, unless -conf is
-given.
+Algorithms: those of the Zoo and mbpo, dhmbpo, mbtd3, mbtqc, mbcrossq. Settings per task: those of this package, unless
+-conf is given.
 """
 
 import argparse
