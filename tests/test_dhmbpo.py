@@ -231,13 +231,13 @@ def test_new_statistics_leave_actions_and_values_as_they_were():
     policy = model.policy
     assert isinstance(policy, DHMBPOPolicy)
     obs = th.randn(50, 3) * th.tensor([1.0, 2.0, 3.0]) + 1
-    policy.standardize(obs)
+    policy.adapt(obs, th.zeros(50, 1))
     assert th.allclose(policy.actor.features_extractor(obs).std(dim=0, correction=0), th.ones(3), atol=1e-4)
     actions = th.rand(50, 1)
     for body in policy.critic.q_networks:
         th.nn.init.normal_(body[-1].weight)
     before = policy.actor(obs, deterministic=True), th.cat(policy.critic(obs, actions), dim=1)
-    policy.standardize(2 * obs - 3)
+    policy.adapt(2 * obs - 3, th.zeros(50, 1))
     after = policy.actor(obs, deterministic=True), th.cat(policy.critic(obs, actions), dim=1)
     for old, new in zip(before, after, strict=True):
         assert th.allclose(old, new, atol=1e-4)
@@ -255,8 +255,17 @@ def test_values_start_in_the_middle_of_their_bounds_and_bounds_move_slowly():
     assert all(values.tolist() == [[10.0]] for values in critic(th.ones(1, 3), th.ones(1, 1)))
     critic.move_bounds(th.tensor(0.0), th.tensor(40.0), 0.1)
     assert (critic.value_low, critic.value_high) == (-9, 31)
-    critic.move_bounds(th.tensor(5.0), th.tensor(5.0), 1.0)
+    critic.move_bounds(th.tensor(0.0), th.tensor(0.0), 1.0)
     assert critic.value_high - critic.value_low == 1
+
+
+def test_a_rare_reward_is_a_possible_value():
+    """A bonus of 100 at the end of an episode is beyond the quantiles of the rewards, and must not be cut off."""
+    policy = agent().policy
+    policy.adapt(th.randn(50, 3), th.cat([th.full((49, 1), -0.1), th.tensor([[100.0]])]))
+    for _ in range(3):
+        policy.critic.move_bounds(th.tensor(-20.0), th.tensor(0.0), 0.1)
+        assert policy.critic.value_low == -20 and policy.critic.value_high == 100
 
 
 # ---------------------------------------------------------------------- in SB3
@@ -290,14 +299,21 @@ def test_refused_arguments(kwargs, message):
         agent(**kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_dynamics_without_a_gradient_are_refused():
     class Opaque(TruePendulum):
         def sample(self, obs, actions):
             with th.no_grad():
                 return super().sample(obs, actions)
 
-    with pytest.raises(ValueError, match="made of differentiable torch operations"):
+    with pytest.raises(
+        ValueError, match=r"imagined observations.*dynamics_class must be made of differentiable torch operations"
+    ):
         agent(dynamics_class=Opaque).learn(25)
+    with pytest.raises(ValueError, match=r"imagined rewards.*or reward_fn must be made of differentiable torch operations"):
+        agent(reward_fn=lambda obs, actions, next_obs: next_obs[:, 0].detach() + 0).learn(25)
+    # What never varies has no gradient and needs none.
+    agent(reward_fn=lambda obs, actions, next_obs: th.ones(len(obs))).learn(25)
 
 
 @pytest.mark.parametrize("real_roots", [0.0, 0.25, 1.0])

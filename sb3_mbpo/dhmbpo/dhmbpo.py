@@ -103,9 +103,10 @@ class DHMBPO(ModelBased, SAC):
             raise ValueError("use_sde=True must be False: training rollouts need an independent action in each state")
 
     def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
-        """Standardize what policy and critics see, by all real observations."""
+        """Standardize what policy and critics see by all real observations, and note the range of the rewards."""
         assert isinstance(self.policy, DHMBPOPolicy)
-        self.policy.standardize(self._as_policy_sees(transitions.observations).flatten(1))
+        rewards = normalize_rewards(transitions.rewards, self._vec_normalize_env)
+        self.policy.adapt(self._as_policy_sees(transitions.observations).flatten(1), rewards)
 
     @property
     def expands_values(self) -> bool:
@@ -185,12 +186,8 @@ class DHMBPO(ModelBased, SAC):
         :return: what to log
         """
         rollout = training_rollout(dynamics, self._action_and_log_prob, self.terminates, roots, self.training_horizon)
+        self._check_gradients(rollout)
         rewards = normalize_rewards(rollout.rewards, self._vec_normalize_env)
-        if not rewards.requires_grad and self.training_horizon > 1:
-            raise ValueError(
-                "DHMBPO learns along gradients of imagined rewards, and these have none: dynamics_class or reward_fn must be "
-                "made of differentiable torch operations. MBPO does without"
-            )
         ent_coef = self._ent_coef()
         rollout = rollout._replace(rewards=rewards)
         critic_loss, values = self._update_critics(rollout, ent_coef)
@@ -199,6 +196,20 @@ class DHMBPO(ModelBased, SAC):
         if self.ent_coef_optimizer is not None:
             logged["ent_coef_loss"] = self._update_ent_coef(rollout.log_probs[0].detach())
         return logged
+
+    def _check_gradients(self, rollout: TrainingRollout) -> None:
+        """:raises ValueError: imagined observations, or rewards that vary, have no gradient"""
+        # A reward that is always the same needs none.
+        varies = bool(rollout.rewards[rollout.alive[:-1] > 0.5].std(correction=0) > 0)
+        for argument, of, missing in (
+            ("dynamics_class", "observations", not rollout.obs.requires_grad),
+            ("dynamics_class or reward_fn", "rewards", not rollout.rewards.requires_grad and varies),
+        ):
+            if missing:
+                raise ValueError(
+                    f"DHMBPO learns along gradients of imagined {of}, and these have none: {argument} must be made of "
+                    "differentiable torch operations. MBPO does without"
+                )
 
     def _ent_coef(self) -> th.Tensor:
         return self.ent_coef_tensor if self.ent_coef_optimizer is None else self.log_ent_coef.detach().exp()

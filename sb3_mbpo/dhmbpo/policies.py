@@ -96,6 +96,8 @@ class BoundedCritic(ContinuousCritic):
 
     value_low: th.Tensor
     value_high: th.Tensor
+    reward_low: th.Tensor
+    reward_high: th.Tensor
     bounds_known: th.Tensor
 
     def __init__(self, *, layer_norm: bool = True, **kwargs: Any) -> None:
@@ -108,6 +110,9 @@ class BoundedCritic(ContinuousCritic):
             setattr(self, f"qf{i}", network)
         self.register_buffer("value_low", th.tensor(-1.0))
         self.register_buffer("value_high", th.tensor(1.0))
+        # Lowest and highest real reward. A rare one, such as a bonus at the end, is beyond the quantiles.
+        self.register_buffer("reward_low", th.zeros(()))
+        self.register_buffer("reward_high", th.zeros(()))
         # 1 once bounds were measured.
         self.register_buffer("bounds_known", th.zeros(()))
 
@@ -129,16 +134,18 @@ class BoundedCritic(ContinuousCritic):
     @th.no_grad()
     def move_bounds(self, low: th.Tensor, high: th.Tensor, rate: float) -> None:
         """
-        Move the bounds towards new ones; the first time, set them.
+        Move the bounds towards new ones, the first time set them; a real reward always lies between them.
 
         :param low: a scalar
         :param high: a scalar
         :param rate: share of the way
         """
         rate = rate if bool(self.bounds_known) else 1.0
-        self.value_low.lerp_(low, rate)
+        low, high = th.minimum(low, self.reward_low), th.maximum(high, self.reward_high)
+        self.value_low.copy_(th.minimum(self.value_low.lerp(low, rate), self.reward_low))
         # Values need room even where every reward is the same.
-        self.value_high.copy_(th.maximum(self.value_high.lerp(high, rate), self.value_low + 1.0))
+        least = th.maximum(self.reward_high, self.value_low + 1.0)
+        self.value_high.copy_(th.maximum(self.value_high.lerp(high, rate), least))
         self.bounds_known.fill_(1.0)
 
 
@@ -203,12 +210,18 @@ class DHMBPOPolicy(SACPolicy):
         return {**super()._get_constructor_parameters(), "layer_norm": self.layer_norm}
 
     @th.no_grad()
-    def standardize(self, obs: th.Tensor) -> None:
+    def adapt(self, obs: th.Tensor, rewards: th.Tensor) -> None:
         """
-        Standardize what the networks see by the statistics of real data; what they compute stays the same.
+        Standardize what the networks see by the statistics of real data, which leaves what they compute as it was; and note
+        the range of the rewards.
 
         :param obs: as the policy sees them, flat ``(N, obs_dim)``, at least one
+        :param rewards: as the critics learn them, of any shape
         """
+        for critic in (self.critic, self.critic_target):
+            low, high = rewards.aminmax()
+            critic.reward_low.copy_(low)
+            critic.reward_high.copy_(high)
         mean, std = obs.double().mean(dim=0), obs.double().std(dim=0, correction=0)
         std = th.where(std <= ROUNDING * mean.abs().clamp(min=ROUNDING), CONSTANT_STD, std)
         for network in (self.actor, self.critic, self.critic_target):
