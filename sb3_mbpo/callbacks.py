@@ -27,6 +27,8 @@ MOST_STARTS = 5_000
 FEWEST_JUDGED = 20
 # Fits in a row after which a closed gate is warned of.
 UNUSED_FITS = 3
+# Between two fits of the dynamics it is looked so often whether the learned termination has missed a real one.
+LOOKS_AT_ENDS = 10
 
 
 class RolloutCallback(BaseCallback):
@@ -57,6 +59,7 @@ class RolloutCallback(BaseCallback):
             try:
                 with undone_on_error(self.model):
                     transitions = self._fit()
+                    self._relabel()
                     if self.model.dynamics.usable and self.model.imagined_share > 0:
                         self._refill(transitions)
                     else:
@@ -66,6 +69,8 @@ class RolloutCallback(BaseCallback):
                     self.model.dynamics_fitted_at = self.model.lifetime_timesteps
             finally:
                 self._show("")
+        else:
+            self._learn_missed_ends()
         self._mix()
         self._record_state()
 
@@ -88,6 +93,44 @@ class RolloutCallback(BaseCallback):
             return False
         # Asked last, for it looks at all rows: ends whose last observation was lost are no transitions to learn from.
         return len(buffer.real_transitions(agent.dynamics_window).rewards) >= agent.dynamics.min_transitions
+
+    def _learn_missed_ends(self) -> None:
+        """
+        Fit the learned termination again where it has missed a real one since the last look.
+
+        A policy finds states that the model does not know to end, and learns to go there: until the next fit of the dynamics,
+        that may be a thousand updates.
+        """
+        agent = self.model
+        buffer, every = agent.replay_buffer, max(agent.model_train_freq // LOOKS_AT_ENDS, agent.n_envs)
+        now, new = agent.lifetime_timesteps, self.locals.get("num_collected_steps", 0) * agent.n_envs
+        if agent.termination != "learned" or not len(buffer.model_buffer) or now // every == (now - new) // every:
+            return
+        steps = max(new, every) // agent.n_envs
+        if not buffer.newest(steps).dones.any():
+            return
+        transitions = buffer.real_transitions(steps * agent.n_envs)
+        ended = transitions.dones.squeeze(1) > 0.5
+        if agent.terminates(*(part[ended] for part in transitions[:3])).all():
+            return
+        with undone_on_error(agent):
+            metrics = agent.fit_termination(buffer.real_transitions(agent.dynamics_window))
+            metrics["relabeled"] = self._relabel()
+        for name, value in metrics.items():
+            self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
+
+    @th.no_grad()
+    def _relabel(self) -> int:
+        """
+        Let imagined transitions end where the learned termination says so now, with the reward that this makes.
+
+        :return: how many have changed
+        """
+        agent = self.model
+        if agent.termination != "learned":
+            return 0
+        reward = agent.predict_reward if agent.learns_reward else None
+        return agent.replay_buffer.model_buffer.relabel(agent.terminates, reward)
 
     def _measure_length(self, obs: th.Tensor) -> None:
         """

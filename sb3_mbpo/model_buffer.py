@@ -1,6 +1,7 @@
 """Where imagined transitions wait."""
 
 from collections import deque
+from collections.abc import Callable
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -155,6 +156,32 @@ class ModelBuffer:
         # Integers: float32 tells only the first 16 million apart.
         ages = (th.arange(1, n_rows + 1, device=self.rows.device) * len(self)) // max(n_rows, 1) - 1
         return self.rows.index_select(0, self._places(ages))
+
+    def relabel(
+        self, terminates: Callable[..., th.Tensor], reward: Callable[..., th.Tensor] | None, block: int = 10_000
+    ) -> int:
+        """
+        Let rows end where an episode ends by another rule now.
+
+        :param terminates: ``(obs, actions, next_obs)`` -> bool ``(B,)``
+        :param reward: ``(obs, actions, next_obs, terminated)`` -> ``(B,)``; what it changes with ``terminated`` is added to
+            the rewards of these rows; ``None``: nothing
+        :param block: rows that are looked at together
+        :return: number of rows that have changed
+        """
+        changed = 0
+        for ages in th.arange(len(self), device=self.rows.device).split(block):
+            places = self._places(ages)
+            transition = self.rows[places].split(self.widths, dim=1)[:3]
+            other = terminates(*transition) != (self.rows[places, -2] > 0.5)
+            rows = self.rows[places[other]]
+            transition, ended = rows.split(self.widths, dim=1)[:3], rows[:, -2] < 0.5
+            rows[:, -2] = ended.float()
+            if reward is not None and len(rows):
+                rows[:, -1] += reward(*transition, ended) - reward(*transition, ~ended)
+            self.rows[places[other]] = rows
+            changed += len(rows)
+        return changed
 
     def rewards(self) -> th.Tensor:
         """:return: those of all rows ``(N, 1)``, oldest first"""

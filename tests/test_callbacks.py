@@ -547,3 +547,47 @@ def test_auto_is_never_measured_on_what_was_fitted(most, monkeypatch):
     measured = [obs for obs in seen if len(obs) > 1]
     assert model.dynamics.fits == [21, 30, 60]
     assert th.equal(measured[0], real[max(30, 60 - most) : 60])
+
+
+class EndsLater(gym.Env):
+    """Nothing but draws from (-1, 1); from a certain step on, what is above ``limit`` ends the episode and costs 20."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, limit=0.5, begin=120):
+        self.limit, self.begin, self.steps = limit, begin, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        ended = self.steps > self.begin and bool(obs[0] > self.limit)
+        return obs, -20.0 * ended, ended, False, {}
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_ends_that_the_learned_termination_missed_are_learned_before_the_next_fit(n_envs):
+    """Nothing has ended before the only fit of the dynamics. Imagined transitions of before end where real ones do now."""
+    settings = {**FAST, "learning_starts": 100, "gradient_steps": 1, "model_train_freq": 1000, "rollout_batch_size": 500}
+    env = make_vec_env(EndsLater, n_envs, env_kwargs={"begin": 120 // n_envs})
+    model = MBPO(env=env, **settings, termination_fn="learned").learn(110)
+    assert model.replay_buffer.model_buffer.contents()[0][:, -2].sum() == 0
+    model.learn(400, reset_num_timesteps=False)
+    assert len(model.replay_buffer.model_buffer.refills) == 1
+    rows = model.replay_buffer.model_buffer.contents()[0]
+    next_obs, dones, rewards = rows[:, 3], rows[:, -2] > 0.5, rows[:, -1]
+    assert (dones == (next_obs > 0.5)).float().mean() > 0.95 and dones.float().mean() > 0.1
+    assert rewards[~dones].abs().max() < 5
+
+
+def test_a_known_termination_is_not_fitted_again(monkeypatch):
+    settings = {**FAST, "learning_starts": 100, "gradient_steps": 1, "model_train_freq": 1000}
+    fits = []
+    monkeypatch.setattr(MBPO, "fit_termination", lambda self, transitions: fits.append(len(transitions.rewards)) or {})
+    ends = lambda obs, actions, next_obs: next_obs[:, 0] > 2  # noqa: E731
+    MBPO(env=EndsLater(), **settings, termination_fn=ends).learn(300)
+    assert len(fits) == 1

@@ -146,3 +146,27 @@ def test_spread_and_rewards():
     assert buffer.rewards().tolist() == [[-float(i)] for i in range(100, 300)]
     empty = ModelBuffer(1, 1)
     assert empty.spread(4).shape == (0, 5) and empty.rewards().shape == (0, 1)
+
+
+def test_relabeled_rows_end_by_the_new_rule_and_are_paid_accordingly():
+    buffer = ModelBuffer(1, 1, retained_rollouts=2)
+    obs = th.arange(10.0).unsqueeze(1)
+    # Until now, episodes ended from 7 on; the ring has wrapped around.
+    for first in (100.0, 0.0, 0.0):
+        ended = (obs >= 7).float()
+        buffer.begin_refill()
+        buffer.add(ReplayBufferSamples(obs + first, obs, obs + first, ended, obs - 20 * ended))
+    changed = buffer.relabel(
+        lambda obs, actions, next_obs: next_obs.flatten() >= 4,
+        lambda obs, actions, next_obs, ended: 1000 - 20.0 * ended.float(),
+        block=3,
+    )
+    rows, refills = buffer.contents()
+    assert changed == 2 * 3 and refills == [10, 10]
+    for part in rows.split(10):
+        expected = (obs >= 4).float().flatten()
+        assert th.equal(part[:, 0], obs.flatten()) and th.equal(part[:, 3], expected)
+        assert th.allclose(part[:, 4], obs.flatten() - 20 * expected, atol=1e-3)
+    assert buffer.relabel(lambda obs, actions, next_obs: next_obs.flatten() >= 8, None) == 2 * 4
+    assert th.equal(buffer.contents()[0][:10, 3], (obs >= 8).float().flatten())
+    assert ModelBuffer(1, 1).relabel(lambda *transition: transition[0].flatten() > 0, None) == 0

@@ -158,6 +158,9 @@ class DHMBPOPolicy(SACPolicy):
     :param layer_norm: normalize what goes into each layer of a critic but the first
     """
 
+    critic: BoundedCritic
+    critic_target: BoundedCritic
+
     def __init__(
         self,
         observation_space: spaces.Space,
