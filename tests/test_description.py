@@ -246,8 +246,8 @@ class Mine(MBPO):
 def test_a_class_of_the_callers():
     """No file can name it; who has it can say so. What it does not keep of its arguments cannot be described."""
     agent = make(Mine, extra=4)
-    assert set(AGENTS) == {"MBPO", "MBTD3", "MBTQC", "MBCrossQ"}
-    with pytest.raises(ValueError, match="class 'Mine' is not among MBPO, MBTD3"):
+    assert set(AGENTS) == {"DHMBPO", "MBPO", "MBTD3", "MBTQC", "MBCrossQ"}
+    with pytest.raises(ValueError, match="class 'Mine' is not among DHMBPO, MBPO, MBTD3"):
         build(described(agent))
     with pytest.raises(ValueError, match="forgotten was an object"):
         build(described(agent), cls=Mine)
@@ -285,7 +285,7 @@ def argument(name, value):
         (set_in("format", to=True), "format=True"),
         (set_in("more", to=1), r"unknown keys \['more'\]"),
         (lambda d: d.pop("counters"), r"lacks \['counters'\]"),
-        (set_in("class", to="os.system"), "'os.system' is not among MBPO"),
+        (set_in("class", to="os.system"), "'os.system' is not among DHMBPO, MBPO"),
         (set_in("class", to="__init__"), "is not among"),
         (set_in("class", to=["MBPO"]), "is not among"),
         (set_in("policy", to="os.system"), "must be one of MlpPolicy"),

@@ -58,7 +58,7 @@ def test_sacs_replay_buffer(tmp_path):
     model = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
     model.load_replay_buffer(tmp_path / "buffer")
     model.learn(30)
-    assert model.replay_buffer.size() == 230 and model.replay_buffer.real_rows(100) == 5
+    assert model.replay_buffer.size() == 230 and model.replay_buffer.real_rows(100) == 50
 
 
 def test_replay_buffer_that_was_thrown_away(tmp_path):
@@ -67,7 +67,7 @@ def test_replay_buffer_that_was_thrown_away(tmp_path):
     agent.save_replay_buffer(tmp_path / "buffer", imagined=True)
     agent.replay_buffer = None
     agent.load_replay_buffer(tmp_path / "buffer")
-    assert agent.replay_buffer.size() == 60 and agent.replay_buffer.real_rows(100) == 5
+    assert agent.replay_buffer.size() == 60 and agent.replay_buffer.real_rows(100) == 50
     agent.learn(10, reset_num_timesteps=False)
 
 
