@@ -67,6 +67,8 @@ class RolloutCallback(BaseCallback):
                         self.model.replay_buffer.model_buffer.begin_refill()
                     self._judge_values(transitions)
                     self.model.dynamics_fitted_at = self.model.lifetime_timesteps
+                # Last, for nothing takes it back.
+                self.model.adapt_networks(transitions)
             finally:
                 self._show("")
         else:
@@ -167,7 +169,6 @@ class RolloutCallback(BaseCallback):
         metrics |= agent.fit_reward(transitions, self._say)
         metrics |= agent.fit_termination(transitions) | agent.audit_reward(transitions)
         self._set_gate(of_steps, metrics)
-        agent.adapt_networks(transitions)
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
         self.logger.record("dynamics/fit_seconds", time.perf_counter() - started)

@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     MISSING = f"sb3_mbpo.diagnostics needs {error.name}: pip install sb3_mbpo[plots]"
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
-from sb3_mbpo import mbpo, variants
+from sb3_mbpo import dhmbpo, mbpo, variants
 from sb3_mbpo.checks import did_you_mean
 from sb3_mbpo.diagnosis import diagnose
 from sb3_mbpo.model_error import N_SAMPLES
@@ -41,7 +41,7 @@ from sb3_mbpo.provenance import hardware, versions
 from sb3_mbpo.safe_files import read_bytes, read_json, read_members
 from sb3_mbpo.safe_loading import MEMBER
 
-ALGORITHMS = ("MBPO", "MBTD3", "MBTQC", "MBCrossQ")
+ALGORITHMS = ("MBPO", "DHMBPO", "MBTD3", "MBTQC", "MBCrossQ")
 # Steps of the episode in the video.
 MOST_FILMED = 300
 
@@ -64,7 +64,7 @@ def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
     name = read_json(members[MEMBER])["class"] if MEMBER in members else "MBPO"
     if name not in ALGORITHMS:
         raise ValueError(f"{path} is an agent of {name!r}, not of {', '.join(ALGORITHMS)}; call write_report with it instead")
-    agent_class = mbpo.MBPO if name == "MBPO" else getattr(variants, name)
+    agent_class = getattr({"MBPO": mbpo, "DHMBPO": dhmbpo}.get(name, variants), name)
     try:
         return agent_class.load(path, env, safe=safe, buffer_size=1, verbose=0)
     except ValueError as error:

@@ -192,5 +192,7 @@ def _check_filtered(filtered: Any, n: int, width: int) -> None:
         mask = getattr(filtered, name)
         if mask.dtype != th.bool or mask.shape != (n,):
             raise ValueError(f"{name} is {mask.dtype} of shape {tuple(mask.shape)}, not bool of shape {(n,)}")
+    if filtered.penalty is not None and filtered.penalty.shape != (n,):
+        raise ValueError(f"its penalty has shape {tuple(filtered.penalty.shape)}, not {(n,)}")
     if filtered.state is not None and len(filtered.state) != n:
         raise ValueError(f"its state has {len(filtered.state)} rows, not {n}")

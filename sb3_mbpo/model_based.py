@@ -106,9 +106,10 @@ class ModelBased(Imagining, Resuming):
     ) -> None:
         signature = inspect.signature(super().__init__)
         check_names(kwargs, signature, type(self))
-        as_ever = "gradient_steps" not in signature.bind_partial(policy, env, *args, **kwargs).arguments
-        if as_ever:
-            kwargs["gradient_steps"] = 20
+        given = signature.bind_partial(policy, env, *args, **kwargs).arguments
+        as_ever = "gradient_steps" not in given
+        ours = inspect.signature(ModelBased.__init__).parameters
+        kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in ours and name not in given}
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
         for warning in read_first(policy, env, passed, as_ever):

@@ -164,6 +164,11 @@ class ResumeCallback(BaseCallback):
         if self._before_train is not None:
             self.interrupts.check()
 
+    @property
+    def can_undo_train(self) -> bool:
+        """Whether the present ``train()`` may be broken off."""
+        return self._before_train is not None
+
     def undo_train(self) -> None:
         """Called by the agent when ``train()`` was broken off: set back what it had begun, save, end."""
         assert self._before_train is not None

@@ -153,11 +153,14 @@ class Saving(OffPolicyAlgorithm):
         learned = ["learned_reward", "learned_termination", "learned_termination.optimizer"]
         return [*state_dicts, "dynamics", *optimizer, *learned], variables
 
+    def _kept_refills(self) -> int:
+        """Refills that the model buffer keeps."""
+        if self.dynamics_window is None:
+            return self.retained_rollouts
+        # What an older fit imagined rests on none of the newest transitions.
+        return min(self.retained_rollouts, -(-self.dynamics_window // self.model_train_freq))
+
     def _make_replay_buffer(self) -> MixedReplayBuffer:
-        retained = self.retained_rollouts
-        if self.dynamics_window is not None:
-            # What an older fit imagined rests on none of the newest transitions.
-            retained = min(retained, -(-self.dynamics_window // self.model_train_freq))
         try:
             return MixedReplayBuffer(
                 self.buffer_size,
@@ -167,7 +170,7 @@ class Saving(OffPolicyAlgorithm):
                 self.n_envs,
                 optimize_memory_usage=self.optimize_memory_usage,
                 **self.replay_buffer_kwargs,
-                retained_rollouts=retained,
+                retained_rollouts=self._kept_refills(),
                 **{name: getattr(self, name) for name in ("real_ratio", "model_buffer_size", "seed")},
             )
         except MemoryError as error:

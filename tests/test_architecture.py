@@ -139,6 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnostics": {
         "checks",
         "diagnosis",
+        "dhmbpo",
         "diagnosis_page",
         "diagnosis_video",
         "mbpo",

@@ -92,6 +92,9 @@ def test_an_end_cuts_rewards_entropies_and_values():
 def test_value_bounds():
     soft_rewards = th.linspace(1, 101, 101).reshape(101, 1)
     low, high = value_bounds(soft_rewards, th.ones(101, 1), (0.01, 0.99), 0.9)
+    # A mean beyond the quantile: what is rare comes again and again.
+    rare = th.cat([th.zeros(995, 1), th.ones(5, 1)])
+    assert value_bounds(rare, th.ones(1000, 1), (0.01, 0.99), 0.9)[1].item() == pytest.approx(0.05)
     # The worst that happens is the end of the episode, worth 0.
     assert low.item() == 0 and high.item() == pytest.approx(1000.0)
     low, high = value_bounds(-soft_rewards, th.ones(101, 1), (0.01, 0.99), 0.9)
@@ -109,7 +112,7 @@ def test_a_training_rollout_follows_the_policy_and_stops_where_an_episode_ends()
     ends = lambda obs, actions, next_obs: next_obs[:, 0] > 1  # noqa: E731
     start = th.tensor([[0.1, 0.2], [4.0, -3.0], [-0.5, 0.3]], dtype=th.float64)
     rollout = training_rollout(dynamics, policy, ends, start, 4)
-    assert [part.shape[0] for part in rollout] == [5, 5, 5, 4, 5] and (rollout.alive[0] == 1).all()
+    assert [part.shape[0] for part in rollout[:5]] == [5, 5, 5, 4, 5] and (rollout.alive[0] == 1).all() and rollout.valid.all()
     for row in range(3):
         obs, alive = start[row : row + 1], True
         for h in range(4):
@@ -132,6 +135,8 @@ def test_what_is_not_finite_ends_a_branch_and_leaves_the_gradient_finite():
     start = th.tensor([[7.0, 0.0], [1.0, 0.0]], dtype=th.float64)
     rollout = training_rollout(Breaks(2, 1), lambda obs: (weight * obs[:, :1], obs[:, 0]), never, start, 3)
     assert rollout.alive[:, 0].tolist() == [1, 0, 0, 0] and rollout.alive[:, 1].tolist() == [1, 1, 1, 1]
+    # No end, of which the value would be known to be 0: the branch is to be left out.
+    assert rollout.valid.tolist() == [False, True] and rollout.of(rollout.valid).rewards.shape == (3, 1)
     (gradient,) = th.autograd.grad(rollout.rewards.sum(), weight)
     assert gradient.isfinite() and gradient != 0
 
@@ -231,13 +236,13 @@ def test_new_statistics_leave_actions_and_values_as_they_were():
     policy = model.policy
     assert isinstance(policy, DHMBPOPolicy)
     obs = th.randn(50, 3) * th.tensor([1.0, 2.0, 3.0]) + 1
-    policy.adapt(obs, th.zeros(50, 1))
+    policy.adapt(obs, th.zeros(50, 1), trained=False)
     assert th.allclose(policy.actor.features_extractor(obs).std(dim=0, correction=0), th.ones(3), atol=1e-4)
     actions = th.rand(50, 1)
     for body in policy.critic.q_networks:
         th.nn.init.normal_(body[-1].weight)
     before = policy.actor(obs, deterministic=True), th.cat(policy.critic(obs, actions), dim=1)
-    policy.adapt(2 * obs - 3, th.zeros(50, 1))
+    policy.adapt(2 * obs - 3, th.zeros(50, 1), trained=True)
     after = policy.actor(obs, deterministic=True), th.cat(policy.critic(obs, actions), dim=1)
     for old, new in zip(before, after, strict=True):
         assert th.allclose(old, new, atol=1e-4)
@@ -259,10 +264,38 @@ def test_values_start_in_the_middle_of_their_bounds_and_bounds_move_slowly():
     assert critic.value_high - critic.value_low == 1
 
 
+def test_values_stay_where_bounds_jump():
+    critic = agent().critic
+    for body in critic.q_networks:
+        th.nn.init.normal_(body[-1].weight)
+    obs, actions = th.randn(20, 3), th.rand(20, 1)
+    before = th.cat(critic(obs, actions), dim=1)
+    # The first time, of a critic that has learned from SAC's updates; then by a reward that was never seen before.
+    critic.move_bounds(th.tensor(-2000.0), th.tensor(0.0), 0.1)
+    assert th.allclose(before, th.cat(critic(obs, actions), dim=1), atol=1e-3)
+    critic.reward_high.fill_(100.0)
+    critic.move_bounds(th.tensor(-2000.0), th.tensor(0.0), 0.1)
+    assert critic.value_high == 100 and th.allclose(before, th.cat(critic(obs, actions), dim=1), atol=1e-3)
+
+
+def test_moments_of_adam_follow_the_first_layer():
+    """In the new units of its weights: the next step is the one that the old weights would have made."""
+    model = agent().learn(30)
+    layer = model.actor.latent_pi[0]
+    moments = model.actor.optimizer.state[layer.weight]
+    before = {name: moments[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    old = model.actor.features_extractor.obs_std.clone()
+    model.policy.adapt(2 * th.randn(500, 3), th.zeros(1), trained=True)
+    scale = model.actor.features_extractor.obs_std / old
+    assert (scale != 1).all() and (scale < 10).all()
+    assert th.allclose(moments["exp_avg"], before["exp_avg"] / scale)
+    assert th.allclose(moments["exp_avg_sq"], before["exp_avg_sq"] / scale**2)
+
+
 def test_a_rare_reward_is_a_possible_value():
     """A bonus of 100 at the end of an episode is beyond the quantiles of the rewards, and must not be cut off."""
     policy = agent().policy
-    policy.adapt(th.randn(50, 3), th.cat([th.full((49, 1), -0.1), th.tensor([[100.0]])]))
+    policy.adapt(th.randn(50, 3), th.cat([th.full((49, 1), -0.1), th.tensor([[100.0]])]), trained=False)
     for _ in range(3):
         policy.critic.move_bounds(th.tensor(-20.0), th.tensor(0.0), 0.1)
         assert policy.critic.value_low == -20 and policy.critic.value_high == 100
@@ -292,11 +325,23 @@ def test_without_trust_in_the_dynamics_updates_are_sacs():
         ({"value_quantiles": (0.9, 0.1)}, "value_quantiles=.*the lower one first"),
         ({"real_ratio": 0.05}, "real_ratio=0.05 must be 0, or 1.*pass real_roots"),
         ({"use_sde": True}, "use_sde=True must be False"),
+        ({"gamma": 1}, "gamma=1 must be below 1"),
+        ({"value_quantiles": 0.5}, "value_quantiles=0.5 must be two numbers"),
     ],
 )
 def test_refused_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         agent(**kwargs)
+
+
+def test_arguments_as_yaml_has_them(tmp_path):
+    model = agent(training_horizon="2", value_quantiles=[0.05, 0.95]).learn(25)
+    assert model.training_horizon == 2
+    model.save(tmp_path / "agent")
+    assert DHMBPO.load(tmp_path / "agent", safe=True).value_quantiles == (0.05, 0.95)
+    with pytest.warns(UserWarning, match="gradient_steps"):
+        agent(make_vec_env("Pendulum-v1", 4))
+    agent(policy_kwargs={"net_arch": []}).learn(25)
 
 
 @pytest.mark.filterwarnings("ignore:reward_fn disagrees")
@@ -310,7 +355,7 @@ def test_dynamics_without_a_gradient_are_refused():
         ValueError, match=r"imagined observations.*dynamics_class must be made of differentiable torch operations"
     ):
         agent(dynamics_class=Opaque).learn(25)
-    with pytest.raises(ValueError, match=r"imagined rewards.*or reward_fn must be made of differentiable torch operations"):
+    with pytest.warns(UserWarning, match="rewards have no gradient"):
         agent(reward_fn=lambda obs, actions, next_obs: next_obs[:, 0].detach() + 0).learn(25)
     # What never varies has no gradient and needs none.
     agent(reward_fn=lambda obs, actions, next_obs: th.ones(len(obs))).learn(25)

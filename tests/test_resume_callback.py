@@ -208,6 +208,7 @@ def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
 
             patch.setattr("sb3_mbpo.callbacks.branched_rollout", interrupting(callbacks.branched_rollout, 5))
         elif phase == "train of DHMBPO":
+            patch.setattr("sb3_mbpo.resume_callback._LONG_TRAIN", 2)
             patch.setattr(DHMBPO, "_update", interrupting(DHMBPO._update, 3))
         else:
             from sb3_mbpo import MixedReplayBuffer

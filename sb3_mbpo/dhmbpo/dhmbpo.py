@@ -1,6 +1,7 @@
 """DHMBPO: SAC that looks some steps ahead through the differentiable dynamics."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from sb3_mbpo.checks import is_number, number, shown, whole
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
+from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.plausible import Plausible
@@ -56,6 +58,8 @@ class DHMBPO(ModelBased, SAC):
         **{"rollout_schedule": 20, "rollout_batch_size": 256, "retained_rollouts": 10, "real_ratio": 0.0},
     }
 
+    # Step of the fit, and the bounds of what was real then.
+    _plausible: tuple[int, Plausible] | None = None
     actor: Any
     log_ent_coef: Any
     target_entropy: Any
@@ -77,13 +81,13 @@ class DHMBPO(ModelBased, SAC):
         self.distribution_freq = distribution_freq
         self.real_roots = real_roots
         self.value_quantiles = value_quantiles
-        positional = list(inspect.signature(DHMBPO).parameters)[2 : 2 + len(args)]
-        defaults = {name: value for name, value in self.DEFAULTS.items() if name not in positional}
+        mixed = inspect.signature(ModelBased.__init__).parameters
+        defaults = {name: value for name, value in self.DEFAULTS.items() if name in mixed}
         super().__init__(policy, env, *args, **{**defaults, **kwargs})
 
     def _setup_model(self) -> None:
-        self._check_arguments()
         super()._setup_model()
+        self._check_arguments()
         if not isinstance(self.policy, DHMBPOPolicy):
             raise ValueError(f"policy={shown(self.policy_class)} must be 'MlpPolicy' or a subclass of DHMBPOPolicy")
 
@@ -91,14 +95,19 @@ class DHMBPO(ModelBased, SAC):
         whole(1, 1000).check("training_horizon", self.training_horizon)
         whole(1).check("distribution_freq", self.distribution_freq)
         number(0, 1).check("real_roots", self.real_roots)
-        quantiles = self.value_quantiles
-        if not (len(quantiles) == 2 and all(is_number(q, 0, 1) for q in quantiles) and quantiles[0] < quantiles[1]):
+        # A list is the tuple of YAML, and of JSON.
+        quantiles = tuple(self.value_quantiles) if isinstance(self.value_quantiles, list) else self.value_quantiles
+        self.value_quantiles = quantiles
+        two = isinstance(quantiles, tuple) and len(quantiles) == 2 and all(is_number(q, 0, 1) for q in quantiles)
+        if not two or quantiles[0] >= quantiles[1]:
             raise ValueError(f"value_quantiles={shown(quantiles)} must be two numbers from 0 to 1, the lower one first")
         if self.real_ratio not in (0, 1):
             raise ValueError(
                 f"real_ratio={shown(self.real_ratio)} must be 0, or 1 for SAC without a model. For training rollouts that "
                 "start at real states, pass real_roots"
             )
+        if self.gamma == 1:
+            raise ValueError("gamma=1 must be below 1: without a discount, values have no bounds")
         if self.use_sde:
             raise ValueError("use_sde=True must be False: training rollouts need an independent action in each state")
 
@@ -106,12 +115,12 @@ class DHMBPO(ModelBased, SAC):
         """Standardize what policy and critics see by all real observations, and note the range of the rewards."""
         assert isinstance(self.policy, DHMBPOPolicy)
         rewards = normalize_rewards(transitions.rewards, self._vec_normalize_env)
-        self.policy.adapt(self._as_policy_sees(transitions.observations).flatten(1), rewards)
+        self.policy.adapt(self._as_policy_sees(transitions.observations).flatten(1), rewards, trained=self._n_updates > 0)
 
     @property
     def expands_values(self) -> bool:
-        """Whether updates look ahead through the dynamics; else they are SAC's own, on real transitions."""
-        trusted = self.real_ratio < 1 and self.imagined_share > 0 and self.dynamics_fitted_at is not None
+        """Whether updates look ahead through the dynamics, which needs an open gate; else they are SAC's own."""
+        trusted = self.real_ratio < 1 and self.imagined_share == 1 and self.dynamics_fitted_at is not None
         return trusted and self.dynamics.usable
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -122,7 +131,7 @@ class DHMBPO(ModelBased, SAC):
         self.policy.set_training_mode(True)
         optimizers = [self.actor.optimizer, self.critic.optimizer]
         self._update_learning_rate(optimizers + ([] if self.ent_coef_optimizer is None else [self.ent_coef_optimizer]))
-        dynamics, logged = self.imagined_dynamics, []
+        dynamics, logged = self._bounded_dynamics(), []
         with self._undone_if_interrupted(gradient_steps):
             for update in range(self._n_updates, self._n_updates + gradient_steps):
                 if self.replay_buffer.check is not None:
@@ -143,7 +152,8 @@ class DHMBPO(ModelBased, SAC):
         """What ``ResumeCallback`` does not set back when ``train`` is broken off: the model buffer."""
         buffer = self.replay_buffer.model_buffer
         # A single update is not broken off once it has begun.
-        before = buffer.contents() if self.resumable is not None and gradient_steps > 1 else None
+        long = gradient_steps > 1 and self.resumable is not None and self.resumable.can_undo_train
+        before = buffer.contents() if long else None
         try:
             yield
         except Interrupted:
@@ -154,8 +164,7 @@ class DHMBPO(ModelBased, SAC):
     def roll_distribution(self) -> None:
         """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
         buffer = self.replay_buffer
-        plausible = Plausible(buffer.real_transitions(self.dynamics_window), self.imagined_margin)
-        dynamics, length = plausible.within(self.imagined_dynamics), self.rollout_length
+        dynamics, length = self._bounded_dynamics(), self.rollout_length
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
         with self.imagining() as policy:
@@ -168,6 +177,29 @@ class DHMBPO(ModelBased, SAC):
                 missing -= len(kept.rewards)
                 if missing <= 0:
                     break
+
+    def _bounded_dynamics(self) -> DynamicsModel:
+        """
+        The dynamics within the bounds of the real transitions that it was fitted to, see ``imagined_margin``.
+
+        The bounds are found once for each fit, and again where a run goes on.
+        """
+        if self._plausible is None or self._plausible[0] != self.dynamics_fitted_at:
+            assert self.dynamics_fitted_at is not None
+            later = self.lifetime_timesteps - self.dynamics_fitted_at
+            window = None if self.dynamics_window is None else self.dynamics_window + later
+            transitions = self.replay_buffer.real_transitions(window)
+            n = max(len(transitions.rewards) - later, 1)
+            fitted = ReplayBufferSamples(*(part[:n] for part in transitions[:5]))
+            self._plausible = self.dynamics_fitted_at, Plausible(fitted, self.imagined_margin)
+        return self._plausible[1].within(self.imagined_dynamics)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_plausible"]
+
+    def _kept_refills(self) -> int:
+        # There are several between two fits.
+        return self.retained_rollouts
 
     def _roots(self, n: int) -> th.Tensor:
         """:return: raw observations ``(n, obs_dim)`` that training rollouts start at"""
@@ -186,6 +218,13 @@ class DHMBPO(ModelBased, SAC):
         :return: what to log
         """
         rollout = training_rollout(dynamics, self._action_and_log_prob, self.terminates, roots, self.training_horizon)
+        if not rollout.valid.all():
+            rollout = rollout.of(rollout.valid)
+        if not len(rollout.obs[0]):
+            raise ValueError(
+                "No prediction of the dynamics is finite in training rollouts. Look at dynamics_class, and at reward_fn if "
+                "there is one; min_explained_variance keeps a dynamics out that explains nothing"
+            )
         self._check_gradients(rollout)
         rewards = normalize_rewards(rollout.rewards, self._vec_normalize_env)
         ent_coef = self._ent_coef()
@@ -198,18 +237,24 @@ class DHMBPO(ModelBased, SAC):
         return logged
 
     def _check_gradients(self, rollout: TrainingRollout) -> None:
-        """:raises ValueError: imagined observations, or rewards that vary, have no gradient"""
-        # A reward that is always the same needs none.
-        varies = bool(rollout.rewards[rollout.alive[:-1] > 0.5].std(correction=0) > 0)
-        for argument, of, missing in (
-            ("dynamics_class", "observations", not rollout.obs.requires_grad),
-            ("dynamics_class or reward_fn", "rewards", not rollout.rewards.requires_grad and varies),
-        ):
-            if missing:
-                raise ValueError(
-                    f"DHMBPO learns along gradients of imagined {of}, and these have none: {argument} must be made of "
-                    "differentiable torch operations. MBPO does without"
-                )
+        """
+        Warn once of rewards that vary and have no gradient.
+
+        :raises ValueError: imagined observations have no gradient
+        """
+        if not rollout.obs.requires_grad:
+            raise ValueError(
+                "DHMBPO learns along gradients of imagined observations, and these have none: dynamics_class must be made of "
+                "differentiable torch operations. MBPO does without"
+            )
+        if rollout.rewards.requires_grad or "gradient" in self._warned_of or bool(rollout.rewards.std(correction=0) == 0):
+            return
+        self._warned_of.append("gradient")
+        warnings.warn(
+            "Imagined rewards have no gradient: the actor does not see how its actions change the rewards of the next "
+            f"{self.training_horizon} steps, only the values after them. Make reward_fn of differentiable torch operations",
+            stacklevel=2,
+        )
 
     def _ent_coef(self) -> th.Tensor:
         return self.ent_coef_tensor if self.ent_coef_optimizer is None else self.log_ent_coef.detach().exp()

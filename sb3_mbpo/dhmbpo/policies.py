@@ -29,39 +29,40 @@ class StandardizeExtractor(BaseFeaturesExtractor):
 
     obs_mean: th.Tensor
     obs_std: th.Tensor
-    obs_known: th.Tensor
 
     def __init__(self, observation_space: spaces.Space) -> None:
         size = spaces.utils.flatdim(observation_space)
         super().__init__(observation_space, size)
         self.register_buffer("obs_mean", th.zeros(size))
         self.register_buffer("obs_std", th.ones(size))
-        # 1 once there were statistics.
-        self.register_buffer("obs_known", th.zeros(()))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """:return: ``(B, obs_dim)``"""
         return ((observations.flatten(1) - self.obs_mean) / self.obs_std).clamp(-FARTHEST, FARTHEST)
 
     @th.no_grad()
-    def set_statistics(self, mean: th.Tensor, std: th.Tensor, first_layers: list[nn.Linear]) -> None:
+    def set_statistics(self, mean: th.Tensor, std: th.Tensor, first_layers: list[nn.Linear], optimizer: Any) -> None:
         """
-        Change the statistics and, but for the first time, the layers that come next, so that these compute what they did.
+        Change the statistics and the layers that come next, so that these compute what they did before.
 
         :param mean: ``(obs_dim,)``
         :param std: ``(obs_dim,)``
-        :param first_layers: their first ``obs_dim`` inputs are the features
+        :param first_layers: their first ``obs_dim`` inputs are the features; none: networks that have learned nothing yet
+        :param optimizer: Adam of these layers, whose moments are in the units of their gradients; ``None``: there is none
         """
         scale, shift = std / self.obs_std, (mean - self.obs_mean) / self.obs_std
-        alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING) & (self.obs_known > 0.5)
+        alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING)
         scale, shift = th.where(alike, scale, 1.0), th.where(alike, shift, 0.0)
         for layer in first_layers:
             weight = layer.weight[:, : len(scale)]
             layer.bias.add_(weight @ shift)
             weight.mul_(scale)
+            moments = {} if optimizer is None else optimizer.state.get(layer.weight, {})
+            for name, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+                if name in moments:
+                    moments[name][:, : len(scale)].div_(scale**power)
         self.obs_mean.copy_(mean)
         self.obs_std.copy_(std)
-        self.obs_known.fill_(1.0)
 
 
 def value_network(in_size: int, net_arch: list[int], activation_fn: type[nn.Module], layer_norm: bool) -> nn.Sequential:
@@ -127,7 +128,7 @@ class BoundedCritic(ContinuousCritic):
         :param actions: ``(B, action_dim)``
         :return: Q-values of each, ``(B, 1)``
         """
-        center, width = (self.value_high + self.value_low) / 2, (self.value_high - self.value_low) / 2
+        center, width = self.center_and_width()
         inputs = th.cat([self.extract_features(obs, self.features_extractor), actions], dim=1)
         return tuple(center + width * self.q_networks[int(i)](inputs) for i in networks)
 
@@ -136,17 +137,34 @@ class BoundedCritic(ContinuousCritic):
         """
         Move the bounds towards new ones, the first time set them; a real reward always lies between them.
 
+        Values follow the bounds where these move slowly. Where they jump, values stay as they are, unless nothing was learned.
+
         :param low: a scalar
         :param high: a scalar
         :param rate: share of the way
         """
-        rate = rate if bool(self.bounds_known) else 1.0
-        low, high = th.minimum(low, self.reward_low), th.maximum(high, self.reward_high)
-        self.value_low.copy_(th.minimum(self.value_low.lerp(low, rate), self.reward_low))
+        first = not bool(self.bounds_known)
+        center, width = self.center_and_width()
+        lerped = (low, high) if first else (self.value_low.lerp(low, rate), self.value_high.lerp(high, rate))
+        new_low = th.minimum(lerped[0], self.reward_low)
         # Values need room even where every reward is the same.
-        least = th.maximum(self.reward_high, self.value_low + 1.0)
-        self.value_high.copy_(th.maximum(self.value_high.lerp(high, rate), least))
+        new_high = th.maximum(lerped[1], th.maximum(self.reward_high, new_low + 1.0))
+        jumps = first or bool((new_low != lerped[0]) | (new_high != lerped[1]))
+        self.value_low.copy_(new_low)
+        self.value_high.copy_(new_high)
         self.bounds_known.fill_(1.0)
+        if not jumps:
+            return
+        new_center, new_width = self.center_and_width()
+        for network in self.q_networks:
+            head: Any = network[-1]  # type: ignore[index]
+            if head.weight.any():
+                head.weight.mul_(width / new_width)
+                head.bias.copy_((center + width * head.bias - new_center) / new_width)
+
+    def center_and_width(self) -> tuple[th.Tensor, th.Tensor]:
+        """:return: of the bounds: their middle, and half their distance"""
+        return (self.value_high + self.value_low) / 2, (self.value_high - self.value_low) / 2
 
 
 class DHMBPOPolicy(SACPolicy):
@@ -213,13 +231,13 @@ class DHMBPOPolicy(SACPolicy):
         return {**super()._get_constructor_parameters(), "layer_norm": self.layer_norm}
 
     @th.no_grad()
-    def adapt(self, obs: th.Tensor, rewards: th.Tensor) -> None:
+    def adapt(self, obs: th.Tensor, rewards: th.Tensor, trained: bool) -> None:
         """
-        Standardize what the networks see by the statistics of real data, which leaves what they compute as it was; and note
-        the range of the rewards.
+        Standardize what the networks see by the statistics of real data, and note the range of the rewards.
 
         :param obs: as the policy sees them, flat ``(N, obs_dim)``, at least one
         :param rewards: as the critics learn them, of any shape
+        :param trained: whether the networks have learned something, and are to compute what they did before
         """
         for critic in (self.critic, self.critic_target):
             low, high = rewards.aminmax()
@@ -230,12 +248,17 @@ class DHMBPOPolicy(SACPolicy):
         for network in (self.actor, self.critic, self.critic_target):
             extractor = network.features_extractor
             if isinstance(extractor, StandardizeExtractor):
-                bodies: Any = [self.actor.latent_pi] if network is self.actor else network.q_networks
-                extractor.set_statistics(mean.float(), std.float(), [_first_layer(body) for body in bodies])
+                layers = self._first_layers(network) if trained else []
+                optimizer = None if network is self.critic_target else network.optimizer
+                extractor.set_statistics(mean.float(), std.float(), layers, optimizer)
 
-
-def _first_layer(body: nn.Module) -> nn.Linear:
-    return next(module for module in body.modules() if isinstance(module, nn.Linear))
+    def _first_layers(self, network: Any) -> list[nn.Linear]:
+        """Layers that see the features; without hidden ones, an actor has two."""
+        bodies = network.q_networks if isinstance(network, BoundedCritic) else [network.latent_pi, network.mu, network.log_std]
+        linear = [[module for module in body.modules() if isinstance(module, nn.Linear)] for body in bodies]
+        if isinstance(network, BoundedCritic):
+            return [layers[0] for layers in linear]
+        return [linear[0][0]] if linear[0] else [linear[1][0], linear[2][0]]
 
 
 MlpPolicy = DHMBPOPolicy

@@ -17,6 +17,7 @@ class TrainingRollout(NamedTuple):
     :param log_probs: of these actions, ``(H + 1, B)``
     :param rewards: ``(H, B)``
     :param alive: 1 until the episode has ended, then 0, ``(H + 1, B)``; no gradient
+    :param valid: false where a prediction was not finite, bool ``(B,)``
     """
 
     obs: th.Tensor
@@ -24,6 +25,11 @@ class TrainingRollout(NamedTuple):
     log_probs: th.Tensor
     rewards: th.Tensor
     alive: th.Tensor
+    valid: th.Tensor
+
+    def of(self, rows: th.Tensor) -> "TrainingRollout":
+        """:return: the same of some trajectories, bool ``(B,)``"""
+        return TrainingRollout(*[*(part[:, rows] for part in self[:5]), self.valid[rows]])
 
 
 def training_rollout(
@@ -36,7 +42,8 @@ def training_rollout(
     """
     Follow the policy in the dynamics, and keep the graph of actions, states and rewards.
 
-    A branch that has ended, or whose prediction is not finite, stays where it was and counts no more.
+    A branch that has ended, or whose prediction is not finite, stays where it was and counts no more. The latter is no end,
+    of which the value would be known: leave such branches out.
 
     :param dynamics: differentiable, see ``DynamicsModel.sample``
     :param policy: raw observations ``(B, obs_dim)`` -> reparameterized actions in [-1, 1] and their log-probabilities ``(B,)``
@@ -48,6 +55,7 @@ def training_rollout(
     first_actions, first_log_probs = policy(start_obs)
     actions, log_probs = [first_actions], [first_log_probs]
     rewards: list[th.Tensor] = []
+    valid = th.ones(len(start_obs), dtype=th.bool, device=start_obs.device)
     for _ in range(horizon):
         now, action, going = obs[-1], actions[-1], alive[-1] > 0.5
         inputs = now.view_as(now), action.view_as(action)
@@ -56,6 +64,7 @@ def training_rollout(
         if not finite.all():
             _without_gradient(inputs, ~finite)
         counts = going & finite
+        valid &= finite | ~going
         kept = th.where(counts.unsqueeze(1), next_obs, now.detach())
         rewards.append(th.where(counts, reward, 0.0))
         with th.no_grad():
@@ -65,7 +74,7 @@ def training_rollout(
         next_actions, next_log_probs = policy(kept)
         actions.append(next_actions)
         log_probs.append(next_log_probs)
-    return TrainingRollout(*(th.stack(parts) for parts in (obs, actions, log_probs, rewards, alive)))
+    return TrainingRollout(*[*(th.stack(parts) for parts in (obs, actions, log_probs, rewards, alive)), valid])
 
 
 def _without_gradient(tensors: tuple[th.Tensor, ...], rows: th.Tensor) -> None:

@@ -40,7 +40,8 @@ def value_bounds(
     soft_rewards: th.Tensor, alive: th.Tensor, quantiles: tuple[float, float], gamma: float
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    Lowest and highest plausible value: that of receiving a low or a high quantile of the soft rewards for ever.
+    Lowest and highest plausible value: that of receiving a low or a high quantile of the soft rewards for ever, or their mean,
+    which rare ones may bring beyond a quantile.
 
     Zero is always among them: it is what an episode that has ended is worth.
 
@@ -51,5 +52,5 @@ def value_bounds(
     :return: two scalar tensors
     """
     received = soft_rewards[alive > 0.5]
-    low, high = (received.quantile(quantile) / (1 - gamma) for quantile in quantiles)
-    return low.clamp(max=0), high.clamp(min=0)
+    low, high, mean = (value / (1 - gamma) for value in (*map(received.quantile, quantiles), received.mean()))
+    return th.minimum(low, mean).clamp(max=0), th.maximum(high, mean).clamp(min=0)
