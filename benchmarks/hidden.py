@@ -76,7 +76,7 @@ def branch_length(agent: MBPO, name: str) -> float:
 
 
 def measure(world: str, seed: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"learning_starts": 500, "gradient_steps": 1, "rollout_batch_size": 5_000}
+    settings: dict[str, Any] = {"learning_starts": 500, "gradient_steps": 1, "real_ratio": 0.05, "rollout_batch_size": 5_000}
     settings["dynamics_kwargs"] = {"net_arch": [64, 64, 64, 64]}
     agent = MBPO("MlpPolicy", WORLDS[world](gym.make("Pendulum-v1")), rollout_schedule="auto", **settings, seed=seed)
     agent.learn(STEPS, log_interval=1_000_000)

@@ -27,8 +27,9 @@ COLUMNS = ["study", "arm", *OF_A_RUN, "finished"]
 
 PENDULUM = "--env Pendulum-v1 --steps 2500"
 POLE = "--env InvertedPendulum-v5 --steps 2750"
-HAZARD = "--env HiddenHazard-v0 --steps 2000 --set gradient_steps=10"
-HOPPER = "--env Hopper-v5 --steps 5000 --set learning_starts=1000 --set gradient_steps=5 --set model_train_freq=500"
+HAZARD = "--env HiddenHazard-v0 --steps 2000 --set gradient_steps=10 --set real_ratio=0.05"
+FEW = "--set learning_starts=1000 --set gradient_steps=5 --set real_ratio=0.05 --set model_train_freq=500"
+HOPPER = f"--env Hopper-v5 --steps 5000 {FEW}"
 NO_PAST = "--env NoPast-v0 --steps 1200 --set learning_starts=200 --set gamma=0.9 --set gradient_steps=20"
 PAPER = "--env Hopper-v5 --steps 20000 --eval-freq 1000"
 RAW = "--set dynamics_kwargs.normalize_targets=false"
@@ -38,6 +39,7 @@ BOUND = "--set dynamics_kwargs.max_updates"
 WHOLE = "--set rollout_batch_size=500 --set rollout_schedule=200"
 # Hard to model, and nothing ends an episode of 1,000 steps.
 CHEETAH = "--env HalfCheetah-v5 --steps 5000 --eval-freq 500 --set learning_starts=1000 --set gradient_steps=10"
+CHEETAH = f"{CHEETAH} --set real_ratio=0.05"
 
 # study -> arm -> (arguments of train.py, seeds)
 STUDIES: dict[str, dict[str, tuple[str, int]]] = {

@@ -39,6 +39,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from true_systems import TRUE_SYSTEMS
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.buffers import balanced_ratio
 from sb3_mbpo.comparison_experiment import EVALUATION_SEED, FITS, EvaluationRecorder
 from sb3_mbpo.comparison_run import EVALUATIONS, OUTPUT, put
 from sb3_mbpo.provenance import provenance
@@ -131,10 +132,11 @@ def settings_of(task: Task, arm: str) -> dict[str, Any]:
     both = {"learning_starts": task.random_steps, "gradient_steps": task.gradient_steps, **task.settings}
     if arm == "sac":
         return both
+    ours = {**both, **OURS, "real_ratio": balanced_ratio(task.updates)}
     if arm == "mbpo":
-        return {**both, **OURS, "termination_fn": "learned"}
+        return {**ours, "termination_fn": "learned"}
     system, termination = TRUE_SYSTEMS[task.env]
-    return {**both, **OURS, "dynamics_class": system, "termination_fn": termination}
+    return {**ours, "dynamics_class": system, "termination_fn": termination}
 
 
 def evaluation_steps(task: Task) -> list[int]:

@@ -80,7 +80,9 @@ def main() -> None:
         agent.learn(task.steps, recorder)
         returns = returns_of(path)
     with CSV.open("a", newline="") as file:
-        commit = (provenance()["commit"] or "")[:7]
+        commit = provenance()["commit"] or ""
+        # With the mark of files that were changed.
+        commit = commit[:7] + "+" * commit.endswith("+")
         csv.writer(file).writerows([task.env, args.name, args.seed, *row, commit] for row in returns)
 
 

@@ -14,7 +14,7 @@ from sb3_mbpo.uncovered import why_not_fast
 
 class MBPO(ModelBased, SAC):
     """
-    Model-Based Policy Optimization: SAC that trains on 5 % real and 95 % imagined transitions.
+    Model-Based Policy Optimization: SAC that trains on 5 % real and 95 % imagined transitions, at 20 updates a step.
 
     Paper: https://arxiv.org/abs/1906.08253
 
