@@ -59,7 +59,6 @@ class RolloutCallback(BaseCallback):
             try:
                 with undone_on_error(self.model):
                     transitions = self._fit()
-                    self._relabel()
                     if self.model.dynamics.usable and self.model.imagined_share > 0:
                         self._refill(transitions)
                     else:
@@ -67,7 +66,8 @@ class RolloutCallback(BaseCallback):
                         self.model.replay_buffer.model_buffer.begin_refill()
                     self._judge_values(transitions)
                     self.model.dynamics_fitted_at = self.model.lifetime_timesteps
-                # Last, for nothing takes it back.
+                # Last, for nothing takes them back.
+                self._relabel()
                 self.model.adapt_networks(transitions)
             finally:
                 self._show("")
@@ -117,7 +117,7 @@ class RolloutCallback(BaseCallback):
             return
         with undone_on_error(agent):
             metrics = agent.fit_termination(buffer.real_transitions(agent.dynamics_window))
-            metrics["relabeled"] = self._relabel()
+        metrics["relabeled"] = self._relabel()
         for name, value in metrics.items():
             self.logger.record(f"dynamics/{name}", value, exclude="tensorboard" if isinstance(value, str) else None)
 
