@@ -158,4 +158,8 @@ def test_entry_trains(file: str, env_id: str, monkeypatch: pytest.MonkeyPatch) -
     agent = getattr(sb3_mbpo, CLASSES[file])(env=env, seed=0, **{**settings, **tiny, "buffer_size": 100}).learn(35)
     # Fits after steps 21 and 30.
     assert agent._n_updates == 30 and agent.dynamics_fitted_at == 30
+    if file == "dhmbpo":
+        # And distribution rollouts before updates 1 and 21.
+        assert agent.expands_values and len(agent.replay_buffer.model_buffer.refills) == 4
+        return
     assert len(agent.replay_buffer.model_buffer) == min(2, agent.retained_rollouts) * 20
