@@ -66,8 +66,8 @@ def balanced_ratio(updates: float) -> float:
     """
     The share of real rows with which a real row is drawn as often as by SAC with one update a transition.
 
-    With 20 updates this is the paper's 0.05. Fewer updates at 0.05 would learn less from what really happened than SAC does;
-    more than SAC does is where repeated rows begin to harm. At most 0.5: half of each batch is left to the dynamics.
+    With 20 updates this is the paper's 0.05. Fewer updates at 0.05 would learn less from what really happened than SAC does.
+    At most 0.5: half of each batch is left to the dynamics.
 
     :param updates: gradient updates for each env transition
     """

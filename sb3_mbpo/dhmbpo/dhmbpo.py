@@ -38,7 +38,7 @@ class DHMBPO(ModelBased, SAC):
     Two imagined horizons. *Distribution rollouts* of ``rollout_schedule`` steps follow the present policy from real states
     and leave their states in the model buffer. *Training rollouts* of ``training_horizon`` steps start there; the critic's
     target is their discounted sum of rewards, and the actor climbs it along the gradient that passes through dynamics,
-    actions and states. So a value travels that many steps in an update, and one update a step is enough.
+    actions and states. So a value travels that many steps in an update; the default is one update a step.
 
     While the dynamics has not earned trust (see ``min_explained_variance``), updates are SAC's own on real transitions.
 
