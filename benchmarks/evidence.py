@@ -2,6 +2,7 @@
 The learning curves of docs/benchmarks/evidence: the list of runs, and what is made of them.
 
     python benchmarks/evidence.py make --only sac --workers 2
+    python benchmarks/evidence.py make --only dhmbpo --envs Hopper-v5 --seeds 1 2
     python benchmarks/evidence.py collect
     python benchmarks/evidence.py draw
 
@@ -72,9 +73,13 @@ STUDIES = {
 EPISODES = 5
 
 
-def runs(only: Sequence[str] = tuple(STUDIES)) -> list[Run]:
+def runs(
+    only: Sequence[str] = tuple(STUDIES), envs: Sequence[str] = TASKS, seeds: Sequence[int] | None = None
+) -> list[Run]:
     """
     :param only: studies
+    :param envs: tasks
+    :param seeds: which ones; ``None``: all
     :return: their runs; a list that is cut has the same seeds of every task
     """
     # The label is the study, so that no two runs share a folder.
@@ -89,7 +94,7 @@ def runs(only: Sequence[str] = tuple(STUDIES)) -> list[Run]:
         for seed in range(max(STUDIES[key].seeds for key in only))
         for key in only
         for env in STUDIES[key].envs
-        if seed < STUDIES[key].seeds
+        if seed < STUDIES[key].seeds and env in envs and (seeds is None or seed in seeds)
     ]
 
 
@@ -352,6 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("make", "collect", "draw"))
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="studies (default: all)")
+    parser.add_argument("--envs", nargs="+", choices=TASKS, default=list(TASKS), help="tasks (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds (default: all)")
     parser.add_argument("--logs", type=Path, default=LOGS, help="folder of the runs")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     args = parser.parse_args(arguments)
@@ -359,9 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Settings files are named from here.
     os.chdir(ROOT)
     if args.command == "make":
-        make(runs(args.only), args.logs, args.workers)
+        make(runs(args.only, args.envs, args.seeds), args.logs, args.workers)
     elif args.command == "collect":
-        collect(runs(args.only), args.logs, DOCS)
+        collect(runs(args.only, args.envs, args.seeds), args.logs, DOCS)
     else:
         draw(DOCS)
 

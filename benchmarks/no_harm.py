@@ -8,7 +8,7 @@ Does the model do harm? MBPO beside SAC at the same number of updates, on eight 
 
 Arms: ``sac`` is Stable-Baselines3's SAC; ``mbpo`` learns transitions, rewards and terminations; ``true`` is MBPO with the true
 system in place of the learned one, where that has a closed form. All arms of a task have the same random steps, number of
-updates and evaluation episodes. Each run is a process with one thread and has a folder in logs/no_harm; delete that, or pass
+updates and evaluation episodes; only ``dhmbpo``, which learns the same, makes its one update a step, and has no gSDE. Each run is a process with one thread and has a folder in logs/no_harm; delete that, or pass
 --again, to make it again. Results are in docs/benchmarks/no_harm: evaluations.csv has a row for each evaluation, no_harm.png
 the learning curves. Runs that only the CSV has, made on another machine, stay there and are not made again.
 """
@@ -38,7 +38,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from true_systems import TRUE_SYSTEMS
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.buffers import balanced_ratio
 from sb3_mbpo.comparison_experiment import EVALUATION_SEED, FITS, EvaluationRecorder
 from sb3_mbpo.comparison_run import EVALUATIONS, OUTPUT, put
@@ -51,7 +51,8 @@ LOGS = ROOT / "logs" / "no_harm"
 RESULTS = ROOT / "docs" / "benchmarks" / "no_harm"
 FINISHED = "run.json"
 EPISODES = 5
-ARMS = {"sac": "SAC", "mbpo": "MBPO", "true": "MBPO, true system"}
+ARMS = {"sac": "SAC", "mbpo": "MBPO", "true": "MBPO, true system", "dhmbpo": "DHMBPO, 1 update a step"}
+ALGORITHMS = {"sac": SAC, "mbpo": MBPO, "true": MBPO, "dhmbpo": DHMBPO}
 KEY = ["task", "arm", "seed"]
 # Of the last fit before an evaluation.
 LOGGED = [
@@ -115,7 +116,8 @@ TASKS = {
 # transitions for each update with a quarter of them.
 OURS = {"rollout_batch_size": 25_000}
 # CPU of a run with one thread, for an estimate: milliseconds an update, seconds a fit with its rollouts.
-UPDATE_MS, FIT_SECONDS = {"sac": 14.5, "mbpo": 9.0, "true": 9.0}, {"sac": 0.0, "mbpo": 6.0, "true": 0.5}
+UPDATE_MS = {"sac": 14.5, "mbpo": 9.0, "true": 9.0, "dhmbpo": 65.0}
+FIT_SECONDS = {"sac": 0.0, "mbpo": 6.0, "true": 0.5, "dhmbpo": 3.0}
 
 Run = tuple[str, str, int]
 
@@ -130,6 +132,9 @@ def settings_of(task: Task, arm: str) -> dict[str, Any]:
     :return: arguments of the algorithm, but for env and seed
     """
     both = {"learning_starts": task.random_steps, "gradient_steps": task.gradient_steps, **task.settings}
+    if arm == "dhmbpo":
+        kept = {name: value for name, value in both.items() if name in ("learning_starts", "gamma", "ent_coef")}
+        return {**kept, "termination_fn": "learned"}
     if arm == "sac":
         return both
     ours = {**both, **OURS, "real_ratio": balanced_ratio(task.updates)}
@@ -180,8 +185,7 @@ def train(run: Run, folder: Path) -> None:
     )
     recorder.eval_env = DummyVecEnv([lambda: Monitor(gym.make(task.env))])
     recorder.eval_env.seed(EVALUATION_SEED + seed)
-    algorithm = SAC if arm == "sac" else MBPO
-    agent = algorithm("MlpPolicy", gym.make(task.env), seed=seed, device="cpu", **settings_of(task, arm))
+    agent = ALGORITHMS[arm]("MlpPolicy", gym.make(task.env), seed=seed, device="cpu", **settings_of(task, arm))
     agent.learn(task.steps, callback=recorder)
     made = {"description": described, "cpu_seconds": sum(recorder.cpu_seconds.values()), **provenance()}
     put(folder / FINISHED, json.dumps(made, indent=1).encode())
@@ -337,7 +341,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     """Learning curves, a panel a task: means over seeds, the seeds thin; below them area and final return of each arm."""
     import matplotlib.pyplot as plt
 
-    colors = {"sac": "#555555", "mbpo": "#0072b2", "true": "#d55e00"}
+    colors = {"sac": "#555555", "mbpo": "#0072b2", "true": "#d55e00", "dhmbpo": "#009e73"}
     tasks = list(rows["task"].unique())
     columns = min(len(tasks), 4)
     n_rows = -(-len(tasks) // columns)
@@ -375,7 +379,8 @@ def estimated_minutes(runs: Sequence[Run]) -> float:
     for name, arm, _ in runs:
         task = TASKS[name]
         fits = 1 + (task.steps - task.random_steps) / 250
-        seconds += task.total_updates * UPDATE_MS[arm] / 1000 + fits * FIT_SECONDS[arm]
+        updates = task.total_updates // (task.updates if arm == "dhmbpo" else 1)
+        seconds += updates * UPDATE_MS[arm] / 1000 + fits * FIT_SECONDS[arm]
     return seconds / 60
 
 

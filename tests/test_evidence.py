@@ -40,6 +40,11 @@ def test_the_first_seed_of_every_task_comes_first() -> None:
     assert {(run.steps, run.eval_freq, run.eval_episodes, run.threads) for run in runs} == {(50_000, 1_000, 5, 1)}
 
 
+def test_some_tasks_and_seeds() -> None:
+    runs = evidence.runs(["sac"], envs=["Ant-v5", "Hopper-v5"], seeds=[2, 1])
+    assert [(run.env, run.seed) for run in runs] == [("Hopper-v5", 1), ("Ant-v5", 1), ("Hopper-v5", 2), ("Ant-v5", 2)]
+
+
 def test_no_two_runs_share_a_folder() -> None:
     folders = [run.folder for run in evidence.runs()]
     assert len(set(folders)) == len(folders)

@@ -44,7 +44,7 @@ def test_arms_differ_in_the_model_only(study: Any) -> None:
 
     known = set(inspect.signature(SAC).parameters)
     for name, task in study.TASKS.items():
-        of_sac, *others = (study.settings_of(task, arm) for arm in study.arms_of(name))
+        of_sac, *others = (study.settings_of(task, arm) for arm in study.arms_of(name) if arm != "dhmbpo")
         assert set(of_sac) <= known and of_sac["learning_starts"] < task.steps
         # MBPO's default is 20: were it not given, the arms would not have the same number of updates.
         assert of_sac["gradient_steps"] == task.updates * of_sac.get("train_freq", 1)
@@ -52,7 +52,8 @@ def test_arms_differ_in_the_model_only(study: Any) -> None:
             assert {key: value for key, value in ours.items() if key in known} == of_sac
         # Never that of a table.
         assert study.settings_of(task, "mbpo")["termination_fn"] == "learned"
-    assert study.arms_of("Hopper-v5") == ["sac", "mbpo", "true"]
+        assert set(study.settings_of(task, "dhmbpo")) <= {"learning_starts", "gamma", "ent_coef", "termination_fn"}
+    assert study.arms_of("Hopper-v5") == ["sac", "mbpo", "true", "dhmbpo"]
 
 
 def test_evaluations_begin_after_the_random_steps_and_end_with_the_last(study: Any) -> None:
