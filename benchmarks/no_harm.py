@@ -8,9 +8,10 @@ Does the model do harm? MBPO beside SAC at the same number of updates, on eight 
 
 Arms: ``sac`` is Stable-Baselines3's SAC; ``mbpo`` learns transitions, rewards and terminations; ``true`` is MBPO with the true
 system in place of the learned one, where that has a closed form. All arms of a task have the same random steps, number of
-updates and evaluation episodes; only ``dhmbpo``, which learns the same, makes its one update a step, and has no gSDE. Each run is a process with one thread and has a folder in logs/no_harm; delete that, or pass
---again, to make it again. Results are in docs/benchmarks/no_harm: evaluations.csv has a row for each evaluation, no_harm.png
-the learning curves. Runs that only the CSV has, made on another machine, stay there and are not made again.
+updates and evaluation episodes; only ``dhmbpo``, which learns the same, makes its one update a step, and has no gSDE. Each run
+is a process with one thread and has a folder in logs/no_harm; delete that, or pass --again, to make it again. Results are in
+docs/benchmarks/no_harm: evaluations.csv has a row for each evaluation, no_harm.png the learning curves. Runs that only the CSV
+has, made on another machine, stay there and are not made again.
 """
 
 import argparse
