@@ -132,7 +132,10 @@ def restore(agent: Any, tensors: dict[str, Any]) -> None:
             # Without the attributes that the file's mapping may have.
             state = OrderedDict(tensors[name])
             state._metadata = part.state_dict()._metadata  # type: ignore[attr-defined]
-            part.load_state_dict(state, strict=True)
+            try:
+                part.load_state_dict(state, strict=True)
+            except RuntimeError as error:
+                raise ValueError(f"{name}: {error}") from error
     with th.no_grad():
         for name in variables:
             recursive_getattr(agent, name).copy_(tensors[VARIABLES][name])

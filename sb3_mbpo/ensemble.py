@@ -1,6 +1,7 @@
 """The layers of an ensemble: every member's matrix product in one batched call, and the standardiser of its data."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -52,6 +53,8 @@ class EnsembleMLP(nn.Module):
     :param layer_norm: normalize what goes into each layer but the first, without learned scale and shift
     """
 
+    normalized: th.Tensor
+
     def __init__(
         self,
         n_members: int,
@@ -63,8 +66,17 @@ class EnsembleMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_norm = layer_norm
+        # In the state dict: the shapes of the weights do not tell.
+        self.register_buffer("normalized", th.tensor(float(layer_norm)))
         sizes = [in_size, *net_arch, out_size]
         self.layers = nn.ModuleList(EnsembleLinear(n_members, n_in, n_out, generator) for n_in, n_out in pairwise(sizes))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        given = state_dict.get(f"{prefix}normalized")
+        if given is not None and bool(given) != self.layer_norm:
+            self.normalized.fill_(float(self.layer_norm))
+            args[-1].append(f"{prefix}layer_norm is {self.layer_norm}, that of the file is {bool(given)}")
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """:return: ``(members, B, out_size)`` of ``x (members, B, in_size)``"""

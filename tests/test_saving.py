@@ -138,6 +138,15 @@ def test_arguments_of_load_take_effect(tmp_path):
     assert loaded.ep_info_buffer.maxlen == 7 and loaded.gradient_steps == 3 and loaded.replay_buffer.buffer_size == 77
 
 
+@pytest.mark.parametrize("safe", [False, True])
+def test_layers_are_as_they_were_trained(tmp_path, safe):
+    """Weights of the same shapes, with another layer normalization, would predict something else."""
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).save(tmp_path / "agent")
+    other = {"dynamics_kwargs": {**FAST["dynamics_kwargs"], "layer_norm": True}}
+    with pytest.raises(ValueError, match="layer_norm is True, that of the file is False"):
+        MBPO.load(tmp_path / "agent", safe=safe, **other)
+
+
 def in_memory(agent):
     file = io.BytesIO()
     agent.save(file)
