@@ -1,5 +1,5 @@
 """
-Stable-Baselines3's own tests with MBPO in SAC's place: what SAC passes and MBPO does not, and why.
+Stable-Baselines3's own tests with MBPO and DHMBPO in SAC's place: what SAC passes and these do not, and why.
 
     git clone --depth 1 --branch v2.9.2 https://github.com/DLR-RM/stable-baselines3
     python benchmarks/sb3_tests.py stable-baselines3/tests
@@ -23,10 +23,13 @@ import stable_baselines3
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 
-# What MBPO refuses, by the words of its errors. Any other failure is a difference that nobody wanted.
-REFUSAL = r"ValueError: (?:env: the (\w+ space \w+)|(replay_buffer_class|n_steps|optimize_memory_usage)=.* is not supported)"
+# What is refused, by the words of its errors. Any other failure is a difference that nobody wanted.
+REFUSAL = (
+    r"ValueError: (?:env: the (\w+ space \w+)|(replay_buffer_class|n_steps|optimize_memory_usage)=.* is not supported"
+    r"|(use_sde|policy|gamma)=.* must be )"
+)
 
 
 class Watcher:
@@ -81,19 +84,31 @@ def run(tests: Path, algorithm: type, cases: set[str] | None, options: list[str]
 def main(tests: str, *options: str) -> None:
     os.environ["PYTHONHASHSEED"] = "0"
     results: list[dict[str, str]] = []
-    for algorithm in (SAC, MBPO):
+    for algorithm in (SAC, MBPO, DHMBPO):
         passed = {case for case, error in results[0].items() if not error} if results else None
         # A process for each: what one has replaced, the other must not see.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             results.append(pool.submit(run, Path(tests).resolve(), algorithm, passed, list(options)).result())
-    sac, mbpo = results
-    found = {case: re.search(REFUSAL, error) for case, error in mbpo.items() if error}
+    sac, *others = results
+    print(f"Stable-Baselines3 {stable_baselines3.__version__}: {len(sac)} cases make a SAC")
+    unwanted = [tell(name, result) for name, result in zip(("MBPO", "DHMBPO"), others, strict=True)]
+    sys.exit(any(unwanted))
+
+
+def tell(name: str, result: dict[str, str]) -> bool:
+    """
+    Print which cases do not pass, and why.
+
+    :param name: of the algorithm
+    :param result: of the cases that SAC passes, the error or nothing
+    :return: whether there is one that is no refusal
+    """
+    found = {case: re.search(REFUSAL, error) for case, error in result.items() if error}
     reasons = {case: next(filter(None, match.groups())) if match else "NOT A REFUSAL" for case, match in found.items()}
     for case, reason in sorted(reasons.items()):
         print(f"{reason:32}{case}")
-    print(f"Stable-Baselines3 {stable_baselines3.__version__}: {len(sac)} cases make a SAC, {len(mbpo)} pass with it,")
-    print(f"{len(mbpo) - len(reasons)} with MBPO; the others: {dict(Counter(reasons.values()))}")
-    sys.exit("NOT A REFUSAL" in reasons.values())
+    print(f"{len(result)} pass with SAC, {len(result) - len(reasons)} with {name}; others: {dict(Counter(reasons.values()))}")
+    return "NOT A REFUSAL" in reasons.values()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import nn
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
 from sb3_mbpo.holdout import row_hash
+from sb3_mbpo.input_gradient import InputGradient
 from sb3_mbpo.trust import SMALL
 
 _N_MEMBERS, _BATCH, _MOST_ROWS, _BLOCK = 3, 128, 20_000, 5_000
@@ -150,7 +151,9 @@ class _Regression(nn.Module):
 
     def members(self, inputs: th.Tensor) -> th.Tensor:
         """:return: standardised predictions ``(members, B)`` of ``inputs (B, size)``"""
-        return self.network(self.inputs(inputs).expand(_N_MEMBERS, -1, -1)).squeeze(-1)
+        x = self.inputs(inputs).expand(_N_MEMBERS, -1, -1)
+        # Nothing asks for a gradient by inputs and weights.
+        return (InputGradient(self.network)(x) if x.requires_grad else self.network(x)).squeeze(-1)
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
         """:return: ``(B,)``, the members' mean, in the unit of the targets"""

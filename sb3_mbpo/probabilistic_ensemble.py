@@ -15,6 +15,7 @@ from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
 from sb3_mbpo.fit_schedule import FitSchedule
 from sb3_mbpo.holdout import held_out
+from sb3_mbpo.input_gradient import InputGradient
 from sb3_mbpo.likelihood_gradient import Gradient, LikelihoodGradient, autograd_of, is_replaced
 from sb3_mbpo.trust import constant_errors, explained, squared_errors
 
@@ -136,6 +137,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.register_buffer("relative", th.full((obs_dim,), 0.0 if target_mode == "next" else 1.0))
         self.register_buffer("gain", th.ones(n_members, 1, out_dim))
         self.to(device)
+        self._input_gradient = InputGradient(self.mlp)
         self.learning_rate = learning_rate
         self.weight_decays = self._decay_per_layer(weight_decays)
         self.optimizer = self._make_optimizer()
@@ -217,23 +219,21 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Draw from one elite per row, chosen uniformly and independently ("TS1" of Chua et al., 2018).
+        Draw from one elite per row. Each serves an equal share of the rows, drawn anew ("TS1" of Chua et al., 2018). The draw
+        is differentiable in observations and actions; the weights get no gradient.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
         :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
         x = self.input_standardizer(th.cat([obs, actions], dim=-1))
-        choice = th.randint(self.n_elites, (len(x),), generator=self.generator, device=x.device)
-        # Only the chosen member computes a row: rows are lined up member by member.
-        order = choice.argsort()
-        lines = x[order].split(choice.bincount(minlength=self.n_elites).tolist())
-        members = self.elites.tolist()
-        output = th.cat([self.mlp.member(i, line) for i, line in zip(members, lines, strict=True)])
-        mean, log_variance = self._bounded(output.index_copy(0, order, output))
-        mean = mean * self.gain[self.elites, 0][choice]
+        # Each elite has as many places for rows, of which some stay empty.
+        elites, size = self.elites, -(-len(x) // self.n_elites)
+        places = th.randperm(size * self.n_elites, generator=self.generator, device=x.device)[: len(x)]
+        mean, log_variance = self._bounded(self._input_gradient.rows(x, elites.tolist(), places))
         noise = th.randn(mean.shape, generator=self.generator, device=x.device)
-        prediction = self._to_prediction(mean + noise * (0.5 * log_variance).exp(), obs)
+        drawn = mean * self.gain[elites[places // size], 0] + noise * (0.5 * log_variance).exp()
+        prediction = self._to_prediction(drawn, obs)
         return prediction[:, 1:], prediction[:, 0]
 
     def negative_log_likelihood(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
