@@ -80,6 +80,14 @@ class Plausible:
         self._clipped += int((moved if self._moved is None else moved & ~self._moved).sum())
         return th.where(moved, held, rewards)
 
+    def within_obs(self, dynamics: DynamicsModel) -> DynamicsModel:
+        """:return: the same dynamics, whose observations are held and whose rewards are left as they are"""
+        return _Held(dynamics, self, rewards=False)
+
+    def clip_rewards(self, rewards: th.Tensor, ended: th.Tensor) -> th.Tensor:
+        """See :meth:`hold_rewards`; without counting, and what is not finite stays."""
+        return th.where(ended, rewards.clamp(*self.ending_bounds), rewards.clamp(*self.going_bounds))
+
     @property
     def clipped(self) -> float:
         """Share of the rows with a finite value beyond its bounds."""

@@ -17,7 +17,6 @@ from sb3_mbpo.checks import is_number, number, shown, whole
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
-from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.plausible import Plausible
@@ -131,7 +130,7 @@ class DHMBPO(ModelBased, SAC):
         self.policy.set_training_mode(True)
         optimizers = [self.actor.optimizer, self.critic.optimizer]
         self._update_learning_rate(optimizers + ([] if self.ent_coef_optimizer is None else [self.ent_coef_optimizer]))
-        dynamics, logged = self._bounded_dynamics(), []
+        logged = []
         with self._undone_if_interrupted(gradient_steps):
             for update in range(self._n_updates, self._n_updates + gradient_steps):
                 if self.replay_buffer.check is not None:
@@ -139,7 +138,7 @@ class DHMBPO(ModelBased, SAC):
                 imagined = len(self.replay_buffer.model_buffer)
                 if self.real_roots < 1 and (update % self.distribution_freq == 0 or not imagined):
                     self.roll_distribution()
-                logged.append(self._update(dynamics, self._roots(batch_size)))
+                logged.append(self._update(self._roots(batch_size)))
                 if update % self.target_update_interval == 0:
                     self._move_targets()
         self._n_updates += gradient_steps
@@ -164,7 +163,7 @@ class DHMBPO(ModelBased, SAC):
     def roll_distribution(self) -> None:
         """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
         buffer = self.replay_buffer
-        dynamics, length = self._bounded_dynamics(), self.rollout_length
+        dynamics, length = self._bounds().within_obs(self.dynamics), self.rollout_length
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
         with self.imagining() as policy:
@@ -178,11 +177,11 @@ class DHMBPO(ModelBased, SAC):
                 if missing <= 0:
                     break
 
-    def _bounded_dynamics(self) -> DynamicsModel:
+    def _bounds(self) -> Plausible:
         """
-        The dynamics within the bounds of the real transitions that it was fitted to, see ``imagined_margin``.
+        Bounds of the real transitions that the dynamics was fitted to, see ``imagined_margin``.
 
-        The bounds are found once for each fit, and again where a run goes on.
+        They are found once for each fit, and again where a run goes on.
         """
         if self._plausible is None or self._plausible[0] != self.dynamics_fitted_at:
             assert self.dynamics_fitted_at is not None
@@ -192,7 +191,22 @@ class DHMBPO(ModelBased, SAC):
             n = max(len(transitions.rewards) - later, 1)
             fitted = ReplayBufferSamples(*(part[:n] for part in transitions[:5]))
             self._plausible = self.dynamics_fitted_at, Plausible(fitted, self.imagined_margin)
-        return self._plausible[1].within(self.imagined_dynamics)
+        return self._plausible[1]
+
+    def _imagine(self, roots: th.Tensor) -> TrainingRollout:
+        """:return: training rollouts from ``roots (B, obs_dim)``; the reward is asked once, about all of their steps"""
+        bounds, policy, horizon = self._bounds(), self._action_and_log_prob, self.training_horizon
+        if self.learns_reward:
+
+            def reward(*transition: th.Tensor) -> th.Tensor:
+                return bounds.clip_rewards(self.learned_reward(*transition), transition[3])
+
+            return training_rollout(bounds.within_obs(self.dynamics), policy, self.terminates, roots, horizon, reward)
+        known = self.known_reward
+        if known is not None:
+            dynamics = bounds.within_obs(self.dynamics)
+            return training_rollout(dynamics, policy, self.terminates, roots, horizon, lambda *t: known(*t[:3]))
+        return training_rollout(bounds.within(self.dynamics), policy, self.terminates, roots, horizon)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_plausible"]
@@ -210,14 +224,14 @@ class DHMBPO(ModelBased, SAC):
             parts.append(buffer.model_buffer.sample(n - n_real, buffer.generator)[:, : buffer.model_buffer.widths[0]])
         return th.cat(parts)
 
-    def _update(self, dynamics: Any, roots: th.Tensor) -> dict[str, float]:
+    def _update(self, roots: th.Tensor) -> dict[str, float]:
         """
         One step of critics, actor and entropy coefficient, in this order.
 
         :param roots: ``(B, obs_dim)``
         :return: what to log
         """
-        rollout = training_rollout(dynamics, self._action_and_log_prob, self.terminates, roots, self.training_horizon)
+        rollout = self._imagine(roots)
         if not rollout.valid.all():
             rollout = rollout.of(rollout.valid)
         if not len(rollout.obs[0]):

@@ -1,6 +1,6 @@
 """Training rollouts: short imagined trajectories that gradients pass through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -32,12 +32,16 @@ class TrainingRollout(NamedTuple):
         return TrainingRollout(*[*(part[:, rows] for part in self[:5]), self.valid[rows]])
 
 
+Reward = Callable[[th.Tensor, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+
+
 def training_rollout(
     dynamics: DynamicsModel,
     policy: Callable[[th.Tensor], tuple[th.Tensor, th.Tensor]],
     termination: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
     start_obs: th.Tensor,
     horizon: int,
+    reward: Reward | None = None,
 ) -> TrainingRollout:
     """
     Follow the policy in the dynamics, and keep the graph of actions, states and rewards.
@@ -50,40 +54,55 @@ def training_rollout(
     :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``; asked without a graph
     :param start_obs: ``(B, obs_dim)``
     :param horizon: H, at least 1
+    :param reward: ``(obs, actions, next_obs, ended)`` -> ``(N,)``, asked once about all steps; ``None``: the dynamics' own
     """
     obs, alive = [start_obs], [th.ones_like(start_obs[:, 0])]
     first_actions, first_log_probs = policy(start_obs)
     actions, log_probs = [first_actions], [first_log_probs]
-    rewards: list[th.Tensor] = []
+    rewards, ends, counted = [], [], []
     valid = th.ones(len(start_obs), dtype=th.bool, device=start_obs.device)
     for _ in range(horizon):
         now, action, going = obs[-1], actions[-1], alive[-1] > 0.5
         inputs = now.view_as(now), action.view_as(action)
-        next_obs, reward = dynamics.sample(*inputs)
-        finite = next_obs.detach().isfinite().all(dim=1) & reward.detach().isfinite()
-        if not finite.all():
-            _without_gradient(inputs, ~finite)
+        next_obs, own_reward = dynamics.sample(*inputs)
+        finite = _finite(
+            inputs, next_obs.detach().isfinite().all(dim=1) & (own_reward.detach().isfinite() | (reward is not None))
+        )
         counts = going & finite
         valid &= finite | ~going
-        kept = th.where(counts.unsqueeze(1), next_obs, now.detach())
-        rewards.append(th.where(counts, reward, 0.0))
+        kept = next_obs if counts.all() else th.where(counts.unsqueeze(1), next_obs, now.detach())
         with th.no_grad():
             ended = termination(now.detach(), action.detach(), kept.detach())
+        rewards.append(own_reward)
+        ends.append(ended)
+        counted.append(counts)
         alive.append((counts & ~ended).to(start_obs.dtype))
         obs.append(kept)
         next_actions, next_log_probs = policy(kept)
         actions.append(next_actions)
         log_probs.append(next_log_probs)
-    return TrainingRollout(*[*(th.stack(parts) for parts in (obs, actions, log_probs, rewards, alive)), valid])
+    received, counts = th.stack(rewards), th.stack(counted)
+    if reward is not None:
+        steps = th.cat(obs[:-1]), th.cat(actions[:-1]), th.cat(obs[1:])
+        flat = reward(*steps, th.cat(ends))
+        finite = _finite(steps, flat.detach().isfinite()).unflatten(0, (horizon, -1))
+        received = flat.unflatten(0, (horizon, -1))
+        valid &= (finite | ~counts).all(dim=0)
+    received = th.where(counts & received.detach().isfinite(), received, 0.0)
+    states = (th.stack(parts) for parts in (obs, actions, log_probs))
+    return TrainingRollout(*[*states, received, th.stack(alive), valid])
 
 
-def _without_gradient(tensors: tuple[th.Tensor, ...], rows: th.Tensor) -> None:
+def _finite(inputs: Sequence[th.Tensor], finite: th.Tensor) -> th.Tensor:
     """
     Let no gradient through some rows: that of a prediction that is not finite is none, even if the prediction is not used.
 
-    :param tensors: each ``(B, size)``
-    :param rows: bool ``(B,)``
+    :param inputs: of the prediction, each ``(N, size)``
+    :param finite: whether it is, bool ``(N,)``
+    :return: ``finite``
     """
-    for tensor in tensors:
-        if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: gradient.masked_fill(rows.unsqueeze(1), 0.0))
+    if not finite.all():
+        for tensor in inputs:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: gradient.masked_fill(~finite.unsqueeze(1), 0.0))
+    return finite
