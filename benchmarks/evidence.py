@@ -73,9 +73,7 @@ STUDIES = {
 EPISODES = 5
 
 
-def runs(
-    only: Sequence[str] = tuple(STUDIES), envs: Sequence[str] = TASKS, seeds: Sequence[int] | None = None
-) -> list[Run]:
+def runs(only: Sequence[str] = tuple(STUDIES), envs: Sequence[str] = TASKS, seeds: Sequence[int] | None = None) -> list[Run]:
     """
     :param only: studies
     :param envs: tasks
@@ -267,7 +265,9 @@ PUBLISHED = {"DHMBPO, UTD 1": "DHMBPO, published", "mbpo": "MBPO, published", "s
 SOURCE = "Dashed: results of github.com/4kubo/erl_lib\n(arXiv 2512.15439), on older versions of the tasks"
 COLOURS = {"SAC": "tab:blue", "DHMBPO": "tab:red", "MBPO": "tab:green"}
 SHOWN = 50_000
-AT = (10_000, 20_000, 50_000)
+AT = (10_000, 20_000, 30_000, 50_000)
+# Evaluations that say how steady a run is at its end.
+LAST = 5
 
 
 def published(rows: Iterable[Row]) -> dict[tuple[str, str], Curve]:
@@ -286,32 +286,43 @@ def table(rows: Sequence[Row], manifest: Iterable[Row], theirs: Mapping[tuple[st
     :param rows: of curves.csv
     :param manifest: of manifest.csv
     :param theirs: published curves
-    :return: Markdown: mean returns over the finished seeds, beside the published ones, and CPU minutes of a run
+    :return: Markdown: mean returns over the seeds that came so far, their number where it is not that of all, the mean and the
+        worst of each seed's last five evaluations, and CPU seconds for 1,000 steps; beside the published ones
     """
-    finished = {key_of(row): row for row in manifest if row["finished"] == "1"}
-    lines = ["| | seeds | " + " | ".join(f"at {step:,}" for step in AT) + " | CPU minutes of training | of evaluation |"]
-    lines.append("|" + "---|" * (len(AT) + 4))
+    about = {key_of(row): row for row in manifest}
+    heads = ["seeds (finished)", *(f"at {step:,}" for step in AT), "last five: mean", "worst"]
+    heads += ["CPU s per 1,000 steps", "of evaluation"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     ours = seeds_of(rows, "avg_return")
     for env in TASKS:
-        lines.append(f"| **{env}** |" + " |" * (len(AT) + 3))
+        lines.append(f"| **{env}** |" + " |" * len(heads))
         for (name, task), seeds in ours.items():
-            done = {seed: finished[name, task, seed] for seed in seeds if (name, task, seed) in finished}
-            if task != env or not done:
-                continue
-            curve = mean(seeds[seed] for seed in done)
-            minutes = [fmean(float(row[column]) for row in done.values()) / 60 for column in SO_FAR[2:]]
-            lines.append(f"| {name} | {len(done)} | {numbers(curve)} | " + " | ".join(f"{m:.1f}" for m in minutes) + " |")
-        lines += [f"| {name} | | {numbers(curve)} | | |" for (name, task), curve in theirs.items() if task == env]
+            if task == env:
+                runs = [about[name, task, seed] for seed in seeds]
+                cells = [f"{len(runs)} ({sum(run['finished'] == '1' for run in runs)})", *at_steps(list(seeds.values()))]
+                ends = [list(curve.values())[-LAST:] for curve in seeds.values()]
+                cells += [f"{fmean(map(fmean, ends)):,.0f}", f"{min(map(min, ends)):,.0f}"]
+                cells += [f"{fmean(1000 * float(run[key]) / float(run['steps']) for run in runs):.0f}" for key in SO_FAR[2:]]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for (name, task), curve in theirs.items():
+            if task == env:
+                lines.append(f"| {name} | | " + " | ".join(at_steps([curve])) + " |" * 5)
     return "\n".join(lines)
 
 
-def numbers(curve: Curve) -> str:
-    return " | ".join(f"{curve[step]:,.0f}" if step in curve else "" for step in AT)
+def at_steps(curves: Sequence[Curve]) -> list[str]:
+    """:return: for each step of ``AT`` the mean of the curves that came so far, and of how many if not of all"""
+    cells = []
+    for step in AT:
+        values = [curve[step] for curve in curves if step in curve]
+        cells.append(f"{fmean(values):,.0f}" if values else "")
+        cells[-1] += f" (of {len(values)})" if 0 < len(values) < len(curves) else ""
+    return cells
 
 
 def draw(docs: Path) -> None:
     """
-    Return against env steps: each seed a thin line, the mean of the finished ones a thick one, published curves dashed.
+    Return against env steps: each seed a thin line, their mean a thick one as far as all came, published curves dashed.
 
     :param docs: where the CSV files are, and the figure goes
     """
@@ -322,7 +333,6 @@ def draw(docs: Path) -> None:
 
     rows, manifest = read(docs / "curves.csv"), read(docs / "manifest.csv")
     theirs = published(read(docs / "published_curves.csv"))
-    finished = {key_of(row) for row in manifest if row["finished"] == "1"}
     ours = seeds_of(rows, "avg_return")
     figure, panels = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     labels: dict[str, Any] = {}
@@ -332,7 +342,7 @@ def draw(docs: Path) -> None:
                 continue
             for curve in seeds.values():
                 (line,) = axes.plot(list(curve), list(curve.values()), color=COLOURS[name], alpha=0.35, linewidth=1)
-            curve = mean(curve for seed, curve in seeds.items() if (name, env, seed) in finished)
+            curve = mean(seeds.values())
             if curve:
                 (line,) = axes.plot(list(curve), list(curve.values()), color=COLOURS[name], linewidth=2.2)
             labels[name] = line
@@ -341,9 +351,8 @@ def draw(docs: Path) -> None:
                 shown = {step: value for step, value in curve.items() if step <= SHOWN}
                 colour = COLOURS[name.partition(",")[0]]
                 (labels[name],) = axes.plot(list(shown), list(shown.values()), "--", color=colour, linewidth=1.4)
-        done = [name for name, task, _ in finished if task == env]
-        counts = ", ".join(f"{name} {done.count(name)}" for name in COLOURS if name in done) or "none"
-        axes.set(title=f"{env} (finished seeds: {counts})", xlabel="env steps", ylabel="return", xlim=(0, SHOWN))
+        counts = ", ".join(f"{name} {len(ours[name, env])}" for name in COLOURS if (name, env) in ours) or "none"
+        axes.set(title=f"{env} (seeds: {counts})", xlabel="env steps", ylabel="return", xlim=(0, SHOWN))
         axes.grid(alpha=0.25)
     last = panels.flat[-1]
     last.axis("off")

@@ -132,20 +132,22 @@ def test_mean_is_taken_where_all_seeds_are() -> None:
     assert evidence.mean([]) == {}
 
 
-def test_table_counts_finished_seeds_only(tmp_path: Path) -> None:
+def test_table_says_how_far_runs_came(tmp_path: Path) -> None:
     first, second, third = (run for run in evidence.runs(["sac"]) if run.env == "Hopper-v5")
     leave(first, tmp_path / "logs", 50_000, finished=True)
     leave(second, tmp_path / "logs", 50_000, finished=True, gain=2)
-    leave(third, tmp_path / "logs", 20_000, gain=100)
+    leave(third, tmp_path / "logs", 20_000, gain=3)
     evidence.collect(evidence.runs(), tmp_path / "logs", tmp_path)
     theirs = evidence.published(
         [{"method": "sac", "task": "Hopper", "env_step": "20000", "mean_return": "700"}],
     )
     text = evidence.table(evidence.read(tmp_path / "curves.csv"), evidence.read(tmp_path / "manifest.csv"), theirs)
     lines = text.splitlines()
-    start = lines.index("| **Hopper-v5** | | | | | | |")
-    assert lines[start + 1] == "| SAC | 2 | 15,000 | 30,000 | 75,000 | 41.7 | 0.0 |"
-    assert lines[start + 2] == "| SAC, published | |  | 700 |  | | |"
+    start = lines.index("| **Hopper-v5** | | | | | | | | | |")
+    at = "20,000 | 40,000 | 45,000 (of 2) | 75,000 (of 2)"
+    # The last five: 46 to 50 thousand, twice as much, and three times 16 to 20 thousand.
+    assert lines[start + 1] == f"| SAC | 3 (2) | {at} | 66,000 | 46,000 | 50 | 0 |"
+    assert lines[start + 2] == "| SAC, published | |  | 700 |  |  | | | | |"
 
 
 # Optional packages. Where the lock promises them, test_package.py fails for a missing one.
