@@ -245,6 +245,7 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
     # The first fit comes with the first step after the random ones, the others at each multiple.
     first, steps_after = agent.learning_starts + 1, whole - agent.learning_starts
     at_fits = [first, *range(first - first % frequency + frequency, whole + 1, frequency)]
+    assert isinstance(agent.dynamics, ProbabilisticEnsemble) and agent.dynamics.max_updates is not None
     most = agent.dynamics.max_updates * (len(at_fits) - 1 + FIRST_FIT)
     hours = {
         "updates": sums["updates"] / n_updates * agent.gradient_steps * steps_after,

@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trust",
     },
     "disagreement": set(),
-    "filters": {"checks", "disagreement", "ensemble"},
+    "filters": {"checks", "disagreement", "dynamics", "ensemble"},
     "plausible": {"dynamics", "learned_reward"},
     "value_bound": set(),
     "rollouts": {"checks", "dynamics", "filters"},

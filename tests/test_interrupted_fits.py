@@ -56,7 +56,7 @@ class Own(DynamicsModel):
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: Any = "cpu") -> None:
         super().__init__(obs_dim, action_dim, seed=seed, device=device)
         self.layer = th.nn.Linear(obs_dim + action_dim, obs_dim + 1)
-        self.optimizer = th.optim.Adam(self.parameters(), lr=1e-2)
+        self.optimizer: th.optim.Adam = th.optim.Adam(self.parameters(), lr=1e-2)
 
     def fit(self, transitions: Any, progress: Any = None) -> dict[str, float | str]:
         x = th.cat([transitions.observations, transitions.actions], dim=1)
