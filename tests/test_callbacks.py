@@ -386,7 +386,7 @@ def explains(monkeypatch, *shares: float) -> None:
     def explained(errors, of_constant, n):
         return Explained(1.0, left[0], th.full((len(errors),), left.pop(0)))
 
-    monkeypatch.setattr("sb3_mbpo.callbacks.explained", explained)
+    monkeypatch.setattr("sb3_mbpo.model_learning.explained", explained)
 
 
 def test_the_gate_follows_what_was_explained_of_the_steps_since_the_fit(monkeypatch):
@@ -514,7 +514,7 @@ def test_auto_goes_as_far_as_the_true_system_would(n_envs):
 
 def test_auto_stays_at_one_step_with_a_bad_dynamics(monkeypatch):
     measured = []
-    monkeypatch.setattr("sb3_mbpo.callbacks.drift", lambda *args: measured.append(drift(*args)) or measured[-1])
+    monkeypatch.setattr("sb3_mbpo.model_learning.drift", lambda *args: measured.append(drift(*args)) or measured[-1])
     model = agent(rollout_schedule="auto", model_train_freq=50).learn(200)
     assert len(model.dynamics.fits) == 5 and model.rollout_length == 1
     assert len(measured) > 1 and all(len(errors) > 1 for errors in measured)
@@ -534,7 +534,7 @@ def test_auto_warns_where_it_cannot_measure():
 @pytest.mark.parametrize("most", [1000, 25])
 def test_auto_is_never_measured_on_what_was_fitted(most, monkeypatch):
     """Each time the steps since the last fit, no others, and of many the newest."""
-    monkeypatch.setattr("sb3_mbpo.callbacks.MOST_STARTS", most)
+    monkeypatch.setattr("sb3_mbpo.model_learning.MOST_STARTS", most)
     seen = []
 
     class Spy(Recorder):
