@@ -16,7 +16,9 @@ class RolloutCallback(BaseCallback):
     Decides when the agent fits its dynamics and makes model rollouts. ``learn`` installs it by itself.
 
     The work is the agent's: see :meth:`.ModelLearning.fit_dynamics` and :meth:`.ModelLearning.generate_rollouts`. The callback
-    holds no state of its own, so a run may be cut and continued anywhere.
+    holds no state of its own, so a run may be cut and continued anywhere. For another one, set the class attribute
+    ``rollout_callback_class`` of a subclass of the agent's class; :meth:`due` and :meth:`update_model` are made to be
+    overridden.
     """
 
     # Any class that mixes in ModelBased.

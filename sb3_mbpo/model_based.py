@@ -74,12 +74,14 @@ class ModelBased(ModelLearning, Resuming):
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
 
-    A :class:`.RolloutCallback` fits the dynamics and makes model rollouts in ``learn``. To do so at other times,
-    call :meth:`fit_dynamics` and :meth:`generate_rollouts`.
+    A :class:`.RolloutCallback` fits the dynamics and makes model rollouts in ``learn``. To do so at other times, set
+    ``rollout_callback_class`` in a subclass, or call :meth:`fit_dynamics` and :meth:`generate_rollouts`.
     """
 
     #: Defaults that differ from those of the algorithm that this is mixed into.
     DEFAULTS: ClassVar[dict[str, Any]] = {"gradient_steps": 20}
+    #: Decides in ``learn`` when to fit the dynamics and when to make model rollouts. A subclass may replace it.
+    rollout_callback_class: ClassVar[type[RolloutCallback]] = RolloutCallback
 
     def __init__(
         self,
@@ -277,7 +279,7 @@ class ModelBased(ModelLearning, Resuming):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not isinstance(callback, BaseCallback):
             callback = CallbackList(callback) if isinstance(callback, list) else ConvertCallback(callback)
-        rollouts = RolloutCallback()
+        rollouts = self.rollout_callback_class()
         everything = super()._init_callback(CallbackList([rollouts, callback]), progress_bar)
         if progress_bar:
             assert isinstance(everything, CallbackList) and isinstance(everything.callbacks[-1], ProgressBarCallback)

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from tiny import TruePendulum, equal_agents
 
-from sb3_mbpo import MBPO, DynamicsModel
+from sb3_mbpo import MBPO, DynamicsModel, RolloutCallback
 from sb3_mbpo.drift import drift
 from sb3_mbpo.trust import Explained
 
@@ -306,6 +306,23 @@ def test_memory_of_a_gpu_that_runs_out(allow):
     allow(2e9)
     model.learn(5, reset_num_timesteps=False)
     assert list(model.replay_buffer.model_buffer.refills) == [100_000, 2_000_000]
+
+
+def test_a_callback_of_ones_own_decides_when(tmp_path):
+    class Once(RolloutCallback):
+        def due(self):
+            return super().due() and self.model.dynamics_fitted_at is None
+
+    class Seldom(MBPO):
+        rollout_callback_class = Once
+
+    settings = {**FAST, "dynamics_class": Recorder, "dynamics_kwargs": None, "learning_starts": 20, "model_train_freq": 10}
+    model = Seldom(env="Pendulum-v1", **settings)
+    model.learn(60)
+    assert model.dynamics.fits == [21] and list(model.replay_buffer.model_buffer.refills) == [30]
+    assert "rollout_callback_class" not in vars(model) and model.logger.name_to_value["dynamics/real_buffer_size"] == 60
+    model.save(tmp_path / "agent")
+    assert Seldom.load(tmp_path / "agent").rollout_callback_class is Once and agent().rollout_callback_class is RolloutCallback
 
 
 # ---------------------------------------------------------------------- a model that goes bad
