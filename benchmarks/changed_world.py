@@ -23,7 +23,7 @@ import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_mbpo import MBPO, model_based
+from sb3_mbpo import MBPO, model_learning
 
 STEPS, MORE, EVERY = 2_000, 500, 100
 # Updates a step after the change, of all arms.
@@ -50,7 +50,7 @@ def empty(agent: MBPO) -> None:
 
 def forget(rows: int) -> Callable[[MBPO], None]:
     def arm(agent: MBPO) -> None:
-        model_based.ROWS_AFTER_FORGETTING = rows
+        model_learning.ROWS_AFTER_FORGETTING = rows
         agent.forget_transitions()
 
     return arm

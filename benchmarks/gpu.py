@@ -35,7 +35,6 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo import MBPO, ProbabilisticEnsemble, cuda_update
-from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.probabilistic_ensemble import FIRST_FIT
 from sb3_mbpo.rollouts import rollout_length
 
@@ -163,12 +162,10 @@ def fit(device: str, tiny: bool) -> Iterator[Row]:
 def rollout(device: str, tiny: bool) -> Iterator[Row]:
     """Imagined steps a second, in a refill as training makes it: start states, policy, ensemble, bounds, storing."""
     n = 1000 if tiny else 100_000
-    agent = make_agent(MBPO, device, termination_fn="never", rollout_batch_size=n)
-    agent.dynamics.fit(transitions(300, device))
-    callback = RolloutCallback()
-    callback.init_callback(agent)
+    agent = make_agent(MBPO, device, termination_fn="never", rollout_batch_size=n, dynamics_kwargs={"max_updates": 20})
+    agent.fit_dynamics()
     for i in range(-3, 2 if tiny else 10):
-        rate = n / seconds(callback._refill, device)
+        rate = n / seconds(agent.generate_rollouts, device)
         if i >= 0:
             yield f"refill, {n} states, one step", i, rate, "1/s"
 
@@ -228,7 +225,7 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
         settings["min_explained_variance"] = None
         settings["dynamics_kwargs"], steps = {"net_arch": [16], "max_updates": 5}, 300
     agent = MBPO(env="Hopper-v5", device=device, seed=0, **settings)
-    phases: dict[str, tuple[type, str]] = {"fits": (RolloutCallback, "_fit"), "rollouts": (RolloutCallback, "_refill")}
+    phases: dict[str, tuple[type, str]] = {"fits": (MBPO, "fit_dynamics"), "rollouts": (MBPO, "generate_rollouts")}
     with clocks(device, {"updates": (MBPO, "train"), **phases}) as spent:
         deadline = Deadline(7)
         total = seconds(lambda: agent.learn(steps, callback=deadline), device)
@@ -245,6 +242,7 @@ def hopper(device: str, tiny: bool) -> Iterator[Row]:
     # The first fit comes with the first step after the random ones, the others at each multiple.
     first, steps_after = agent.learning_starts + 1, whole - agent.learning_starts
     at_fits = [first, *range(first - first % frequency + frequency, whole + 1, frequency)]
+    assert isinstance(agent.dynamics, ProbabilisticEnsemble) and agent.dynamics.max_updates is not None
     most = agent.dynamics.max_updates * (len(at_fits) - 1 + FIRST_FIT)
     hours = {
         "updates": sums["updates"] / n_updates * agent.gradient_steps * steps_after,

@@ -41,7 +41,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_mbpo import MBPO, ProbabilisticEnsemble, RolloutCallback, __version__, probabilistic_ensemble
+from sb3_mbpo import MBPO, ProbabilisticEnsemble, __version__, probabilistic_ensemble
 from sb3_mbpo.likelihood_gradient import LikelihoodGradient
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "speed.csv"
@@ -167,19 +167,20 @@ def all_members_sample(dynamics: ProbabilisticEnsemble, obs: th.Tensor, actions:
 def rollouts(steps: int) -> Iterator[Comparison]:
     """A refill of the model buffer, 100,000 branches of one step; mbrl-lib's; ours with every member on every row."""
     peer = Peer("mbrl")
-    callback = RolloutCallback()
-    callback.model = mixed_agent(10_000)
-    dynamics = callback.model.dynamics
+    agent = mixed_agent(10_000, dynamics_kwargs={"max_updates": 20})
+    agent.fit_dynamics()
+    dynamics = agent.dynamics
+    assert isinstance(dynamics, ProbabilisticEnsemble)
 
     def all_members(name: str) -> Figures:
         with mock.patch.object(dynamics, "sample", partial(all_members_sample, dynamics)):
-            return per_second(name, REFILL, callback._refill)
+            return per_second(name, REFILL, agent.generate_rollouts)
 
     name = "states/s, against mbrl-lib"
     theirs = partial(lambda name: {name: REFILL / peer.ask("rollout", REFILL)["seconds"]}, name)
-    yield Comparison(partial(per_second, name, REFILL, callback._refill), theirs, ">= 2.0", versions=peer.versions)
+    yield Comparison(partial(per_second, name, REFILL, agent.generate_rollouts), theirs, ">= 2.0", versions=peer.versions)
     name = "states/s, against all members"
-    yield Comparison(partial(per_second, name, REFILL, callback._refill), partial(all_members, name), ">= 4.5")
+    yield Comparison(partial(per_second, name, REFILL, agent.generate_rollouts), partial(all_members, name), ">= 4.5")
 
 
 def repeated(buffer: ReplayBuffer, times: int) -> ReplayBuffer:
@@ -216,8 +217,8 @@ def run(agent: MBPO, steps: int) -> Figures:
     watch = Stopwatch()
     phases: dict[str, list[tuple[object, str]]] = {
         "SAC updates": [(MBPO, "train")],
-        "fits": [(RolloutCallback, "_fit")],
-        "rollouts": [(RolloutCallback, "_refill")],
+        "fits": [(MBPO, "fit_dynamics")],
+        "rollouts": [(MBPO, "generate_rollouts")],
         "env and policy": [(DummyVecEnv, "step"), (MBPO, "_sample_action")],
         "fit steps": [(LikelihoodGradient, "__call__")],
     }

@@ -45,20 +45,19 @@ def workload() -> dict[str, Callable[[], object]]:
     """One measurement of each kind."""
     from speed import BATCH, mixed_agent
 
-    from sb3_mbpo import ProbabilisticEnsemble, RolloutCallback
+    from sb3_mbpo import ProbabilisticEnsemble
     from sb3_mbpo.probabilistic_ensemble import FIRST_FIT
 
-    agent = mixed_agent(5_000)
+    agent = mixed_agent(5_000, dynamics_kwargs={"max_updates": 20})
     agent.rollout_batch_size = KINDS["rollout"]
-    callback = RolloutCallback()
-    callback.model = agent
+    agent.fit_dynamics()
     transitions = agent.replay_buffer.real_transitions()
 
     def fit() -> None:
         most = round(KINDS["fit"] / FIRST_FIT)
         ProbabilisticEnsemble(11, 3, seed=0, batch_size=BATCH, max_updates=most).fit(transitions)
 
-    return {"update": lambda: agent.train(KINDS["update"], BATCH), "fit": fit, "rollout": callback._refill}
+    return {"update": lambda: agent.train(KINDS["update"], BATCH), "fit": fit, "rollout": agent.generate_rollouts}
 
 
 def work(kinds: list[str]) -> None:

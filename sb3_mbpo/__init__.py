@@ -6,7 +6,7 @@ from typing import Any
 from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.dhmbpo import DHMBPO
-from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.dynamics import DynamicsModel, DynamicsWrapper
 from sb3_mbpo.env_state import RestorableEnv
 from sb3_mbpo.faults import InvalidTransition
 from sb3_mbpo.learned_termination import LearnedTermination
@@ -25,6 +25,7 @@ __all__ = [
     "MBPO",
     "MBTD3",
     "DynamicsModel",
+    "DynamicsWrapper",
     "InvalidTransition",
     "LearnedTermination",
     "LinearSchedule",

@@ -154,7 +154,7 @@ def dry_run_filter(begin: Callable[[ReplayBufferSamples], Any], value: Any, dyna
     :raises ValueError: the dynamics does not predict as two members or more, the rule raises, or returns what does not fit
     """
     who = f"rollout_filter={shown(value)}"
-    if not callable(getattr(dynamics, "predict", None)):
+    if not dynamics.offers_predict:
         kind = type(dynamics).__name__
         raise ValueError(f"{who} goes by what members predict, and {kind} has no method predict. Give it one, or pass None")
     before, generator = dynamics.generator.get_state(), th.Generator().manual_seed(0)

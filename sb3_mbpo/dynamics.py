@@ -17,9 +17,8 @@ class DynamicsModel(nn.Module, ABC):
     What stands in for the environment inside branched rollouts.
 
     Observations are raw (never normalised) and flat, actions scaled to [-1, 1] and flat, as in SB3's replay buffer; float32.
-    A subclass may offer ``predict(obs, actions) -> (mean, var)``, each ``(members, B, 1 + obs_dim)`` with the reward first,
-    for filters and diagnosis, and ``elites``, the indices of the members that filters go by. If it has an ``optimizer``, that
-    is saved with the agent.
+    A subclass implements ``fit`` and ``sample``. It may offer ``predict``, for filters and diagnosis, and set ``elites`` and
+    ``optimizer``. For a model around another one, see :class:`DynamicsWrapper`.
 
     :param obs_dim: size of a flat observation
     :param action_dim: size of a flat action
@@ -33,6 +32,10 @@ class DynamicsModel(nn.Module, ABC):
     usable = True
     #: Whether the rewards of ``sample`` are used if ``reward_fn`` is None; else MBPO learns the reward of a transition itself.
     own_reward = True
+    #: Indices of the members of ``predict`` that filters use, ``(n_elites,)``; ``None``: all. An attribute or a property.
+    elites: th.Tensor | None = None
+    #: The optimizer of ``fit``, which is saved with the agent; ``None``: there is none.
+    optimizer: th.optim.Optimizer | None = None
 
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: th.device | str = "cpu") -> None:
         super().__init__()
@@ -68,6 +71,22 @@ class DynamicsModel(nn.Module, ABC):
         :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
 
+    @property
+    def offers_predict(self) -> bool:
+        """Whether the class has a ``predict`` of its own."""
+        return type(self).predict is not DynamicsModel.predict
+
+    def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Every member's distribution. Optional: filters and the members' disagreement need it, see ``offers_predict``.
+
+        :param obs: ``(B, obs_dim)``
+        :param actions: ``(B, action_dim)``
+        :return: mean and variance of (reward, next observation), each ``(members, B, 1 + obs_dim)``, in the env's units
+        :raises NotImplementedError: the model does not offer it
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method predict")
+
     @th.no_grad()
     def predict_mean(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -95,7 +114,98 @@ class DynamicsModel(nn.Module, ABC):
         return next_obs, rewards
 
 
-class KnownReward(DynamicsModel):
+class DynamicsWrapper(DynamicsModel):
+    """
+    A dynamics model around another one, to which it forwards everything.
+
+    A subclass overrides ``adjust``, and so changes the predictions of ``sample``, ``predict_mean`` and ``finish`` alike. What
+    ``predict`` returns is the other model's, unchanged. Weights are part of the state dict, under ``dynamics.``.
+
+    :param dynamics: the other model
+    """
+
+    def __init__(self, dynamics: DynamicsModel) -> None:
+        nn.Module.__init__(self)
+        self.obs_dim, self.action_dim = dynamics.obs_dim, dynamics.action_dim
+        # The same object: there is one random stream.
+        self.generator = dynamics.generator
+        self.dynamics = dynamics
+
+    @property
+    def min_transitions(self) -> int:  # type: ignore[override]
+        """See ``DynamicsModel.min_transitions``."""
+        return self.dynamics.min_transitions
+
+    @property
+    def usable(self) -> bool:  # type: ignore[override]
+        """See ``DynamicsModel.usable``."""
+        return self.dynamics.usable
+
+    @property
+    def own_reward(self) -> bool:  # type: ignore[override]
+        """See ``DynamicsModel.own_reward``; a subclass that changes rewards sets it to True."""
+        return self.dynamics.own_reward
+
+    @property
+    def elites(self) -> th.Tensor | None:  # type: ignore[override]
+        """See ``DynamicsModel.elites``."""
+        return self.dynamics.elites
+
+    @property
+    def optimizer(self) -> th.optim.Optimizer | None:  # type: ignore[override]
+        """See ``DynamicsModel.optimizer``."""
+        return self.dynamics.optimizer
+
+    @property
+    def offers_predict(self) -> bool:
+        """See ``DynamicsModel.offers_predict``."""
+        return self.dynamics.offers_predict
+
+    def seed(self, seed: int | None) -> None:
+        """See ``DynamicsModel.seed``."""
+        self.dynamics.seed(seed)
+
+    def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
+        """See ``DynamicsModel.fit``."""
+        return self.dynamics.fit(transitions, progress)
+
+    def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """See ``DynamicsModel.sample``; adjusted."""
+        return self.adjust(obs, actions, *self.dynamics.sample(obs, actions))
+
+    def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """See ``DynamicsModel.predict``; not adjusted."""
+        return self.dynamics.predict(obs, actions)
+
+    @th.no_grad()
+    def predict_mean(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """See ``DynamicsModel.predict_mean``; adjusted."""
+        mean = self.dynamics.predict_mean(obs, actions)
+        next_obs, rewards = self.adjust(obs, actions, mean[:, 1:], mean[:, 0])
+        return th.cat([rewards.unsqueeze(1), next_obs], dim=1)
+
+    def finish(
+        self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """See ``DynamicsModel.finish``; adjusted."""
+        return self.adjust(obs, actions, *self.dynamics.finish(obs, actions, next_obs, rewards))
+
+    def adjust(
+        self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        What this model changes in a prediction of the other one: here nothing.
+
+        :param obs: ``(B, obs_dim)``
+        :param actions: ``(B, action_dim)``
+        :param next_obs: predicted, ``(B, obs_dim)``
+        :param rewards: predicted, ``(B,)``
+        :return: next observations and rewards
+        """
+        return next_obs, rewards
+
+
+class KnownReward(DynamicsWrapper):
     """
     Another dynamics model whose rewards come from a function instead.
 
@@ -103,26 +213,14 @@ class KnownReward(DynamicsModel):
     :param reward_fn: ``(obs, actions, next_obs) -> (B,)``, on flat observations and actions in [-1, 1]
     """
 
+    own_reward = True
+
     def __init__(self, dynamics: DynamicsModel, reward_fn: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]) -> None:
-        nn.Module.__init__(self)
-        self.obs_dim, self.action_dim = dynamics.obs_dim, dynamics.action_dim
-        self.generator = dynamics.generator
-        self.min_transitions = dynamics.min_transitions
-        self.dynamics = dynamics
+        super().__init__(dynamics)
         self.reward_fn = reward_fn
 
-    def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
-        """See ``DynamicsModel.fit``."""
-        return self.dynamics.fit(transitions, progress)
-
-    def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsModel.sample``; the rewards are those of ``reward_fn``."""
-        next_obs, _ = self.dynamics.sample(obs, actions)
-        return next_obs, self.reward_fn(obs, actions, next_obs)
-
-    def finish(
+    def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsModel.finish``; the rewards are those of ``reward_fn``."""
-        next_obs, _ = self.dynamics.finish(obs, actions, next_obs, rewards)
+        """See ``DynamicsWrapper.adjust``; the rewards are those of ``reward_fn``."""
         return next_obs, self.reward_fn(obs, actions, next_obs)

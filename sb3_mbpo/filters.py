@@ -10,6 +10,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.checks import number, whole
 from sb3_mbpo.disagreement import draw, geometric_jsd, information_fusion, information_loss, one_vs_rest_kl
+from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.ensemble import ROUNDING, Standardizer
 
 # Real transitions that a rule takes its limits from.
@@ -185,13 +186,13 @@ class Filtering:
     that no unit of an observation matters.
 
     :param rule: see :data:`Rule`
-    :param dynamics: with a ``predict``, see ``DynamicsModel``; if it has ``elites``, only those are asked
+    :param dynamics: offers ``predict``, see ``DynamicsModel``; if it has ``elites``, only those are asked
     :param transitions: all real transitions
     :param memory: what the rule remembers of earlier refills
     """
 
     @th.no_grad()
-    def __init__(self, rule: Rule, dynamics: Any, transitions: ReplayBufferSamples, memory: list[float]) -> None:
+    def __init__(self, rule: Rule, dynamics: DynamicsModel, transitions: ReplayBufferSamples, memory: list[float]) -> None:
         self.rule, self.dynamics = rule, dynamics
         #: Finite predictions that the rule left out so far.
         self.left_out = 0
@@ -217,8 +218,8 @@ class Filtering:
     def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """:return: mean and variance as :data:`Rule` has them"""
         mean, var = self.dynamics.predict(obs, actions)
-        if hasattr(self.dynamics, "elites"):
-            mean, var = mean[self.dynamics.elites], var[self.dynamics.elites]
+        if (elites := self.dynamics.elites) is not None:
+            mean, var = mean[elites], var[elites]
         change = th.cat([mean[..., :1], mean[..., 1:] - obs], dim=-1)
         if self.constant is not None:
             change, var = (th.where(self.constant, part.mean(dim=0), part) for part in (change, var))

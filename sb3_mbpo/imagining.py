@@ -19,6 +19,7 @@ from sb3_mbpo.terminations import in_env_terms
 class Imagining(Collecting):
     """The part of :class:`ModelBased` that branched rollouts are made with."""
 
+    dynamics: DynamicsModel
     policy: Any
     actor: Any
     reward_fn: str | Callable[..., th.Tensor] | None

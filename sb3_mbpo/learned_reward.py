@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
-from sb3_mbpo.dynamics import DynamicsModel, Progress
+from sb3_mbpo.dynamics import DynamicsModel, DynamicsWrapper, Progress
 from sb3_mbpo.ensemble import EnsembleMLP, Standardizer
 from sb3_mbpo.holdout import row_hash
 from sb3_mbpo.input_gradient import InputGradient
@@ -252,7 +252,7 @@ class _Regression(nn.Module):
         return th.stack(errors).mean().item()
 
 
-class TransitionReward(DynamicsModel):
+class TransitionReward(DynamicsWrapper):
     """
     Another dynamics model whose rewards are those of a :class:`LearnedReward` instead.
 
@@ -262,6 +262,8 @@ class TransitionReward(DynamicsModel):
     :param limit: ``(rewards, ended) -> rewards``, each ``(B,)``: keeps rewards within bounds; ``None``: as they are
     """
 
+    own_reward = True
+
     def __init__(
         self,
         dynamics: DynamicsModel,
@@ -269,26 +271,13 @@ class TransitionReward(DynamicsModel):
         termination: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
         limit: Callable[[th.Tensor, th.Tensor], th.Tensor] | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        self.obs_dim, self.action_dim = dynamics.obs_dim, dynamics.action_dim
-        self.generator = dynamics.generator
-        self.min_transitions = dynamics.min_transitions
-        self.dynamics, self.reward, self.termination, self.limit = dynamics, reward, termination, limit
+        super().__init__(dynamics)
+        self.reward, self.termination, self.limit = reward, termination, limit
 
-    def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
-        """See ``DynamicsModel.fit``; the reward is not fitted."""
-        return self.dynamics.fit(transitions, progress)
-
-    def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsModel.sample``; the rewards are learned ones."""
-        next_obs, _ = self.dynamics.sample(obs, actions)
-        return next_obs, self._paid(obs, actions, next_obs)
-
-    def finish(
+    def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsModel.finish``; the rewards are learned ones."""
-        next_obs, _ = self.dynamics.finish(obs, actions, next_obs, rewards)
+        """See ``DynamicsWrapper.adjust``; the rewards are learned ones."""
         return next_obs, self._paid(obs, actions, next_obs)
 
     def _paid(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:

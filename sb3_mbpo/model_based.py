@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from math import inf
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TrainFrequencyUnit
 
 from sb3_mbpo.arguments import check_keywords, check_names, joined_signature, read_arguments, read_first, read_learn, resolve
 from sb3_mbpo.buffers import MixedReplayBuffer, balanced_ratio
@@ -19,28 +19,23 @@ from sb3_mbpo.callbacks import RolloutCallback
 from sb3_mbpo.checks import check_before_learning, whole
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run, dry_run_filter
-from sb3_mbpo.dynamics import DynamicsModel, Progress
-from sb3_mbpo.episode_ends import lost_ends_warning
+from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.filters import Rule
-from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.learned_reward import LearnedReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.memory import estimate
+from sb3_mbpo.model_learning import ModelLearning
 from sb3_mbpo.moving_statistics import moving_statistics
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.resuming import Resuming
-from sb3_mbpo.reward_audit import audit_rewards, judged_rows
 from sb3_mbpo.rollouts import rollout_length
-from sb3_mbpo.terminations import KNOWN_TERMINATIONS, NeverTerminates, disagreement, known_termination
+from sb3_mbpo.terminations import NeverTerminates, known_termination
 from sb3_mbpo.threads import one_thread_by_default
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
-# Real transitions after `forget_transitions` from which on an agent fits and trains again, docs/benchmarks/changed_world.csv.
-ROWS_AFTER_FORGETTING = 200
 
-
-class ModelBased(Imagining, Resuming):
+class ModelBased(ModelLearning, Resuming):
     """
     Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
 
@@ -78,10 +73,15 @@ class ModelBased(Imagining, Resuming):
         whole buffer. See also :meth:`forget_transitions`
     :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
     :param dynamics_kwargs: its keyword arguments
+
+    A :class:`.RolloutCallback` fits the dynamics and makes model rollouts in ``learn``. To do so at other times, set
+    ``rollout_callback_class`` in a subclass, or call :meth:`fit_dynamics` and :meth:`generate_rollouts`.
     """
 
     #: Defaults that differ from those of the algorithm that this is mixed into.
     DEFAULTS: ClassVar[dict[str, Any]] = {"gradient_steps": 20}
+    #: Decides in ``learn`` when to fit the dynamics and when to make model rollouts. A subclass may replace it.
+    rollout_callback_class: ClassVar[type[RolloutCallback]] = RolloutCallback
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class ModelBased(Imagining, Resuming):
             self.termination = self._find_termination()
         self._warn_of_moving_statistics(7)
         self._warned_of_termination = False
-        #: What the callback has warned of, and does not again.
+        #: What was warned of, and is not again.
         self._warned_of: list[str] = []
         if self.reward_fn is not None and not (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             reward_fn = resolve(self.reward_fn, "reward_fn")
@@ -240,62 +240,6 @@ class ModelBased(Imagining, Resuming):
         return termination
 
     @property
-    def lifetime_timesteps(self) -> int:
-        """Env transitions of the agent's whole life: ``num_timesteps`` that no ``learn`` sets back. What is due goes by it."""
-        return self._earlier_timesteps + self.num_timesteps
-
-    @property
-    def rollout_length(self) -> int:
-        """
-        The rollout length k of a refill now.
-
-        :raises ValueError: the schedule is none, or says something else than a whole number of at least 1
-        """
-        if self.rollout_schedule == "auto":
-            return self.trusted_length
-        return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
-
-    def fit_reward(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
-        """
-        Learn the reward as a function of the transition, unless it is known or predicted by the dynamics.
-
-        :param transitions: all real transitions, as the dynamics gets them; the dynamics must have been fitted
-        :param progress: called now and then with a few words
-        :return: what to log, under ``dynamics/``
-        """
-        if not self.learns_reward or not self.dynamics.usable:
-            return {}
-        return self.learned_reward.fit(transitions, self.dynamics, progress)
-
-    def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
-        """
-        Called after each fit of the dynamics, for what policy and critics need of the data: nothing here.
-
-        :param transitions: all real transitions, as the dynamics gets them
-        """
-
-    def odd_ends(self) -> Iterator[tuple[str, str]]:
-        """:return: what the ends of real episodes give reason to warn of: its name, and the warning"""
-        buffer = self.replay_buffer
-        lost = buffer.lost_ends()
-        if lost.any():
-            yield "ends", lost_ends_warning(lost, buffer.dones[: buffer.size()] > 0.5)
-        # A VecEnv that loses last observations may not tell of time limits either.
-        elif (warning := buffer.reported_limit()) is not None:
-            yield "limit", warning
-
-    @property
-    def rows_before_fit(self) -> int:
-        """
-        Fewest real transitions that the dynamics is fitted to.
-
-        As many as a new agent has at its first fit: one that was loaded without its buffer must not forget what it learned for
-        the sake of a handful. After :meth:`forget_transitions`, when what it learned is of another world, fewer.
-        """
-        usual = min(self.learning_starts, ROWS_AFTER_FORGETTING) if self.forgot_transitions else self.learning_starts
-        return max(self.dynamics.min_transitions, min(usual, self.replay_buffer.buffer_size * self.replay_buffer.n_envs))
-
-    @property
     def waits_for_transitions(self) -> bool:
         """Whether updates wait, after :meth:`forget_transitions`, until there are transitions for a fit."""
         if not self.forgot_transitions or self.dynamics_fitted_at is not None:
@@ -332,50 +276,10 @@ class ModelBased(Imagining, Resuming):
         if not self.waits_for_transitions:
             super().train(*args, **kwargs)
 
-    def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
-        """
-        Learn from the real terminations, or hold the known function against them.
-
-        :param transitions: all real transitions, as the dynamics gets them
-        :return: what to log, under ``dynamics/``
-        """
-        terminated = transitions.dones.squeeze(1) > 0.5
-        if isinstance(self.termination, str):
-            metrics = self.learned_termination.fit(*self._in_env_terms(transitions[:3]), terminated)
-            return {**metrics, "termination": "learned"}
-        predicted = self.terminates(*transitions[:3])
-        warning = disagreement(predicted, terminated)
-        # A time limit that the env reports as a termination is no fault of the function.
-        if warning is not None and not self._warned_of_termination and "limit" not in self._warned_of:
-            self._warned_of_termination = True
-            warnings.warn(warning, stacklevel=2)
-        wrong = (predicted != terminated).float().mean().item()
-        known = self.termination_fn is None and isinstance(self.termination, KNOWN_TERMINATIONS)
-        return {"termination_disagreement": wrong, "termination": "known" if known else "given"}
-
-    def audit_reward(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
-        """
-        Compare ``reward_fn``, if there is one, with the real rewards; warn once where it is systematically wrong.
-
-        :param transitions: real ones, as the dynamics gets them
-        :return: what to log, under ``dynamics/``: see :class:`.reward_audit.RewardAudit`
-        """
-        known_reward = self.known_reward
-        if known_reward is None:
-            return {}
-        rows = judged_rows(transitions)
-        judged = ReplayBufferSamples(*(part[rows] for part in transitions[:5]))
-        predicted = known_reward(*judged[:3]) if len(rows) else judged.rewards
-        audit = audit_rewards(predicted, judged)
-        if audit.warning is not None and "reward_fn" not in self._warned_of:
-            self._warned_of.append("reward_fn")
-            warnings.warn(audit.warning, stacklevel=2)
-        return {"reward_disagreement": audit.disagreement}
-
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not isinstance(callback, BaseCallback):
             callback = CallbackList(callback) if isinstance(callback, list) else ConvertCallback(callback)
-        rollouts = RolloutCallback()
+        rollouts = self.rollout_callback_class()
         everything = super()._init_callback(CallbackList([rollouts, callback]), progress_bar)
         if progress_bar:
             assert isinstance(everything, CallbackList) and isinstance(everything.callbacks[-1], ProgressBarCallback)

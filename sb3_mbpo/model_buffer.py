@@ -51,7 +51,7 @@ class ModelBuffer:
         self.expected: int | None = None
         #: Number of rows of each retained refill, oldest first.
         self.refills: deque[int] = deque(maxlen=retained_rollouts)
-        #: How many refills were begun.
+        #: How many refills were begun and not dropped.
         self.begun = 0
         # Where the rows of before the present refill stand, and how many; None once it has overwritten some of them.
         self._earlier: tuple[int, list[int]] | None = None
@@ -77,12 +77,15 @@ class ModelBuffer:
         Discard the refill that was begun last. As long as nothing was added to it, all is as before; after that, what was
         evicted for it is not restored.
         """
-        if self._earlier is None:
+        self.begun -= 1
+        if self._earlier is not None:
+            self.start, refills = self._earlier
+            self._earlier = None
+            self.refills.clear()
+            self.refills.extend(refills)
+        elif self.refills:
+            # Of several that are dropped, the first may have made room for the last.
             self.refills.pop()
-            return
-        self.start, refills = self._earlier
-        self.refills.clear()
-        self.refills.extend(refills)
 
     def add(self, transitions: ReplayBufferSamples) -> None:
         """

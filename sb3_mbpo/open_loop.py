@@ -222,14 +222,14 @@ def imagined_returns(agent: Any, starts: np.ndarray, n_samples: int, max_steps: 
 
 
 @th.no_grad()
-def member_disagreement(dynamics: Any, obs: np.ndarray, actions: np.ndarray) -> np.ndarray | None:
+def member_disagreement(dynamics: DynamicsModel, obs: np.ndarray, actions: np.ndarray) -> np.ndarray | None:
     """
     :param dynamics: the agent's own
     :param obs: ``(B, obs_dim)``
     :param actions: ``(B, action_dim)``, in [-1, 1]
-    :return: standard deviation of all members' mean next observations, ``(B, obs_dim)``; ``None``: it has no ``predict``
+    :return: standard deviation of all members' mean next observations, ``(B, obs_dim)``; ``None``: ``predict`` is not offered
     """
-    if not hasattr(dynamics, "predict"):
+    if not dynamics.offers_predict:
         return None
     device = dynamics.generator.device
     parts = (th.as_tensor(part, dtype=th.float32, device=device) for part in (obs, actions))

@@ -2,9 +2,8 @@
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from torch import nn
 
-from sb3_mbpo.dynamics import DynamicsModel, KnownReward, Progress
+from sb3_mbpo.dynamics import DynamicsModel, DynamicsWrapper, KnownReward
 from sb3_mbpo.learned_reward import TransitionReward
 
 # A range this small beside the magnitude is rounding of float32: such a dimension counts as constant ...
@@ -107,28 +106,16 @@ class Plausible:
         return _Held(dynamics, self)
 
 
-class _Held(DynamicsModel):
+class _Held(DynamicsWrapper):
     """Another dynamics model whose predictions go through ``Plausible.hold``, or ``hold_obs`` if its rewards are not used."""
 
     def __init__(self, dynamics: DynamicsModel, plausible: Plausible, rewards: bool = True) -> None:
-        nn.Module.__init__(self)
-        self.obs_dim, self.action_dim = dynamics.obs_dim, dynamics.action_dim
-        self.generator = dynamics.generator
-        self.min_transitions = dynamics.min_transitions
-        self.dynamics, self.plausible, self.rewards = dynamics, plausible, rewards
+        super().__init__(dynamics)
+        self.plausible, self.rewards = plausible, rewards
 
-    def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
-        return self.dynamics.fit(transitions, progress)
-
-    def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return self._hold(*self.dynamics.sample(obs, actions))
-
-    def finish(
+    def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        return self._hold(*self.dynamics.finish(obs, actions, next_obs, rewards))
-
-    def _hold(self, next_obs: th.Tensor, rewards: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         return self.plausible.hold(next_obs, rewards) if self.rewards else (self.plausible.hold_obs(next_obs), rewards)
 
 

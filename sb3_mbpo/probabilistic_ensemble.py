@@ -140,7 +140,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         self._input_gradient = InputGradient(self.mlp)
         self.learning_rate = learning_rate
         self.weight_decays = self._decay_per_layer(weight_decays)
-        self.optimizer = self._make_optimizer()
+        self.optimizer: th.optim.Adam = self._make_optimizer()
 
     holdout_errors: th.Tensor
     relative: th.Tensor  # of each dimension of the observation: 1, its change is predicted, or 0, its next value
@@ -170,7 +170,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         return int(self.holdout_errors.isfinite().sum()) >= self.n_elites
 
     @property
-    def elites(self) -> th.Tensor:
+    def elites(self) -> th.Tensor:  # type: ignore[override]
         """Indices of the ``n_elites`` members with the least hold-out error, ``(n_elites,)``."""
         return self.holdout_errors.argsort(stable=True)[: self.n_elites]
 

@@ -149,7 +149,7 @@ class Saving(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
-        optimizer = ["dynamics.optimizer"] if hasattr(self.dynamics, "optimizer") else []
+        optimizer = ["dynamics.optimizer"] if self.dynamics.optimizer is not None else []
         learned = ["learned_reward", "learned_termination", "learned_termination.optimizer"]
         return [*state_dicts, "dynamics", *optimizer, *learned], variables
 

@@ -123,10 +123,11 @@ def undone_on_error(agent: Any) -> Iterator[None]:
     Whatever ends them early (an error in a user's function, Ctrl-C, no memory, a signal that ends the run), the agent is as it
     was before: parameters and optimizers of the learned parts, counters, random numbers, what is not yet logged. The
     model buffer is not copied, it may be large: see :meth:`.ModelBuffer.drop_refill`. What was warned of stays warned of.
+    May be nested.
 
     :param agent: a ModelBased algorithm
     """
-    log = {name: dict(getattr(agent.logger, name)) for name in ("name_to_value", "name_to_count", "name_to_excluded")}
+    log = _recorded(agent)
     values = {name: value for name, value in _attributes(agent) if not name.startswith("_warned")}
     learned = _learned(agent)
     parts = {name: _reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
@@ -136,7 +137,7 @@ def undone_on_error(agent: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if agent.replay_buffer.model_buffer.begun > begun:
+        while agent.replay_buffer.model_buffer.begun > begun:
             agent.replay_buffer.model_buffer.drop_refill()
         vars(agent).update(values)
         for name, part in parts.items():
@@ -177,9 +178,16 @@ def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def _recorded(agent: Any) -> dict[str, dict[str, Any]]:
+    """What was recorded and not yet written; nothing before the first ``learn``, when SB3 has no logger."""
+    logger = getattr(agent, "_logger", None)
+    names = () if logger is None else ("name_to_value", "name_to_count", "name_to_excluded")
+    return {name: dict(getattr(logger, name)) for name in names}
+
+
 def _pending_log(agent: Any) -> dict[str, Any]:
-    """What was recorded and not yet written."""
-    log = {name: dict(getattr(agent.logger, name)) for name in ("name_to_value", "name_to_count", "name_to_excluded")}
+    """What was recorded and not yet written, as far as it can be saved."""
+    log = _recorded(agent)
     for key, value in list(log["name_to_value"].items()):
         try:
             pack(value, {}, key)
@@ -199,9 +207,10 @@ def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _spaces(agent: Any) -> Iterator[tuple[str, Any]]:
-    for owner in ("agent", "env"):
+    # An agent that was loaded may have no env.
+    for name, owner in (("agent", agent), *([] if agent.env is None else [("env", agent.env)])):
         for kind in ("action_space", "observation_space"):
-            yield f"{owner}.{kind}", getattr(agent if owner == "agent" else agent.env, kind)
+            yield f"{name}.{kind}", getattr(owner, kind)
 
 
 def _random_states(agent: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from tiny import TruePendulum, equal_agents
 
-from sb3_mbpo import MBPO, DynamicsModel
+from sb3_mbpo import MBPO, DynamicsModel, RolloutCallback
 from sb3_mbpo.drift import drift
 from sb3_mbpo.trust import Explained
 
@@ -308,6 +308,23 @@ def test_memory_of_a_gpu_that_runs_out(allow):
     assert list(model.replay_buffer.model_buffer.refills) == [100_000, 2_000_000]
 
 
+def test_a_callback_of_ones_own_decides_when(tmp_path):
+    class Once(RolloutCallback):
+        def due(self):
+            return super().due() and self.model.dynamics_fitted_at is None
+
+    class Seldom(MBPO):
+        rollout_callback_class = Once
+
+    settings = {**FAST, "dynamics_class": Recorder, "dynamics_kwargs": None, "learning_starts": 20, "model_train_freq": 10}
+    model = Seldom(env="Pendulum-v1", **settings)
+    model.learn(60)
+    assert model.dynamics.fits == [21] and list(model.replay_buffer.model_buffer.refills) == [30]
+    assert "rollout_callback_class" not in vars(model) and model.logger.name_to_value["dynamics/real_buffer_size"] == 60
+    model.save(tmp_path / "agent")
+    assert Seldom.load(tmp_path / "agent").rollout_callback_class is Once and agent().rollout_callback_class is RolloutCallback
+
+
 # ---------------------------------------------------------------------- a model that goes bad
 
 
@@ -386,7 +403,7 @@ def explains(monkeypatch, *shares: float) -> None:
     def explained(errors, of_constant, n):
         return Explained(1.0, left[0], th.full((len(errors),), left.pop(0)))
 
-    monkeypatch.setattr("sb3_mbpo.callbacks.explained", explained)
+    monkeypatch.setattr("sb3_mbpo.model_learning.explained", explained)
 
 
 def test_the_gate_follows_what_was_explained_of_the_steps_since_the_fit(monkeypatch):
@@ -514,7 +531,7 @@ def test_auto_goes_as_far_as_the_true_system_would(n_envs):
 
 def test_auto_stays_at_one_step_with_a_bad_dynamics(monkeypatch):
     measured = []
-    monkeypatch.setattr("sb3_mbpo.callbacks.drift", lambda *args: measured.append(drift(*args)) or measured[-1])
+    monkeypatch.setattr("sb3_mbpo.model_learning.drift", lambda *args: measured.append(drift(*args)) or measured[-1])
     model = agent(rollout_schedule="auto", model_train_freq=50).learn(200)
     assert len(model.dynamics.fits) == 5 and model.rollout_length == 1
     assert len(measured) > 1 and all(len(errors) > 1 for errors in measured)
@@ -534,7 +551,7 @@ def test_auto_warns_where_it_cannot_measure():
 @pytest.mark.parametrize("most", [1000, 25])
 def test_auto_is_never_measured_on_what_was_fitted(most, monkeypatch):
     """Each time the steps since the last fit, no others, and of many the newest."""
-    monkeypatch.setattr("sb3_mbpo.callbacks.MOST_STARTS", most)
+    monkeypatch.setattr("sb3_mbpo.model_learning.MOST_STARTS", most)
     seen = []
 
     class Spy(Recorder):

@@ -12,7 +12,7 @@ from test_buffers import filled, refill
 from tiny import FAST, equal_agents
 
 from sb3_mbpo import MBPO, MBTD3, DynamicsModel, ResumeCallback
-from sb3_mbpo.model_based import ROWS_AFTER_FORGETTING
+from sb3_mbpo.model_learning import ROWS_AFTER_FORGETTING
 
 SMALL = {**FAST, "gradient_steps": 1, "model_train_freq": 30}
 

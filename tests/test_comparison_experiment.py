@@ -55,9 +55,8 @@ def test_rows(zoo: ModuleType, algo: str, params: list[str]) -> None:
 
 def test_phases_are_told_apart(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each phase takes time of its own on a clock that stands still otherwise, and twice as much on that of the CPU."""
-    import sb3_mbpo.callbacks
     import sb3_mbpo.comparison_experiment as experiment
-    from sb3_mbpo import MBPO
+    from sb3_mbpo import MBPO, model_learning
     from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
 
     now = [0.0]
@@ -69,13 +68,13 @@ def test_phases_are_told_apart(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch)
 
         return slow
 
-    for module in (experiment, sb3_mbpo.callbacks):
+    for module in (experiment, model_learning):
         monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
         monkeypatch.setattr(module.time, "process_time", lambda: 2 * now[0])
     monkeypatch.setattr(MBPO, "train", taking(1, MBPO.train))
     monkeypatch.setattr(MBPO, "_store_transition", taking(0.125, MBPO._store_transition))
     monkeypatch.setattr(ProbabilisticEnsemble, "fit", taking(100, ProbabilisticEnsemble.fit))
-    monkeypatch.setattr(sb3_mbpo.callbacks, "branched_rollout", taking(1000, sb3_mbpo.callbacks.branched_rollout))
+    monkeypatch.setattr(model_learning, "branched_rollout", taking(1000, model_learning.branched_rollout))
     monkeypatch.setattr(experiment, "evaluate_policy", taking(10_000, experiment.evaluate_policy))
     recorder, rows = run(zoo, "mbpo", [0, 30, 64], 64, TINY)
     # Updates after steps 21 to 64; fits after 21, 40 and 60. SB3's callbacks come before a step's transition is stored.
@@ -105,10 +104,8 @@ def test_what_is_logged_at_a_fit_is_recorded_before_another_callback_writes_it_o
 
 def test_a_fit_without_a_rollout_has_none_of_its_numbers(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second fit explains nothing; the log is not written out before it, and still holds the first rollout's numbers."""
-    import sb3_mbpo.callbacks
-
     shares = iter([1.0, 0.0])
-    monkeypatch.setattr(sb3_mbpo.callbacks, "imagined_share", lambda *args: next(shares))
+    monkeypatch.setattr("sb3_mbpo.model_learning.imagined_share", lambda *args: next(shares))
     recorder, _ = run(zoo, "mbpo", [0], 45, TINY)
     with open("fits.csv", newline="") as file:
         fits = {(step, name): float(value) for step, name, value in csv.reader(file)}

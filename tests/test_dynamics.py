@@ -3,7 +3,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_mbpo.dynamics import DynamicsModel, KnownReward
+from sb3_mbpo.dynamics import DynamicsModel, DynamicsWrapper, KnownReward
 
 
 class Drift(DynamicsModel):
@@ -53,3 +53,77 @@ def test_known_reward():
     # Everything else is the other model's: fit, weights, random stream.
     assert isinstance(known, DynamicsModel) and known.min_transitions == 3 and known.fit([1, 2]) == {"seen": 2}
     assert known.generator is drift.generator
+    # The function gets the expected next observation, as another dynamics around it would.
+    mean = known.predict_mean(obs, actions)
+    th.testing.assert_close(mean[:, 0], obs[:, 0] + actions[:, 1] * mean[:, 1])
+    assert known.own_reward
+
+
+def test_what_a_model_need_not_offer():
+    drift = Drift(2, 2, seed=0)
+    assert not drift.offers_predict and drift.elites is None
+    with pytest.raises(NotImplementedError, match="Drift has no method predict"):
+        drift.predict(th.zeros(1, 2), th.zeros(1, 2))
+
+    class Plain(DynamicsModel):
+        fit, sample = Drift.fit, Drift.sample
+
+    assert Plain(2, 2).optimizer is None and isinstance(drift.optimizer, th.optim.Adam)
+
+
+class Members(Drift):
+    """Offers everything there is."""
+
+    usable, own_reward, elites = False, False, th.tensor([1])
+
+    def predict(self, obs, actions):
+        mean = th.cat([obs[:, :1], obs + actions], dim=1).expand(3, -1, -1)
+        return mean, th.full_like(mean, 0.5)
+
+    def predict_mean(self, obs, actions):
+        return self.predict(obs, actions)[0][1]
+
+    def finish(self, obs, actions, next_obs, rewards):
+        return next_obs + 1, rewards + 1
+
+
+def test_a_wrapper_forwards_everything():
+    inner = Members(2, 2, seed=0)
+    wrapper = DynamicsWrapper(DynamicsWrapper(inner))
+    obs, actions = th.randn(5, 2), th.randn(5, 2)
+    for name in ("obs_dim", "action_dim", "generator", "min_transitions", "usable", "own_reward", "elites", "optimizer"):
+        assert getattr(wrapper, name) is getattr(inner, name), name
+    inner.usable, inner.min_transitions = True, 17
+    assert wrapper.usable and wrapper.min_transitions == 17 and wrapper.offers_predict
+    assert wrapper.fit([1, 2]) == {"seen": 2}
+    assert all(th.equal(a, b) for a, b in zip(wrapper.predict(obs, actions), inner.predict(obs, actions), strict=True))
+    assert th.equal(wrapper.predict_mean(obs, actions), inner.predict_mean(obs, actions))
+    assert all(
+        th.equal(a, b) for a, b in zip(wrapper.finish(obs, actions, obs, obs[:, 0]), (obs + 1, obs[:, 0] + 1), strict=True)
+    )
+    draws = []
+    for model in (wrapper, inner):
+        wrapper.seed(5)
+        draws.append(model.sample(obs, actions)[0])
+    assert th.equal(*draws) and {name.rpartition(".")[2] for name in wrapper.state_dict()} == {"weight", "bias"}
+    assert not DynamicsWrapper(Drift(2, 2)).offers_predict
+
+
+def test_a_wrapper_adjusts_whatever_is_predicted():
+    class Doubles(DynamicsWrapper):
+        own_reward = True
+
+        def adjust(self, obs, actions, next_obs, rewards):
+            return 2 * next_obs, rewards - obs[:, 0]
+
+    inner = Members(2, 2, seed=0)
+    doubles, obs, actions = Doubles(inner), th.randn(5, 2), th.randn(5, 2)
+    next_obs, rewards = doubles.sample(obs, actions)
+    inner.seed(0)
+    expected = inner.sample(obs, actions)
+    assert th.equal(next_obs, 2 * expected[0]) and th.equal(rewards, expected[1] - obs[:, 0])
+    mean = inner.predict_mean(obs, actions)
+    assert th.equal(doubles.predict_mean(obs, actions), th.cat([mean[:, :1] - obs[:, :1], 2 * mean[:, 1:]], dim=1))
+    # What the inner one does comes first.
+    assert th.equal(doubles.finish(obs, actions, obs, obs[:, 0])[0], 2 * (obs + 1))
+    assert th.equal(doubles.predict(obs, actions)[0], inner.predict(obs, actions)[0]) and doubles.own_reward

@@ -147,7 +147,7 @@ class Recorder(DynamicsModel):
         return obs.clone(), obs.new_zeros(len(obs))
 
 
-def learned(env: Any, **kwargs: Any) -> MBPO:
+def learned(env: Any, **kwargs: Any) -> Any:
     """After fits at the first step past 392 and at 400."""
     settings = {**FAST, "dynamics_class": Recorder, "dynamics_kwargs": None, "gradient_steps": 1, "model_train_freq": 50}
     return MBPO("MlpPolicy", env, **{**settings, "learning_starts": 392, **kwargs}).learn(400)

@@ -10,7 +10,7 @@ import torch as th
 from gymnasium import spaces
 from tiny import FAST
 
-from sb3_mbpo import MBPO, MBTD3, DynamicsModel, RolloutCallback
+from sb3_mbpo import MBPO, MBTD3, DynamicsModel, ModelBased, RolloutCallback
 from sb3_mbpo.learned_reward import LearnedReward
 from sb3_mbpo.learned_termination import LearnedTermination
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
@@ -56,7 +56,7 @@ class Own(DynamicsModel):
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: Any = "cpu") -> None:
         super().__init__(obs_dim, action_dim, seed=seed, device=device)
         self.layer = th.nn.Linear(obs_dim + action_dim, obs_dim + 1)
-        self.optimizer = th.optim.Adam(self.parameters(), lr=1e-2)
+        self.optimizer: th.optim.Adam = th.optim.Adam(self.parameters(), lr=1e-2)
 
     def fit(self, transitions: Any, progress: Any = None) -> dict[str, float | str]:
         x = th.cat([transitions.observations, transitions.actions], dim=1)
@@ -103,7 +103,7 @@ def state(agent: Any) -> dict[str, Any]:
         "generators": {name: flat(generator.get_state()) for name, generator in generators.items()},
         "random": flat([th.get_rng_state(), np.random.get_state()]),
         "plain": {name: flat(getattr(agent, name)) for name in plain},
-        "log": dict(agent.logger.name_to_value),
+        "log": dict(agent.logger.name_to_value) if hasattr(agent, "_logger") else {},
         "refills": list(buffer.model_buffer.refills),
         "imagined": flat(buffer.model_buffer.contents()[0]),
     }
@@ -117,7 +117,7 @@ def run(monkeypatch: pytest.MonkeyPatch, failure: Failure, n: int, cls: type = M
     """
     settings = {**FAST, "model_train_freq": 30, "gradient_steps": 1, "rollout_schedule": "auto", **kwargs}
     agent = cls("MlpPolicy", Walk(), **settings)
-    monkeypatch.setattr("sb3_mbpo.callbacks.ROLLOUT_BLOCK", {"cpu": 7})
+    monkeypatch.setattr("sb3_mbpo.model_learning.ROLLOUT_BLOCK", {"cpu": 7})
     states: list[Any] = []
     original = RolloutCallback._on_rollout_end
 
@@ -152,8 +152,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "when the dynamics is fitted": (ProbabilisticEnsemble, "fit", 1),
     "when the reward is fitted": (LearnedReward, "fit", 1),
     "when the termination is fitted": (LearnedTermination, "fit", 1),
-    "when a first block was imagined": (RolloutCallback, "_lower_block", 1),
-    "at the very end": (RolloutCallback, "_judge_values", 1),
+    "when a first block was imagined": (ModelBased, "_lower_block", 1),
+    "at the very end": (ModelBased, "judge_values", 1),
 }
 
 
@@ -200,6 +200,67 @@ def test_a_dynamics_of_ones_own(monkeypatch: pytest.MonkeyPatch, n: int) -> None
     agent, before = run(monkeypatch, failure, n, dynamics_class=Own, dynamics_kwargs=None)
     assert state(agent) == before and "dynamics.optimizer" in before["parameters"]
     goes_on(agent)
+
+
+def interrupting(n: int) -> Callable[[str], None]:
+    """Raises when it is told something for the n-th time."""
+    failure = Failure(KeyboardInterrupt(), lambda what: None)
+    failure.arm(n)
+    return failure
+
+
+@pytest.mark.parametrize("learned", [0, 55])
+def test_what_is_called_by_hand_leaves_no_trace_either(learned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first ``learn`` as well, when there is no logger."""
+    monkeypatch.setattr("sb3_mbpo.model_learning.ROLLOUT_BLOCK", {"cpu": 7})
+    settings = {**FAST, "model_train_freq": 30, "gradient_steps": 1, "rollout_filter": "macura"}
+    agent = MBPO("MlpPolicy", Walk(), **settings)
+    if learned:
+        agent.learn(learned)
+    else:
+        agent.prefill(MBTD3("MlpPolicy", Walk(), **settings).learn(15).replay_buffer)
+    before = state(agent)
+    with pytest.raises(KeyboardInterrupt):
+        agent.fit_dynamics(interrupting(2))
+    assert state(agent) == before
+    agent.fit_dynamics()
+    before = state(agent)
+    with pytest.raises(KeyboardInterrupt):
+        agent.generate_rollouts(20, 2, interrupting(2))
+    assert state(agent) == before
+    # As a whole the second time.
+    agent.generate_rollouts(20, 2)
+    assert len(agent.replay_buffer.model_buffer.refills) == len(before["refills"]) + 1
+
+
+@pytest.mark.parametrize("retained", [1, 2, 4])
+def test_several_rollouts_of_one_update_are_all_taken_back(monkeypatch: pytest.MonkeyPatch, retained: int) -> None:
+    """Those of before that had not left by then are still there, and no others."""
+
+    class Thrice(MBPO):
+        def generate_rollouts(self, n: Any = None, length: Any = None, progress: Any = None) -> dict[str, float]:
+            return [super(Thrice, self).generate_rollouts(n, length, progress) for _ in range(3)][-1]
+
+    failure = fails_after(monkeypatch, ModelBased, "judge_values", KeyboardInterrupt())
+    agent, before = run(monkeypatch, failure, 1, Thrice, retained_rollouts=retained, rollout_schedule=1)
+    after = state(agent)
+    kept = max(retained - 3, 0)
+    refills, imagined = before.pop("refills"), before.pop("imagined")
+    assert after.pop("refills") == refills[len(refills) - kept :] and imagined.endswith(after.pop("imagined"))
+    assert after == before
+    goes_on(agent)
+
+
+def test_a_loaded_agent_without_an_env_leaves_no_trace_either(tmp_path: Any) -> None:
+    agent = MBPO("MlpPolicy", Walk(), **FAST).learn(25)
+    agent.save(tmp_path / "agent")
+    agent.save_replay_buffer(tmp_path / "buffer")
+    loaded = MBPO.load(tmp_path / "agent")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    before = state(loaded)
+    with pytest.raises(KeyboardInterrupt):
+        loaded.generate_rollouts(progress=interrupting(1))
+    assert state(loaded) == before and loaded.generate_rollouts()["dropped"] == 0
 
 
 def test_what_was_warned_of_stays_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

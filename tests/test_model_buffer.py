@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
@@ -118,6 +119,29 @@ def test_a_refill_taken_back_and_repeated():
                 buffer.add(imagined(values))
             assert contents(once) == contents(twice)
             assert list(once.refills) == list(twice.refills)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (3, 4), (3, 0), (0, 4), (0, 0), (3, 4, 5)])
+@pytest.mark.parametrize("retained", [1, 2, 5])
+def test_several_refills_taken_back(retained, sizes):
+    """None of them stays, and of those before only what had not left."""
+    buffer = ModelBuffer(3, 2, retained)
+    for i in range(3):
+        buffer.begin_refill()
+        buffer.add(imagined([i, i]))
+    before, begun = contents(buffer), buffer.begun
+    for size in sizes:
+        buffer.begin_refill()
+        if size:
+            buffer.add(imagined([99] * size))
+    for _ in sizes:
+        buffer.drop_refill()
+    kept = contents(buffer)
+    assert buffer.begun == begun and 99 not in kept and kept == before[len(before) - len(kept) :]
+    assert len(kept) >= 2 * min(3, max(retained - len(sizes), 0))
+    buffer.begin_refill()
+    buffer.add(imagined([7]))
+    assert contents(buffer)[-1] == 7
 
 
 def test_a_refill_without_rows_leaves_no_trace():

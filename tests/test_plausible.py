@@ -149,6 +149,9 @@ def test_the_held_model_is_the_other_in_all_else():
     held = Plausible(DATA, 1.0).within(says)
     assert held.fit(DATA) == {"rows": 2} and held.generator is says.generator
     assert (held.obs_dim, held.action_dim, held.min_transitions) == (1, 1, 7)
+    # The expected outcome is held as well.
+    says.answer = th.tensor([[99.0]]), th.tensor([99.0])
+    assert held.predict_mean(th.zeros(1, 1), th.zeros(1, 1)).tolist() == [[4, 7]]
 
 
 def test_gradients_pass():

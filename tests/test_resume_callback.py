@@ -175,9 +175,9 @@ def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
         settings["dynamics_kwargs"] = {"net_arch": [8], "max_updates": 120}
     if phase == "train of DHMBPO":
         settings |= {"kind": DHMBPO, "distribution_freq": 1, "gradient_steps": 8, "rollout_batch_size": 8}
-    monkeypatch.setattr("sb3_mbpo.callbacks.ROLLOUT_BLOCK", {"cpu": 20})
+    monkeypatch.setattr("sb3_mbpo.model_learning.ROLLOUT_BLOCK", {"cpu": 20})
     if phase == "train, half imagined":
-        monkeypatch.setattr("sb3_mbpo.callbacks.imagined_share", lambda *given: 0.5)
+        monkeypatch.setattr("sb3_mbpo.model_learning.imagined_share", lambda *given: 0.5)
     whole = run(tmp_path / "whole", **settings)
     resume_of = {}
     begin = ResumeCallback.begin
@@ -204,9 +204,9 @@ def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
 
             patch.setattr(ProbabilisticEnsemble, "_train_steps", interrupting(ProbabilisticEnsemble._train_steps, 2))
         elif phase == "refill":
-            from sb3_mbpo import callbacks
+            from sb3_mbpo import model_learning
 
-            patch.setattr("sb3_mbpo.callbacks.branched_rollout", interrupting(callbacks.branched_rollout, 5))
+            patch.setattr(model_learning, "branched_rollout", interrupting(model_learning.branched_rollout, 5))
         elif phase == "train of DHMBPO":
             patch.setattr("sb3_mbpo.resume_callback._LONG_TRAIN", 2)
             patch.setattr(DHMBPO, "_update", interrupting(DHMBPO._update, 3))
