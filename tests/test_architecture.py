@@ -139,7 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mbpo": {"buffers", "cuda_update", "model_based", "sac_memory", "sac_update", "uncovered"},
     "variants": {"checks", "model_based"},
     # A folder.
-    "dhmbpo": {"buffers", "checks", "dhmbpo", "dynamics", "interrupts", "model_based", "plausible", "rollouts"},
+    "dhmbpo": {"buffers", "checks", "dhmbpo", "dynamics", "filters", "interrupts", "model_based", "plausible", "rollouts"},
     "theory": set(),
     "model_error": set(),
     "open_loop": {"dynamics"},

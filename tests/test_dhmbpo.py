@@ -18,6 +18,7 @@ from sb3_mbpo.dhmbpo.policies import BoundedCritic, StandardizeExtractor
 from sb3_mbpo.dhmbpo.training_rollout import training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
 from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.filters import Filtered
 
 FAST = {
     "learning_starts": 20,
@@ -314,6 +315,22 @@ def test_without_trust_in_the_dynamics_updates_are_sacs():
     shut = agent(min_explained_variance=1.0).learn(60)
     assert not shut.expands_values and math.isfinite(shut.logger.name_to_value["train/critic_loss"])
     assert "train/value" not in shut.logger.name_to_value
+
+
+def test_a_filter_ends_the_branches_of_distribution_rollouts():
+    """One that lets no branch go on: all states that training rollouts start at are real, or one step away from it."""
+    met = []
+
+    def one_step(mean, var, branches):
+        met.append(branches.step)
+        everything = th.ones(mean.shape[1], dtype=th.bool)
+        return Filtered(mean[0], everything, ~everything)
+
+    model = agent(rollout_filter=one_step).learn(21)
+    met.clear()
+    model.roll_distribution()
+    # As often as it takes to have as many states as without the filter.
+    assert met == [0, 0, 0] and model.replay_buffer.model_buffer.refills[-1] == 3 * 8
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sb3_mbpo.checks import is_number, number, shown, whole
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
+from sb3_mbpo.filters import Filtering
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.plausible import Plausible
@@ -57,8 +58,8 @@ class DHMBPO(ModelBased, SAC):
         **{"rollout_schedule": 20, "rollout_batch_size": 256, "retained_rollouts": 10, "real_ratio": 0.0},
     }
 
-    # Step of the fit, and the bounds of what was real then.
-    _plausible: tuple[int, Plausible] | None = None
+    # Step of the fit, the bounds of what was real then, and what the rule of ``rollout_filter`` takes from it.
+    _of_fit: tuple[int, Plausible, Filtering | None] | None = None
     actor: Any
     log_ent_coef: Any
     target_entropy: Any
@@ -163,39 +164,43 @@ class DHMBPO(ModelBased, SAC):
     def roll_distribution(self) -> None:
         """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
         buffer = self.replay_buffer
-        dynamics, length = self._bounds().within_obs(self.dynamics), self.rollout_length
+        (_, bounds, filtering), length = self._fitted_to(), self.rollout_length
+        dynamics = bounds.within_obs(self.dynamics)
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
         with self.imagining() as policy:
             # Branches that ended early are replaced, up to a point: there may be no other.
             for _ in range(length):
                 starts = buffer.start_states(min(self.rollout_batch_size, missing), self.dynamics_window)
-                rows = branched_rollout(dynamics, policy, self.terminates, starts, length)
+                rows = branched_rollout(dynamics, policy, self.terminates, starts, length, filtering)
                 kept = ReplayBufferSamples(*(part[:missing] for part in rows[:5]))
                 buffer.model_buffer.add(kept)
                 missing -= len(kept.rewards)
                 if missing <= 0:
                     break
 
-    def _bounds(self) -> Plausible:
+    def _fitted_to(self) -> tuple[int, Plausible, Filtering | None]:
         """
-        Bounds of the real transitions that the dynamics was fitted to, see ``imagined_margin``.
+        What the real transitions say that the dynamics was fitted to: bounds, see ``imagined_margin``, and limits of a filter.
 
-        They are found once for each fit, and again where a run goes on.
+        It is found once for each fit, and again where a run goes on.
+
+        :return: the step of the fit, the bounds, and the filter if there is one
         """
-        if self._plausible is None or self._plausible[0] != self.dynamics_fitted_at:
+        if self._of_fit is None or self._of_fit[0] != self.dynamics_fitted_at:
             assert self.dynamics_fitted_at is not None
             later = self.lifetime_timesteps - self.dynamics_fitted_at
             window = None if self.dynamics_window is None else self.dynamics_window + later
             transitions = self.replay_buffer.real_transitions(window)
             n = max(len(transitions.rewards) - later, 1)
             fitted = ReplayBufferSamples(*(part[:n] for part in transitions[:5]))
-            self._plausible = self.dynamics_fitted_at, Plausible(fitted, self.imagined_margin)
-        return self._plausible[1]
+            # What the filter remembers stays as the rollout of the fit left it: it is found again where a run goes on.
+            self._of_fit = self.dynamics_fitted_at, Plausible(fitted, self.imagined_margin), self.filtering(fitted)
+        return self._of_fit
 
     def _imagine(self, roots: th.Tensor) -> TrainingRollout:
         """:return: training rollouts from ``roots (B, obs_dim)``; the reward is asked once, about all of their steps"""
-        bounds, policy, horizon = self._bounds(), self._action_and_log_prob, self.training_horizon
+        (_, bounds, _), policy, horizon = self._fitted_to(), self._action_and_log_prob, self.training_horizon
         if self.learns_reward:
 
             def reward(*transition: th.Tensor) -> th.Tensor:
@@ -209,7 +214,7 @@ class DHMBPO(ModelBased, SAC):
         return training_rollout(bounds.within(self.dynamics), policy, self.terminates, roots, horizon)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_plausible"]
+        return [*super()._excluded_save_params(), "_of_fit"]
 
     def _kept_refills(self) -> int:
         # There are several between two fits.
