@@ -41,7 +41,17 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_mbpo import MBPO, ProbabilisticEnsemble, __version__, probabilistic_ensemble
+from sb3_mbpo import (
+    DHMBPO,
+    MBPO,
+    ProbabilisticEnsemble,
+    __version__,
+    input_gradient,
+    learned_reward,
+    probabilistic_ensemble,
+)
+from sb3_mbpo.denormals import flush_denormals
+from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
 from sb3_mbpo.likelihood_gradient import LikelihoodGradient
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "speed.csv"
@@ -254,6 +264,35 @@ def overhead(steps: int) -> Iterator[Comparison]:
     yield Comparison(ours, whole.copy, "<= 0.03")
 
 
+class PlainDHMBPO(DHMBPO):
+    """DHMBPO as it is written down: every member's rows and every step's rewards one after the other, all by autograd."""
+
+    def _imagine(self, roots: th.Tensor) -> TrainingRollout:
+        dynamics = self._fitted_to()[1].within(self.imagined_dynamics)
+        with (
+            mock.patch.object(input_gradient, "is_replaced", return_value=True),
+            mock.patch.object(learned_reward, "InputGradient", lambda network: network),
+        ):
+            return training_rollout(dynamics, self._action_and_log_prob, self.terminates, roots, self.training_horizon)
+
+
+def dhmbpo(steps: int) -> Iterator[Comparison]:
+    """Updates of DHMBPO at its defaults; the same by autograd, a member and a step at a time, Adam a tensor at a time."""
+
+    def made(kind: type[DHMBPO], **policy: Any) -> DHMBPO:
+        settings: dict[str, Any] = {"learning_starts": 600, "dynamics_kwargs": {"max_updates": 100}, "policy_kwargs": policy}
+        agent = kind("MlpPolicy", "Hopper-v5", seed=0, min_explained_variance=None, **settings).learn(602)
+        assert agent.expands_values
+        return agent
+
+    def ours(agent: DHMBPO) -> Figures:
+        with flush_denormals():
+            return per_second("updates/s", 20, agent.train, 20, agent.batch_size)
+
+    sides = made(DHMBPO), made(PlainDHMBPO, optimizer_kwargs={"fused": False})
+    yield Comparison(partial(ours, sides[0]), partial(ours, sides[1]), ">= 1.6")
+
+
 def experienced_agent(n_real: int) -> MBPO:
     """A mixed agent whose dynamics has had twenty fits, as bounded as ever, each to a twentieth more of the data."""
     agent = mixed_agent(n_real, learning_starts=0)
@@ -294,6 +333,7 @@ ROWS = {
     "loop": Row(loop, rounds=2, warm_ups=0),
     "overhead": Row(overhead, rounds=5, warm_ups=0),
     "growth": Row(growth, rounds=5, warm_ups=0),
+    "dhmbpo": Row(dhmbpo),
 }
 
 

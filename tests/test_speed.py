@@ -8,7 +8,9 @@ import speed
 
 
 @pytest.mark.expensive
-@pytest.mark.parametrize(("row", "steps"), [("updates", 0), ("flops", 0), ("batches", 0), ("overhead", 100), ("growth", 10)])
+@pytest.mark.parametrize(
+    ("row", "steps"), [("updates", 0), ("flops", 0), ("batches", 0), ("overhead", 100), ("growth", 10), ("dhmbpo", 0)]
+)
 def test_rows(row, steps, monkeypatch):
     experienced = speed.experienced_agent
     # At the real sizes its twenty fits take a quarter of an hour.
