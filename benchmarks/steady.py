@@ -1,0 +1,109 @@
+"""
+How steady is the policy, and would an average of its weights be steadier?
+
+    python benchmarks/steady.py --env Hopper-v5 --seed 1 --steps 30000
+
+Trains DHMBPO with the packaged settings. Every 1,000 steps, five deterministic episodes of the policy as it is, and five of
+each average of its weights: after every step, average += rate * (weights - average). The run is what it would be without the
+averages. A row of docs/benchmarks/steady.csv is an evaluation. One process with one thread; about 75 CPU seconds for 1,000 steps
+of Hopper-v5.
+"""
+
+import argparse
+import copy
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch as th
+import yaml
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_mbpo import DHMBPO
+from sb3_mbpo.provenance import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+CSV = ROOT / "docs" / "benchmarks" / "steady.csv"
+COLUMNS = ["env", "seed", "rate", "step", "return", "worst", "length", "cpu_seconds", "commit"]
+EVERY, EPISODES = 1_000, 5
+# 1: the policy as it is.
+RATES = (1.0, 0.01, 0.002, 0.0005)
+
+
+class Averages(BaseCallback):
+    """
+    Evaluates the policy and averages of its weights.
+
+    :param env: id of the task
+    :param seed: of the run
+    :param path: CSV that rows are added to
+    :param options: of the env
+    """
+
+    def __init__(self, env: str, seed: int, path: Path, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.about: dict[str, Any] = {"env": env, "seed": seed, "commit": (provenance()["commit"] or "")[:7]}
+        self.path = path
+        self.eval_env = Monitor(gym.make(env, **options))
+        self.spent = 0.0
+
+    def _on_training_start(self) -> None:
+        self.averages = {rate: copy.deepcopy(self.model.policy) for rate in RATES}
+
+    @th.no_grad()
+    def _on_step(self) -> bool:
+        started = time.process_time()
+        weights = [parameter.data for parameter in self.model.policy.actor.parameters()]
+        for rate, policy in self.averages.items():
+            th._foreach_lerp_([parameter.data for parameter in policy.actor.parameters()], weights, rate)
+            # The mean and the standard deviation of the observations, which the weights go with.
+            for ours, theirs in zip(policy.actor.buffers(), self.model.policy.actor.buffers(), strict=True):
+                ours.copy_(theirs)
+        if self.num_timesteps % EVERY == 0:
+            self._evaluate()
+        self.spent += time.process_time() - started
+        return True
+
+    def _evaluate(self) -> None:
+        cpu_seconds = time.process_time() - self.spent
+        rows = []
+        for rate, policy in self.averages.items():
+            self.eval_env.reset(seed=10_000 + self.about["seed"])
+            with th.random.fork_rng():
+                returns, lengths = evaluate_policy(policy, self.eval_env, EPISODES, return_episode_rewards=True)
+            assert isinstance(returns, list) and isinstance(lengths, list)
+            scores = {"return": sum(returns) / EPISODES, "worst": min(returns), "length": sum(lengths) / EPISODES}
+            scores |= {"cpu_seconds": cpu_seconds}
+            row = {**self.about, "rate": rate, "step": self.num_timesteps}
+            rows.append({**row, **{name: round(value, 1) for name, value in scores.items()}})
+        print(self.num_timesteps, {row["rate"]: row["return"] for row in rows}, f"{cpu_seconds:.0f} s", flush=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="Hopper-v5")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=30_000)
+    parser.add_argument("--out", type=Path, default=CSV)
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    settings = yaml.safe_load((ROOT / "hyperparams" / "dhmbpo.yml").read_text())
+    own = dict(settings.get(args.env, settings["default"]))
+    options = own.pop("env_kwargs", {})
+    del own["n_timesteps"]
+    agent = DHMBPO(own.pop("policy"), gym.make(args.env, **options), seed=args.seed, device="cpu", **own)
+    agent.learn(args.steps, callback=Averages(args.env, args.seed, args.out, options))
+
+
+if __name__ == "__main__":
+    main()
