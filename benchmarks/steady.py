@@ -5,8 +5,8 @@ How steady is the policy, and would an average of its weights be steadier?
 
 Trains DHMBPO with the packaged settings. Every 1,000 steps, five deterministic episodes of the policy as it is, and five of
 each average of its weights: after every step, average += rate * (weights - average). The run is what it would be without the
-averages. A row of docs/benchmarks/steady.csv is an evaluation. One process with one thread; about 75 CPU seconds for 1,000 steps
-of Hopper-v5.
+averages. A row of docs/benchmarks/steady.csv is an evaluation. One process with one thread; about 75 CPU seconds for 1,000
+steps of Hopper-v5.
 """
 
 import argparse
@@ -52,16 +52,17 @@ class Averages(BaseCallback):
         self.spent = 0.0
 
     def _on_training_start(self) -> None:
-        self.averages = {rate: copy.deepcopy(self.model.policy) for rate in RATES}
+        self.averages: dict[float, Any] = {rate: copy.deepcopy(self.model.policy) for rate in RATES}
 
     @th.no_grad()
     def _on_step(self) -> bool:
         started = time.process_time()
-        weights = [parameter.data for parameter in self.model.policy.actor.parameters()]
+        own: Any = self.model.policy
+        weights = [parameter.data for parameter in own.actor.parameters()]
         for rate, policy in self.averages.items():
             th._foreach_lerp_([parameter.data for parameter in policy.actor.parameters()], weights, rate)
             # The mean and the standard deviation of the observations, which the weights go with.
-            for ours, theirs in zip(policy.actor.buffers(), self.model.policy.actor.buffers(), strict=True):
+            for ours, theirs in zip(policy.actor.buffers(), own.actor.buffers(), strict=True):
                 ours.copy_(theirs)
         if self.num_timesteps % EVERY == 0:
             self._evaluate()
