@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 
 # What one command each needs. Only what `import sb3_mbpo` itself needs is a hard dependency.
 EXTRAS = {
-    # For a person who wants to use it: the README's first program, progress bar, logs and plots. Named as in Stable-Baselines3.
+    # For a person who wants to use it: the README's first program, progress bar, logs, plots. Named as in Stable-Baselines3.
     "extra": ["gymnasium[mujoco]>=1.0", "matplotlib>=3.8", "pandas>=2,<3", "rich", "tensorboard>=2.15", "tqdm"],
     # No upper cap: the Gymnasium tasks also run on MuJoCo 4. dm_control does not yet.
     "mujoco": ["gymnasium[mujoco]>=1.0"],
