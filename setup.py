@@ -33,6 +33,8 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8", "pandas>=2,<3"],
     # `make train`
     "train": ["matplotlib>=3.8", "gymnasium[mujoco]>=1.0", "pyyaml>=6", "rich", "tensorboard>=2.15", "tqdm"],
+    # agent.export("policy.onnx"), and what runs the file
+    "export": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     # Datasets for prefill
     "minari": ["minari[hdf5]>=0.5"],
     "docs": ["furo", "myst-parser>=4", "sphinx>=7.4", "sphinx-copybutton"],

@@ -21,6 +21,7 @@ from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run, dry_run_filter
 from sb3_mbpo.dynamics import DynamicsModel, Progress
 from sb3_mbpo.episode_ends import lost_ends_warning
+from sb3_mbpo.exporting import Exporting
 from sb3_mbpo.filters import Rule
 from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.learned_reward import LearnedReward
@@ -40,7 +41,7 @@ SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 ROWS_AFTER_FORGETTING = 200
 
 
-class ModelBased(Imagining, Resuming):
+class ModelBased(Imagining, Resuming, Exporting):
     """
     Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
 

@@ -68,8 +68,8 @@ def test_installed_copy_learns_away_from_the_checkout(wheel: Path, tmp_path: Pat
 
 # What other tests are skipped without.
 OPTIONAL = (
-    "Box2D dm_control matplotlib minari mujoco pandas pygame ray rich rl_zoo3 rliable sb3_contrib seaborn shimmy submitit "
-    "tensorboard"
+    "Box2D dm_control matplotlib minari mujoco onnx onnxruntime onnxscript pandas pygame ray rich rl_zoo3 rliable sb3_contrib "
+    "seaborn shimmy submitit tensorboard"
 ).split()
 
 
