@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent
 
 # What one command each needs. Only what `import sb3_mbpo` itself needs is a hard dependency.
 EXTRAS = {
+    # For a person who wants to use it: the README's first program, progress bar, logs, plots. Named as in Stable-Baselines3.
+    "extra": ["gymnasium[mujoco]>=1.0", "matplotlib>=3.8", "pandas>=2,<3", "rich", "tensorboard>=2.15", "tqdm"],
     # No upper cap: the Gymnasium tasks also run on MuJoCo 4. dm_control does not yet.
     "mujoco": ["gymnasium[mujoco]>=1.0"],
     "contrib": ["sb3-contrib>=2.9,<3"],
@@ -31,6 +33,8 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8", "pandas>=2,<3"],
     # `make train`
     "train": ["matplotlib>=3.8", "gymnasium[mujoco]>=1.0", "pyyaml>=6", "rich", "tensorboard>=2.15", "tqdm"],
+    # agent.export("policy.onnx"), and what runs the file
+    "export": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     # Datasets for prefill
     "minari": ["minari[hdf5]>=0.5"],
     "docs": ["furo", "myst-parser>=4", "sphinx>=7.4", "sphinx-copybutton"],

@@ -60,7 +60,9 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], env_wrapper: str | None) -
         # Registers them.
         import shimmy  # noqa: F401
     env = gym.make(env_id, **env_kwargs)
-    return env if env_wrapper is None else resolve(env_wrapper, "env_wrapper")(env)
+    env = env if env_wrapper is None else resolve(env_wrapper, "env_wrapper")(env)
+    is_dict = isinstance(env.observation_space, gym.spaces.Dict)
+    return gym.wrappers.FlattenObservation(env) if env_id.startswith("dm_control/") and is_dict else env
 
 
 def start_with_episodes(agent: MBPO, env: gym.Env, seed: int) -> None:

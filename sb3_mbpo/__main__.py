@@ -1,15 +1,36 @@
 """The command ``sb3_mbpo``: those of the RL Zoo (zoo.py), ``compare`` and ``report``."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-try:
-    from sb3_mbpo import zoo
-except ImportError as error:
-    raise SystemExit(str(error)) from None
+# Commands of ours, and the modules that have them.
+OURS = {"compare": "sb3_mbpo.compare", "report": "sb3_mbpo.diagnostics"}
+HELP = """compare trains several algorithms with several seeds and reports: sb3_mbpo compare --help
+report shows how far an agent's dynamics may be believed: sb3_mbpo report --help
+--version prints the version of sb3_mbpo"""
 
-OURS = """compare trains several algorithms with several seeds and reports: sb3_mbpo compare --help
-report shows how far an agent's dynamics may be believed: sb3_mbpo report --help"""
+
+def needed(module: str) -> Any:
+    """
+    :param module: one that needs packages of an extra; none of them is loaded for a command that does without
+    :raises SystemExit: a package is missing; the message names the extra
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise SystemExit(str(error)) from None
+
+
+def zoo_help() -> str:
+    """:return: the Zoo's commands, or how to get them"""
+    try:
+        from sb3_mbpo import zoo
+    except ImportError as error:
+        return str(error)
+    return (zoo.__doc__ or "").strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -17,22 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: the command and its options; ``None``: those of the process
     """
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("compare", "report"):
-        # Late: they need packages that the Zoo's commands do without.
-        try:
-            if command == "compare":
-                from sb3_mbpo.compare import main as run
-            else:
-                from sb3_mbpo.diagnostics import main as run
-        except ImportError as error:
-            raise SystemExit(str(error)) from None
-        run(options if command == "compare" else [command, *options])
+    if command == "--version":
+        print(f"sb3_mbpo {Path(__file__).with_name('version.txt').read_text(encoding='utf-8').strip()}")
     elif command in ("-h", "--help"):
-        print(f"{(zoo.__doc__ or '').strip()}\n\n{OURS}")
-    elif command not in zoo.COMMANDS:
-        known = ", ".join((*zoo.COMMANDS, "compare", "report"))
-        raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {known}")
+        print(f"{zoo_help()}\n\n{HELP}")
+    elif command in OURS:
+        run: Callable[..., None] = needed(OURS[command]).main
+        run(options if command == "compare" else [command, *options])
     else:
+        zoo = needed("sb3_mbpo.zoo")
+        if command not in zoo.COMMANDS:
+            known = ", ".join((*zoo.COMMANDS, *OURS))
+            raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {known}")
         zoo.main([command, *options])
 
 

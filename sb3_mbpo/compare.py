@@ -33,10 +33,10 @@ try:
     from sb3_mbpo.specs import read_specs
     from sb3_mbpo.zoo_experiment import read_settings, settings_file
 except ImportError as error:
-    # Those of zoo.py and plots.py say themselves what to install.
+    # That of plots.py says itself what to install.
     MISSING = str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sb3_mbpo"):
-        MISSING = f"sb3_mbpo compare needs {error.name}: pip install sb3_mbpo[compare]"
+        MISSING = f'sb3_mbpo compare needs {error.name}: in the checkout of sb3_mbpo, pip install ".[compare]"'
     elif error.name is not None:
         raise
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None

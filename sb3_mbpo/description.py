@@ -26,7 +26,7 @@ AGENTS: dict[str, type] = {}
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
     *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share", "filter_memory"),
-    *("forward_errors", "unused_fits", "forgot_transitions"),
+    *("forward_errors", "unused_fits", "forgot_transitions", "normalized_observations"),
 )
 
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}
@@ -254,7 +254,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
         fine = is_a(value, (int, float))
     elif name == "imagined_share":
         fine = is_a(value, (int, float)) and 0 <= value <= 1
-    elif name == "forgot_transitions":
+    elif name in ("forgot_transitions", "normalized_observations"):
         fine = isinstance(value, bool)
     elif name == "trusted_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO

@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("sb3_mbpo"):
         raise
-    MISSING = f"sb3_mbpo.diagnostics needs {error.name}: pip install sb3_mbpo[plots]"
+    MISSING = f'sb3_mbpo report needs {error.name}: in the checkout of sb3_mbpo, pip install ".[plots]"'
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
 from sb3_mbpo import dhmbpo, mbpo, variants

@@ -20,6 +20,7 @@ from sb3_mbpo.checks import check_before_learning, whole
 from sb3_mbpo.denormals import flush_denormals
 from sb3_mbpo.dry_runs import dry_run, dry_run_filter
 from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.exporting import Exporting
 from sb3_mbpo.filters import Rule
 from sb3_mbpo.learned_reward import LearnedReward
 from sb3_mbpo.learned_termination import LearnedTermination
@@ -35,7 +36,7 @@ from sb3_mbpo.threads import one_thread_by_default
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 
-class ModelBased(ModelLearning, Resuming):
+class ModelBased(ModelLearning, Resuming, Exporting):
     """
     Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
 

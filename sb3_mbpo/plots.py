@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("sb3_mbpo"):
         raise
-    MISSING = f"sb3_mbpo.plots needs {error.name}: pip install sb3_mbpo[compare]"
+    MISSING = f'sb3_mbpo.plots needs {error.name}: in the checkout of sb3_mbpo, pip install ".[compare]"'
     raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
 from sb3_mbpo.comparison_run import as_file_name

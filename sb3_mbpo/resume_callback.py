@@ -41,7 +41,7 @@ class ResumeCallback(BaseCallback):
     :param every: env steps from one checkpoint to the next; more where saving would take more than 2 % of the time
     :param keep: newest checkpoints that are kept; and, with an ``EvalCallback`` in the same ``learn``, the best one
     :param signals: which signals end the run; none off the main thread
-    :param verbose: 1: a line for each checkpoint
+    :param verbose: 1: a line for each checkpoint; that a run is resumed is printed at the agent's ``verbose=1``, too
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class ResumeCallback(BaseCallback):
         # A longer `learn` than that of the run goes on to its own end.
         self.model._total_timesteps = target
         self._found, self._saved_at = None, self.model.num_timesteps
-        if self.verbose >= 1:
+        if max(self.verbose, self.model.verbose) >= 1:
             print(f"Resumed at step {self.model.num_timesteps:,} from {found.path}")
         return state["left"]
 

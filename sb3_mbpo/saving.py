@@ -32,7 +32,7 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = (
     *("termination", "dynamics_fitted_at", "_earlier_timesteps", "trusted_length", "imagined_share", "filter_memory"),
-    *("forward_errors", "unused_fits", "forgot_transitions"),
+    *("forward_errors", "unused_fits", "forgot_transitions", "normalized_observations"),
     *("_warned_of_termination", "_warned_of"),
 )
 # Arguments that say which networks and optimizers there are.
@@ -221,7 +221,8 @@ class Saving(OffPolicyAlgorithm):
         """
         Start from transitions that exist already: they go where real ones go, and so to the dynamics.
 
-        No env transition is counted: the rollout length and all that is due stay where they are.
+        No env transition is counted: the rollout length and all that is due stay where they are. What is there already stays,
+        as far as ``buffer_size`` has room; at ``verbose=1`` a line says how many transitions were added to how many.
 
         :param data: a Minari dataset, a replay buffer of SB3, or a mapping of arrays; see :func:`.prefill.read_transitions`
         :raises ValueError: what does not fit this agent's spaces
@@ -232,7 +233,12 @@ class Saving(OffPolicyAlgorithm):
             room = self.replay_buffer.buffer_size * self.n_envs
             given = rows["rewards"].size
             warnings.warn(f"prefill: of {given} transitions the last {room} are kept; raise buffer_size", stacklevel=2)
+        before = self.replay_buffer.size() * self.n_envs
         self.replay_buffer.insert(rows)
+        if self.verbose >= 1:
+            there = f" to the {before:,} that were there" if before else ""
+            now = self.replay_buffer.size() * self.n_envs
+            print(f"prefill: added {rows['rewards'].size:,} transitions{there}; the replay buffer holds {now:,}")
 
     def _model_free(self) -> Any:
         """

@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
 
     def __getattr__(name: str) -> Any:
         if name in ("MBTQC", "MBCrossQ"):
-            raise ImportError(f"{name} needs sb3_contrib: pip install sb3_mbpo[contrib]")
+            raise ImportError(f'{name} needs sb3_contrib: in the checkout of sb3_mbpo, pip install ".[contrib]"')
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 else:

@@ -145,7 +145,7 @@ class RayWorkers:
 
     def __init__(self, root: Path, address: str, count: int | None) -> None:
         if find_spec("ray") is None:
-            raise SystemExit("--ray-address needs Ray: pip install sb3_mbpo[ray]")
+            raise SystemExit('--ray-address needs Ray: in the checkout of sb3_mbpo, pip install ".[ray]"')
         import ray
 
         self.ray: Any = ray

@@ -2,9 +2,8 @@
 The RL Zoo with MBPO in it: ``python -m sb3_mbpo.zoo COMMAND ...``, also installed as the command ``sb3_mbpo``.
 
 COMMAND is a script of the Zoo and takes the Zoo's own options: train, enjoy, record_video, record_training, benchmark,
-push_to_hub, load_from_hub, all_plots (in short: plot), plot_from_file, plot_train. One is ours: with --checkpoints FOLDER,
-train saves everything there now and then, and the same command goes on where it was cut; after SIGTERM, SIGINT or SIGUSR1 it
-saves and ends with exit code 75.
+push_to_hub, load_from_hub, all_plots (in short: plot), plot_from_file, plot_train. One is ours: --checkpoints FOLDER of
+train, see train --help.
 Algorithms: those of the Zoo and mbpo, dhmbpo, mbtd3, mbtqc, mbcrossq. Settings per task: those of this package, unless
 -conf is given.
 """
@@ -29,8 +28,9 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "rl_zoo3":
         raise
-    MISSING = "sb3_mbpo.zoo needs the RL Zoo: pip install sb3_mbpo[zoo]"
-    raise (SystemExit(MISSING) if __name__ == "__main__" else ImportError(MISSING)) from None
+    MISSING = 'sb3_mbpo.zoo needs the RL Zoo: in the checkout of sb3_mbpo, pip install ".[zoo]"'
+    # With the name, `sb3_mbpo compare` can ask for its own extra.
+    raise (SystemExit(MISSING) if __name__ == "__main__" else ModuleNotFoundError(MISSING, name="rl_zoo3")) from None
 
 from sb3_mbpo.threads import chosen
 from sb3_mbpo.zoo_experiment import ALGORITHMS, BareWords, Experiment, convert, hyperparams_folder, sample
@@ -40,6 +40,7 @@ __all__ = ["ALGORITHMS", "hyperparams_folder", "main", "register"]
 SCRIPTS = ("record_video", "record_training", "benchmark", "push_to_hub", "load_from_hub")
 PLOTS = {"plot": "all_plots", "all_plots": "all_plots", "plot_from_file": "plot_from_file", "plot_train": "plot_train"}
 COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
+INSTALL = 'in the checkout of sb3_mbpo, pip install ".[{}]"'
 
 
 def register() -> None:
@@ -73,7 +74,7 @@ def save_card(save: Callable[..., Any], path: Path, metadata: dict[str, Any]) ->
     """``metadata_save`` of the hub, after correcting the model card: the plain Zoo cannot load our agents."""
     card = path.read_text(encoding="utf-8")
     card = card.replace("python -m rl_zoo3.", "python -m sb3_mbpo.zoo ").replace(
-        "pip install rl_zoo3", "pip install sb3_mbpo[zoo]"
+        "pip install rl_zoo3", '# in a checkout of sb3_mbpo\npip install ".[zoo]"'
     )
     path.write_text(card, encoding="utf-8")
     return save(path, metadata)
@@ -87,11 +88,23 @@ def mend_hub() -> None:
         hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
 
 
+def our_options() -> argparse.ArgumentParser:
+    """:return: what ``train`` takes besides the Zoo's options"""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("options of sb3_mbpo", f"for the algorithms {', '.join(ALGORITHMS)}")
+    group.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="FOLDER",
+        help="Save everything in FOLDER now and then. The same command resumes the run from there. After SIGTERM, SIGINT or "
+        "SIGUSR1 the run is saved and ends with exit code 75.",
+    )
+    return parser
+
+
 def without_checkpoints(options: list[str]) -> tuple[list[str], Path | None]:
     """:return: the Zoo's own options, and the folder of ``--checkpoints``, if it was given"""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoints", type=Path)
-    given, others = parser.parse_known_args(options)
+    given, others = our_options().parse_known_args(options)
     return others, given.checkpoints
 
 
@@ -127,7 +140,7 @@ def prepare(
             experiment = partial(experiment, checkpoints=checkpoints)
     if command not in PLOTS and given.env.startswith("dm_control/"):
         if find_spec("dm_control") is None:
-            raise SystemExit(f"{given.env} needs the DeepMind control suite: pip install sb3_mbpo[dm-control]")
+            raise SystemExit(f'{given.env} needs the DeepMind control suite: {INSTALL.format("dm-control")}')
         # Registers them; the Zoo's --gym-packages is not an option of every command.
         import shimmy  # noqa: F401
     stack.enter_context(replaced(rl_zoo3.train, "ExperimentManager", experiment))
@@ -170,6 +183,9 @@ def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Exper
         options = prepare(command, options, stack, experiment)
         stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo.zoo {command}", *options]))
         if command == "train":
+            if {"-h", "--help"} & set(options):
+                # After the Zoo's own, which ends the process.
+                stack.callback(print, f"\n{our_options().format_help().strip()}")
             rl_zoo3.train.train()
         elif command == "enjoy":
             from rl_zoo3.enjoy import enjoy
@@ -189,7 +205,7 @@ def plot(name: str) -> None:
     try:
         from rl_zoo3 import plots
     except ModuleNotFoundError as error:
-        raise SystemExit(f"plots need the package {error.name}: pip install sb3_mbpo[zoo]") from None
+        raise SystemExit(f'plots need the package {error.name}: {INSTALL.format("zoo")}') from None
     getattr(plots, name)()
 
 

@@ -5,6 +5,7 @@ import difflib
 import inspect
 import math
 import runpy
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from rl_zoo3.callbacks import ParallelTrainCallback
 from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.arguments import numbers_in
 from sb3_mbpo.dhmbpo import DHMBPO
@@ -33,6 +35,8 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
 # Evaluations in a run whose budget is below the Zoo's interval of 25,000 steps, and in a trial, where the Zoo makes one per
 # 100,000 steps: too few for budgets this small to choose a best agent or to prune by.
 FEWEST_EVALUATIONS = 10
+# What turns the Dict observations of the DeepMind control suite into one vector.
+FLATTEN = "gymnasium.wrappers.FlattenObservation"
 # Exit code of a run that a signal ended and that can go on: EX_TEMPFAIL of sysexits.h.
 INTERRUPTED = 75
 
@@ -120,6 +124,25 @@ def convert(params: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "gamma": 1 - params["one_minus_gamma"], "batch_size": 2 ** params["batch_size_pow"]}
 
 
+def as_mapping(value: Any) -> Any:
+    """:return: ``value``; as a dictionary, if it is the text of one, as ``dict(a=1)``"""
+    if isinstance(value, str) and value.startswith("dict("):
+        return eval(value, dict(vars(rl_zoo3.exp_manager)))
+    return value
+
+
+def flattened(wrappers: Any) -> Any:
+    """
+    :param wrappers: ``env_wrapper`` of the settings: none, one or a list, each a dotted name or a mapping with its arguments
+    :return: the same, with ``FLATTEN`` after them unless it is one of them
+    """
+    each = wrappers if isinstance(wrappers, list) else [] if wrappers is None else [wrappers]
+    names = [str(next(iter(item)) if isinstance(item, dict) else item) for item in each]
+    if any("FlattenObservation" in name for name in names):
+        return wrappers
+    return [*each, FLATTEN] if each else FLATTEN
+
+
 class BareWords(StoreDict):
     """The Zoo's ``key:value`` pairs, each value a Python expression; here a word that names nothing stands for itself."""
 
@@ -144,18 +167,51 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         self, args: argparse.Namespace, algo: str, env_id: str, *rest: Any, checkpoints: Path | None = None, **kwargs: Any
     ) -> None:
         self.checkpoints = checkpoints
+        # What a refused run would leave behind.
+        self.new_folders: list[Path] = []
+        self.made_envs: list[VecEnv] = []
         self.ours = algo in ALGORITHMS
         kwargs["config"] = settings_file(kwargs.get("config"), algo)
         if self.ours and kwargs.get("n_evaluations") is None:
             kwargs["n_evaluations"] = FEWEST_EVALUATIONS
         super().__init__(args, algo, env_id, *rest, **kwargs)
 
+    def setup_experiment(self) -> Any:
+        try:
+            return super().setup_experiment()
+        except BaseException:
+            self._leave_nothing()
+            raise
+
+    def create_envs(self, *args: Any, **kwargs: Any) -> VecEnv:
+        self.made_envs.append(super().create_envs(*args, **kwargs))
+        return self.made_envs[-1]
+
+    def create_log_folder(self) -> None:
+        self.new_folders = [path for path in (Path(self.save_path), Path(self.log_path)) if not path.exists()]
+        super().create_log_folder()
+
+    def _leave_nothing(self) -> None:
+        """After a refusal: close the envs, which have files open, and remove the folders of this run."""
+        for env in self.made_envs:
+            with suppress(EOFError, ConnectionError):
+                env.close()
+        for folder in self.new_folders:
+            if folder == Path(self.save_path):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.storage and self.study_name and self.trial_id == 0:
             # The Zoo takes trial 0 for none.
             best = self.load_trial(self.storage, self.study_name, self.trial_id)
             self.custom_hyperparams = {**best, **(self.custom_hyperparams or {})}
+        self._merge_dynamics_kwargs()
         hyperparams, saved = super().read_hyperparameters()
+        if self.env_name.gym_id.startswith("dm_control/") and hyperparams.get("policy") == "MlpPolicy":
+            for settings in (hyperparams, saved):
+                settings["env_wrapper"] = flattened(settings.get("env_wrapper"))
         if self.ours:
             hyperparams, saved = (OrderedDict(self._as_meant(settings)) for settings in (hyperparams, saved))
         return hyperparams, saved
@@ -165,9 +221,20 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         """YAML reads 1e-3 as text, and None; the Zoo wants numbers of learning_rate and n_timesteps at once."""
         for key, value in settings.items():
             value = None if value == "None" else value
-            if key in ("dynamics_kwargs", "rollout_schedule") and isinstance(value, str) and value.startswith("dict("):
-                value = eval(value, dict(vars(rl_zoo3.exp_manager)))
+            if key in ("dynamics_kwargs", "rollout_schedule"):
+                value = as_mapping(value)
             yield key, numbers_in(value)
+
+    def _merge_dynamics_kwargs(self) -> None:
+        """``-params dynamics_kwargs:...`` changes what it names; the rest of the settings file stays."""
+        given = as_mapping((self.custom_hyperparams or {}).get("dynamics_kwargs"))
+        if not self.ours or not isinstance(given, dict):
+            return
+        file = read_settings(self.config)
+        settings = file.get(self.env_name.gym_id, file.get("default")) if isinstance(file, dict) else None
+        of_file = as_mapping((settings or {}).get("dynamics_kwargs"))
+        if isinstance(of_file, dict):
+            self.custom_hyperparams = {**(self.custom_hyperparams or {}), "dynamics_kwargs": {**of_file, **given}}
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
         processed = super()._preprocess_hyperparams(hyperparams)
@@ -223,7 +290,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         every = min(max(int(self.n_timesteps) // FEWEST_EVALUATIONS, 1), 5_000)
         resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, every, verbose=self.verbose)
         callbacks = self.callbacks if resume is None else [*self.callbacks, resume]
-        finished = False
+        finished, before = False, model.num_timesteps
         try:
             model.learn(self.n_timesteps, callback=callbacks, reset_num_timesteps=not goes_on, **log_interval)
             finished = True
@@ -235,6 +302,10 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
             for callback in self.callbacks:
                 if isinstance(callback, ProgressBarCallback):
                     callback.on_training_end()
+        except Exception:
+            if model.num_timesteps == before:
+                self._leave_nothing()
+            raise
         finally:
             # A signal to the whole group ends the envs' processes as well.
             with suppress(EOFError, ConnectionError):

@@ -1,6 +1,8 @@
 """What an installed copy offers: version, public names, and the files that are not Python."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -66,8 +68,8 @@ def test_installed_copy_learns_away_from_the_checkout(wheel: Path, tmp_path: Pat
 
 # What other tests are skipped without.
 OPTIONAL = (
-    "Box2D dm_control matplotlib minari mujoco pandas pygame ray rich rl_zoo3 rliable sb3_contrib seaborn shimmy submitit "
-    "tensorboard"
+    "Box2D dm_control matplotlib minari mujoco onnx onnxruntime onnxscript pandas pygame ray rich rl_zoo3 rliable sb3_contrib "
+    "seaborn shimmy submitit tensorboard"
 ).split()
 
 
@@ -75,3 +77,27 @@ def test_the_locked_environment_skips_nothing() -> None:
     """A test that is skipped for want of a package shall not hide in the environment that has them all."""
     missing = [name for name in OPTIONAL if util.find_spec(name) is None]
     assert not missing or Path(sys.prefix).resolve() != ROOT.resolve() / ".venv"
+
+
+def test_install_lines_work_from_a_checkout() -> None:
+    """There is no released package: `pip install sb3_mbpo[...]` would find nothing."""
+    files = [
+        ROOT / "README.md",
+        *(ROOT / "hyperparams").glob("*.yml"),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "docs/guide/slurm.py",
+    ]
+    files += (ROOT / "sb3_mbpo").rglob("*.py")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    assert re.findall(r"pip install\s+sb3_mbpo\b", text) == []
+    named = {extra for group in re.findall(r'pip install\s+"\.\[([^]{]*)\]"', text) for extra in group.split(",")}
+    assert {"extra", "zoo", "compare", "plots", "contrib"} <= named - {"..."} <= extras_of_setup()
+
+
+def extras_of_setup() -> set[str]:
+    """Of the checkout: an installed copy may be older."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    extras = next(
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS"
+    )
+    return set(ast.literal_eval(extras))

@@ -174,6 +174,18 @@ def test_an_agent_goes_on_from_another_ones_transitions(n_envs, monkeypatch):
     assert agent.logger.name_to_value["dynamics/rollout_length"] == 1
 
 
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_a_second_one_says_what_it_adds_to(verbose, capsys):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "buffer_size": 50}, verbose=verbose)
+    other = SAC("MlpPolicy", "Pendulum-v1", learning_starts=100).learn(30)
+    capsys.readouterr()
+    agent.prefill(other.replay_buffer)
+    agent.prefill(other.replay_buffer)
+    first = "prefill: added 30 transitions; the replay buffer holds 30"
+    second = "prefill: added 30 transitions to the 30 that were there; the replay buffer holds 50"
+    assert capsys.readouterr().out.splitlines() == [first, second] * verbose
+
+
 def test_more_than_there_is_room_for():
     agent = MBPO("MlpPolicy", "Pendulum-v1", buffer_size=50, **TINY)
     n = 80

@@ -50,6 +50,16 @@ def test_tensorboard_goes_on_in_its_folder(tmp_path):
     assert [path.name for path in (tmp_path / "tb").iterdir()] == ["MBPO_1"]
 
 
+@pytest.mark.parametrize("of_agent, of_callback", [(0, 0), (1, 0), (0, 1)])
+def test_a_resume_says_so(tmp_path, capsys, of_agent, of_callback):
+    MBPO("MlpPolicy", "Pendulum-v1", verbose=of_agent, **FAST).learn(2, ResumeCallback(tmp_path))
+    agent = MBPO("MlpPolicy", "Pendulum-v1", verbose=of_agent, **FAST)
+    capsys.readouterr()
+    agent.learn(4, ResumeCallback(tmp_path, verbose=of_callback))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resumed at step 2 from")]
+    assert len(lines) == max(of_agent, of_callback)
+
+
 def test_saving_an_agent_in_the_midst_of_a_run(tmp_path):
     """Its zip knows nothing of the callback."""
     callbacks = [ResumeCallback(tmp_path / "run"), CheckpointCallback(30, str(tmp_path), "agent")]

@@ -63,7 +63,7 @@ for name in ("MBTQC", "MBCrossQ"):
     try:
         getattr(sb3_mbpo, name)
     except ImportError as error:
-        assert "pip install sb3_mbpo[contrib]" in str(error) and name in str(error)
+        assert 'pip install ".[contrib]"' in str(error) and name in str(error)
     else:
         raise SystemExit(f"no error for {name}")
 """

@@ -129,5 +129,5 @@ def test_killed_process_is_no_failed_run(does: Does) -> None:
 
 def test_missing_ray_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install sb3_mbpo\[ray\]"):
+    with pytest.raises(SystemExit, match=r'pip install "\.\[ray\]"'):
         RayWorkers(tmp_path, "auto", None)

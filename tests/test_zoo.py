@@ -230,11 +230,12 @@ def test_without_the_zoo(tmp_path: Path) -> None:
     code = "import runpy, sys; sys.modules['rl_zoo3'] = None; {}"
     for line, prefix in (
         ("runpy.run_module('sb3_mbpo.zoo', run_name='__main__')", ""),
-        ("import sb3_mbpo.zoo", "ImportError: "),
+        ("import sb3_mbpo.zoo", "ModuleNotFoundError: "),
     ):
         result = subprocess.run([sys.executable, "-c", code.format(line)], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 1
-        assert result.stderr.splitlines()[-1] == prefix + "sb3_mbpo.zoo needs the RL Zoo: pip install sb3_mbpo[zoo]"
+        remedy = 'in the checkout of sb3_mbpo, pip install ".[zoo]"'
+        assert result.stderr.splitlines()[-1] == f"{prefix}sb3_mbpo.zoo needs the RL Zoo: {remedy}"
 
 
 def test_usage(zoo: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,6 +255,7 @@ def test_our_algorithms_are_choices(zoo: ModuleType, command: str, capsys: pytes
     printed = capsys.readouterr().out
     assert f"usage: sb3_mbpo.zoo {command}" in printed and "sac" in printed
     assert all(f"{name}" in printed for name in zoo.ALGORITHMS)
+    assert ("--checkpoints FOLDER" in printed and "SIGUSR1" in printed) == (command == "train")
     assert sys.argv is before
 
 
@@ -298,7 +300,10 @@ def test_agents_are_looked_for_where_train_puts_them(
 
 def test_missing_dm_control(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"dm_control/cartpole-swingup-v0 needs .*: pip install sb3_mbpo\[dm-control\]"):
+    with pytest.raises(
+        SystemExit,
+        match=r"dm_control/cartpole-swingup-v0 needs .*: in the checkout of sb3_mbpo, pip install \"\.\[dm-control\]\"",
+    ):
         zoo.main(["train", "--algo", "mbpo", "--env", "dm_control/cartpole-swingup-v0"])
 
 
@@ -307,7 +312,8 @@ def test_model_card_names_what_can_load_the_agent(zoo: ModuleType, tmp_path: Pat
     card.write_text("```\npip install rl_zoo3\npython -m rl_zoo3.enjoy --algo mbpo\n```\n")
     saved: list[tuple[Path, dict[str, Any]]] = []
     zoo.save_card(lambda *arguments: saved.append(arguments), card, {"a": 1})
-    assert card.read_text() == "```\npip install sb3_mbpo[zoo]\npython -m sb3_mbpo.zoo enjoy --algo mbpo\n```\n"
+    install = '# in a checkout of sb3_mbpo\npip install ".[zoo]"'
+    assert card.read_text() == f"```\n{install}\npython -m sb3_mbpo.zoo enjoy --algo mbpo\n```\n"
     assert saved == [(card, {"a": 1})]
 
 

@@ -19,6 +19,8 @@ TINY = [
     *["dynamics_kwargs:dict(net_arch=[8],max_updates=2)", "buffer_size:1000", "policy_kwargs:dict(net_arch=[8])"],
 ]
 
+FLATTEN = "gymnasium.wrappers.FlattenObservation"
+
 
 def train(zoo: ModuleType, *options: str, n: int = 30, tiny: list[str] = TINY, algo: str = "mbpo") -> None:
     run = ["train", "--algo", algo, "--seed", "0", "-n", str(n), "--eval-freq", "-1", "--log-interval", "-2"]
@@ -118,6 +120,65 @@ def test_misspelt_settings_are_refused(zoo: ModuleType, trained: bool) -> None:
         options += ["-i", str(saved("mbpo", "Pendulum-v1")[0] / "Pendulum-v1.zip")]
     with pytest.raises(ValueError, match="mbpo has no setting 'real_ration'; you maybe meant real_ratio"):
         train(zoo, *options, tiny=["real_ration:0.1"])
+
+
+def test_a_refused_run_leaves_no_folder(zoo: ModuleType) -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        train(zoo, "--env", "Pendulum-v1", tiny=["gamma:2"])
+    assert not Path("logs", "mbpo").exists()
+
+
+def test_a_run_refused_when_learning_begins_leaves_no_folder(zoo: ModuleType) -> None:
+    options = ["--env", "Pendulum-v1", "--checkpoints", "saved"]
+    train(zoo, *options, algo="mbtd3", n=2)
+    with pytest.raises(ValueError, match="is a checkpoint of MBTD3, not of MBPO"):
+        train(zoo, *options)
+    assert not Path("logs", "mbpo").exists()
+
+
+def test_a_refused_run_leaves_those_of_others(zoo: ModuleType) -> None:
+    before = Path("logs", "mbpo", "Pendulum-v1_1")
+    before.mkdir(parents=True)
+    with pytest.raises(ValueError, match="gamma"):
+        train(zoo, "--env", "Pendulum-v1", tiny=["gamma:2"])
+    assert list(Path("logs", "mbpo").iterdir()) == [before]
+
+
+def test_dynamics_kwargs_are_merged_with_the_files(zoo: ModuleType) -> None:
+    settings = "{policy: MlpPolicy, n_timesteps: 100, dynamics_kwargs: 'dict(max_updates=1, patience=7)'}"
+    Path("mine.yml").write_text(f"default: {settings}\n")
+    train(zoo, "--env", "Pendulum-v1", "-conf", "mine.yml", n=2, tiny=["dynamics_kwargs:dict(net_arch=[8],max_updates=2)"])
+    folder, config = saved("mbpo", "Pendulum-v1")
+    agent = zoo.ALGORITHMS["mbpo"].load(folder / "Pendulum-v1.zip")
+    assert agent.dynamics_kwargs == {"net_arch": [8], "max_updates": 2, "patience": 7} == config["dynamics_kwargs"]
+
+
+@pytest.mark.parametrize(
+    ("wrappers", "expected"),
+    [
+        (None, FLATTEN),
+        (FLATTEN, FLATTEN),
+        ("my.Wrapper", ["my.Wrapper", FLATTEN]),
+        ([FLATTEN, {"my.Wrapper": {"a": 1}}], [FLATTEN, {"my.Wrapper": {"a": 1}}]),
+        ([{"my.Wrapper": {"a": 1}}], [{"my.Wrapper": {"a": 1}}, FLATTEN]),
+    ],
+)
+def test_flattened(zoo: ModuleType, wrappers: Any, expected: Any) -> None:
+    from sb3_mbpo.zoo_experiment import flattened
+
+    assert flattened(wrappers) == expected
+
+
+@pytest.mark.skipif(find_spec("shimmy") is None or find_spec("dm_control") is None, reason="needs sb3_mbpo[dm-control]")
+def test_dm_control_is_flattened_whatever_the_file(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    Path("mine.yml").write_text("default: {policy: MlpPolicy, n_timesteps: 100, termination_fn: never}\n")
+    env = "dm_control/pendulum-swingup-v0"
+    train(zoo, "--env", env, "-conf", "mine.yml", n=2)
+    folder, config = saved("mbpo", "dm_control-pendulum-swingup-v0")
+    assert zoo.ALGORITHMS["mbpo"].load(folder / "dm_control-pendulum-swingup-v0.zip").observation_space.shape == (3,)
+    # Where enjoy finds it.
+    assert config["env_wrapper"] == FLATTEN
 
 
 def test_parallel_training_is_refused(zoo: ModuleType) -> None:

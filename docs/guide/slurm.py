@@ -1,7 +1,7 @@
 """
 Train on a Slurm cluster with submitit: a job that is pre-empted, or that runs out of time, saves and is queued again.
 
-    pip install sb3_mbpo[slurm,mujoco]
+    pip install ".[slurm,mujoco]"
     python slurm.py --cluster slurm --folder /shared/runs/hopper_0
 """
 
