@@ -70,7 +70,8 @@ def test_no_cpu_build(tmp_path: Path, choice: dict) -> None:
 def test_train_goes_on_where_the_cpu_builds_are_out_of_reach(tmp_path: Path) -> None:
     calls = Checkout(tmp_path, index_code=1).make("train")
     # The version that is tested, from wherever pip looks.
-    locked = next(line.split()[0] for line in (ROOT / "requirements-dev.lock").open() if line.startswith("torch=="))
+    lock = (ROOT / "requirements-dev.lock").read_text().splitlines()
+    locked = next(line.split()[0] for line in lock if line.startswith("torch=="))
     assert installs(calls) == [CPU_BUILD, locked, "-e .[train]"] and calls[-1].startswith("benchmarks/train.py")
 
 
