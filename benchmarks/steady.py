@@ -60,14 +60,21 @@ class Averages(BaseCallback):
         own: Any = self.model.policy
         weights = [parameter.data for parameter in own.actor.parameters()]
         for rate, policy in self.averages.items():
+            self._adapt(policy, own)
             th._foreach_lerp_([parameter.data for parameter in policy.actor.parameters()], weights, rate)
-            # The mean and the standard deviation of the observations, which the weights go with.
-            for ours, theirs in zip(policy.actor.buffers(), own.actor.buffers(), strict=True):
-                ours.copy_(theirs)
         if self.num_timesteps % EVERY == 0:
             self._evaluate()
         self.spent += time.process_time() - started
         return True
+
+    def _adapt(self, average: Any, own: Any) -> None:
+        """A fit has changed the statistics of the observations, and first layers with them: do the same to an average."""
+        mine, new = average.actor.features_extractor, own.actor.features_extractor
+        if th.equal(mine.obs_mean, new.obs_mean) and th.equal(mine.obs_std, new.obs_std):
+            return
+        # At the first fit nothing is learned yet.
+        layers = average._first_layers(average.actor) if mine.obs_mean.any() else []
+        mine.set_statistics(new.obs_mean, new.obs_std, layers, None)
 
     def _evaluate(self) -> None:
         cpu_seconds = time.process_time() - self.spent
