@@ -379,7 +379,7 @@ def estimated_minutes(runs: Sequence[Run]) -> float:
     seconds = 0.0
     for name, arm, _ in runs:
         task = TASKS[name]
-        fits = 1 + (task.steps - task.random_steps) / 250
+        fits = 1 + (task.steps - task.random_steps) / (500 if arm == "dhmbpo" else 250)
         updates = task.total_updates // (task.updates if arm == "dhmbpo" else 1)
         seconds += updates * UPDATE_MS[arm] / 1000 + fits * FIT_SECONDS[arm]
     return seconds / 60

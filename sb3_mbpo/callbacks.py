@@ -94,9 +94,7 @@ class RolloutCallback(BaseCallback):
         return 0 if now // every == (now - new) // every else max(new, every) // agent.n_envs
 
     def _mix(self) -> None:
-        """The gate: as much of a batch is imagined as the dynamics has earned, at most what ``real_ratio`` leaves."""
-        agent = self.model
-        agent.replay_buffer.real_ratio = agent.real_ratio + (1 - agent.real_ratio) * (1 - agent.imagined_share)
+        self.model.replay_buffer.real_ratio = self.model.real_share_of_batches
 
     def _log(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():

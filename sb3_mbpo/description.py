@@ -26,7 +26,7 @@ AGENTS: dict[str, type] = {}
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
     *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share", "filter_memory"),
-    *("forward_errors", "unused_fits", "forgot_transitions", "normalized_observations"),
+    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
 )
 
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}
@@ -258,7 +258,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
         fine = isinstance(value, bool)
     elif name == "trusted_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
-    elif name in ("filter_memory", "forward_errors"):
+    elif name in ("filter_memory", "forward_errors", "prediction_bounds"):
         fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")

@@ -32,10 +32,11 @@ class DynamicsModel(nn.Module, ABC):
     usable = True
     #: Whether the rewards of ``sample`` are used if ``reward_fn`` is None; else MBPO learns the reward of a transition itself.
     own_reward = True
-    #: Indices of the members of ``predict`` that filters use, ``(n_elites,)``; ``None``: all. An attribute or a property.
-    elites: th.Tensor | None = None
-    #: The optimizer of ``fit``, which is saved with the agent; ``None``: there is none.
-    optimizer: th.optim.Optimizer | None = None
+    #: Optional: indices of the members of ``predict`` that filters use, ``(n_elites,)``; without it, all. An attribute, a
+    #: buffer or a property.
+    elites: th.Tensor
+    #: Optional: the optimizer of ``fit``, made in ``__init__``. It is saved with the agent.
+    optimizer: th.optim.Optimizer
 
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: th.device | str = "cpu") -> None:
         super().__init__()
@@ -147,19 +148,19 @@ class DynamicsWrapper(DynamicsModel):
         return self.dynamics.own_reward
 
     @property
-    def elites(self) -> th.Tensor | None:  # type: ignore[override]
+    def elites(self) -> th.Tensor:  # type: ignore[override]
         """See ``DynamicsModel.elites``."""
         return self.dynamics.elites
 
     @property
-    def optimizer(self) -> th.optim.Optimizer | None:  # type: ignore[override]
+    def optimizer(self) -> th.optim.Optimizer:  # type: ignore[override]
         """See ``DynamicsModel.optimizer``."""
         return self.dynamics.optimizer
 
     @property
     def offers_predict(self) -> bool:
-        """See ``DynamicsModel.offers_predict``."""
-        return self.dynamics.offers_predict
+        """See ``DynamicsModel.offers_predict``; a ``predict`` of the subclass counts."""
+        return type(self).predict is not DynamicsWrapper.predict or self.dynamics.offers_predict
 
     def seed(self, seed: int | None) -> None:
         """See ``DynamicsModel.seed``."""

@@ -73,10 +73,14 @@ class EnsembleMLP(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.normalized.fill_(float(self.layer_norm))
         given = state_dict.get(f"{prefix}normalized")
-        if given is not None and bool(given) != self.layer_norm:
-            self.normalized.fill_(float(self.layer_norm))
-            args[-1].append(f"{prefix}layer_norm is {self.layer_norm}, that of the file is {bool(given)}")
+        # SB3's own tests load random numbers.
+        if given is not None and float(given) in (0.0, 1.0) and bool(given) != self.layer_norm:
+            args[-1].append(
+                f"{prefix}layer_norm is {self.layer_norm}, that of the file is {bool(given)}; the agent must be made with "
+                "dynamics_kwargs: layer_norm of the file"
+            )
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """:return: ``(members, B, out_size)`` of ``x (members, B, in_size)``"""

@@ -218,7 +218,7 @@ class Filtering:
     def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """:return: mean and variance as :data:`Rule` has them"""
         mean, var = self.dynamics.predict(obs, actions)
-        if (elites := self.dynamics.elites) is not None:
+        if (elites := getattr(self.dynamics, "elites", None)) is not None:
             mean, var = mean[elites], var[elites]
         change = th.cat([mean[..., :1], mean[..., 1:] - obs], dim=-1)
         if self.constant is not None:

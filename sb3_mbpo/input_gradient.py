@@ -12,7 +12,7 @@ import torch as th
 from torch.autograd.function import once_differentiable
 
 from sb3_mbpo.ensemble import LAYER_NORM_EPS, EnsembleMLP
-from sb3_mbpo.likelihood_gradient import is_replaced
+from sb3_mbpo.likelihood_gradient import LikelihoodGradient, is_replaced
 
 # Weight and bias of a layer, (M, in_size, out_size) and (M, 1, out_size).
 Weights = list[tuple[th.Tensor, th.Tensor]]
@@ -42,6 +42,10 @@ class InputGradient:
             weights = self._of(members, weights)
         return _Through.apply(x, weights, self.mlp.layer_norm)  # type: ignore[no-any-return]
 
+    def covers(self) -> bool:
+        """Whether these are the networks whose derivatives are written out here."""
+        return LikelihoodGradient.covers(self.mlp) and not is_replaced(self.mlp, EnsembleMLP, "member")
+
     def rows(self, x: th.Tensor, members: Sequence[int], places: th.Tensor) -> th.Tensor:
         """
         Each row by one member.
@@ -52,13 +56,17 @@ class InputGradient:
         :return: ``(B, out_size)``
         """
         size = -(-len(x) // len(members))
-        if x.requires_grad and not is_replaced(self.mlp, EnsembleMLP, "forward", "member"):
+        if x.requires_grad and self.covers():
             lined_up = x.new_zeros(size * len(members), x.shape[1]).index_copy(0, places, x)
             return self(lined_up.unflatten(0, (len(members), size)), members).flatten(0, 1)[places]
         order = places.argsort()
         lines = x[order].split((places // size).bincount(minlength=len(members)).tolist())
         output = th.cat([self.mlp.member(i, line) for i, line in zip(members, lines, strict=True)])
         return output.index_copy(0, order, output)
+
+    def forget(self) -> None:
+        """The weights have changed: not every optimizer counts its steps where a tensor does."""
+        self._state = []
 
     def _of(self, members: Sequence[int], weights: Weights) -> Weights:
         """A copy of some members' weights costs as much as a product, and serves until the weights change."""

@@ -153,7 +153,8 @@ class _Regression(nn.Module):
         """:return: standardised predictions ``(members, B)`` of ``inputs (B, size)``"""
         x = self.inputs(inputs).expand(_N_MEMBERS, -1, -1)
         # Nothing asks for a gradient by inputs and weights.
-        return (InputGradient(self.network)(x) if x.requires_grad else self.network(x)).squeeze(-1)
+        through = InputGradient(self.network)
+        return (through(x) if x.requires_grad and through.covers() else self.network(x)).squeeze(-1)
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
         """:return: ``(B,)``, the members' mean, in the unit of the targets"""

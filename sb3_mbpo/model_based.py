@@ -141,6 +141,8 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.imagined_share = 1.0
         #: Squared errors on the steps after each fit, smoothed over the fits: of the reward and each dimension.
         self.forward_errors: list[float] = []
+        #: Least and largest of real rewards and observations at the last fit, with their margin; kept by DHMBPO alone.
+        self.prediction_bounds: list[float] = []
         #: Fits in a row after which nothing was imagined because too little was explained.
         self.unused_fits = 0
         #: What the rule of ``rollout_filter`` remembers of the refills so far.
@@ -268,7 +270,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
         self.dynamics_fitted_at, self.trusted_length, self.imagined_share, self.filter_memory = None, 1, 1.0, []
-        self.forward_errors, self.unused_fits = [], 0
+        self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
         self._warned_of_termination = False
         self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
 

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -55,6 +55,7 @@ class ModelLearning(Imagining):
     trusted_length: int
     imagined_share: float
     forward_errors: list[float]
+    prediction_bounds: list[float]
     unused_fits: int
     forgot_transitions: bool
     resumable: Any
@@ -62,6 +63,11 @@ class ModelLearning(Imagining):
     _earlier_timesteps: int
     _warned_of: list[str]
     _warned_of_termination: bool
+
+    #: Whether rewards of imagined transitions are learned from.
+    imagined_rewards_count: ClassVar[bool] = True
+    #: Whether a dynamics that has earned a part of the imagined rows is used at all.
+    uses_partial_trust: ClassVar[bool] = True
 
     # Start states imagined at once, if memory had no room for as many as usual.
     _rollout_block: int | None = None
@@ -168,6 +174,11 @@ class ModelLearning(Imagining):
             metrics = self._roll_out(transitions, n, length, progress)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         return {"rollout_length": length, **metrics, "rollout_seconds": seconds, "rollout_cpu_seconds": cpu_seconds}
+
+    @property
+    def real_share_of_batches(self) -> float:
+        """The gate: a batch has as many imagined rows as the dynamics has earned, at most what ``real_ratio`` leaves."""
+        return float(self.real_ratio + (1 - self.real_ratio) * (1 - self.imagined_share))
 
     def _transitions_for(self, caller: str, fewest: int) -> ReplayBufferSamples:
         """
@@ -283,7 +294,7 @@ class ModelLearning(Imagining):
 
         :return: how many have changed
         """
-        if self.termination != "learned":
+        if self.termination != "learned" or not self.imagined_rewards_count:
             return 0
         reward: Any = self.predict_reward if self.learns_reward else None
         return self.replay_buffer.model_buffer.relabel(self.terminates, reward)
@@ -305,7 +316,8 @@ class ModelLearning(Imagining):
         obs = normalize_obs(obs.reshape(-1, *self.observation_space.shape), env)
         values = q_values(self.critic, obs, actions)
         # Imagined rewards are the model's own word; those of a known function count as seen.
-        rewards = transitions.rewards if self.known_reward is None else th.cat([transitions.rewards, buffer.rewards()])
+        both = self.known_reward is not None and self.imagined_rewards_count
+        rewards = th.cat([transitions.rewards, buffer.rewards()]) if both else transitions.rewards
         least, most = normalize_rewards(th.stack(rewards.aminmax()), env).tolist()
         bounds = return_bounds(least, most, self.gamma, entropy_bonus(self))
         size = th.cat([obs.flatten(1), actions], dim=1).norm(dim=1).max().item()
@@ -378,7 +390,8 @@ class ModelLearning(Imagining):
         if to_blame == "observation" and of_steps is not None:
             to_blame += f", dimensions {of_steps.worst_dimensions}"
         metrics["gate"] = "open" if self.imagined_share == 1 else to_blame
-        self.unused_fits = 0 if self.imagined_share > 0 else self.unused_fits + 1
+        used = self.imagined_share > 0 if self.uses_partial_trust else self.imagined_share == 1
+        self.unused_fits = 0 if used else self.unused_fits + 1
         if self.unused_fits >= UNUSED_FITS:
             self._warn_once(
                 "unused",

@@ -43,6 +43,23 @@ class Plausible:
         # Rows of the latest prediction whose observation was out of bounds; ``None``: none of them.
         self._moved: th.Tensor | None = None
 
+    def numbers(self) -> list[float]:
+        """:return: all bounds, to make the same again; an infinite one is the largest number of float32"""
+        largest = th.finfo(th.float32).max
+        parts = [*self.reward_bounds, *self.going_bounds, *self.ending_bounds, *self.obs_bounds]
+        return th.cat(parts).clamp(-largest, largest).tolist()  # type: ignore[no-any-return]
+
+    @classmethod
+    def of_numbers(cls, numbers: list[float], device: th.device) -> "Plausible":
+        """:return: what had these :meth:`numbers`, with nothing counted"""
+        made = cls.__new__(cls)
+        made.rows, made._clipped, made._moved = 0, 0, None
+        values = th.tensor(numbers, device=device)
+        rewards, obs = values[:6].unsqueeze(1), values[6:].chunk(2)
+        made.reward_bounds, made.going_bounds, made.ending_bounds = (tuple(rewards[i : i + 2]) for i in (0, 2, 4))
+        made.obs_bounds = obs[0], obs[1]
+        return made
+
     def hold(self, next_obs: th.Tensor, rewards: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param next_obs: ``(B, obs_dim)``

@@ -231,9 +231,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         elites, size = self.elites, -(-len(x) // self.n_elites)
         places = th.randperm(size * self.n_elites, generator=self.generator, device=x.device)[: len(x)]
         mean, log_variance = self._bounded(self._input_gradient.rows(x, elites.tolist(), places))
-        noise = th.randn(mean.shape, generator=self.generator, device=x.device)
-        drawn = mean * self.gain[elites[places // size], 0] + noise * (0.5 * log_variance).exp()
-        prediction = self._to_prediction(drawn, obs)
+        noise = th.randn(mean.shape, generator=self.generator, device=x.device) * (0.5 * log_variance).exp()
+        prediction = self._to_prediction(mean * self.gain[elites[places // size], 0] + noise, obs)
         return prediction[:, 1:], prediction[:, 0]
 
     def negative_log_likelihood(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
@@ -421,6 +420,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         if (n := len(transitions.observations)) < self.min_transitions:
             raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {n}")
         before = LastGood(self)
+        self._input_gradient.forget()
         try:
             data = self._split(transitions)
             loss, updates, sound = self._train(data, progress or (lambda words: None), before)

@@ -32,7 +32,7 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = (
     *("termination", "dynamics_fitted_at", "_earlier_timesteps", "trusted_length", "imagined_share", "filter_memory"),
-    *("forward_errors", "unused_fits", "forgot_transitions", "normalized_observations"),
+    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
     *("_warned_of_termination", "_warned_of"),
 )
 # Arguments that say which networks and optimizers there are.
@@ -114,7 +114,7 @@ class Saving(OffPolicyAlgorithm):
         if data is None:
             raise ValueError(
                 f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
-                f"new agent of the same net_arch and load them into it: agent = {cls.__name__}(...); "
+                f"new agent with a policy of the same kind and net_arch and load them into it: agent = {cls.__name__}(...); "
                 "agent.set_parameters(path, exact_match=False)"
             )
         if kwargs.get("policy_kwargs") is not None and "use_sde" in (data.get("policy_kwargs") or {}):
@@ -149,7 +149,7 @@ class Saving(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
-        optimizer = ["dynamics.optimizer"] if self.dynamics.optimizer is not None else []
+        optimizer = ["dynamics.optimizer"] if getattr(self.dynamics, "optimizer", None) is not None else []
         learned = ["learned_reward", "learned_termination", "learned_termination.optimizer"]
         return [*state_dicts, "dynamics", *optimizer, *learned], variables
 

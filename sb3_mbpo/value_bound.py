@@ -95,7 +95,7 @@ def breach(largest_q: float, bounds: tuple[float, float] | None, input_size: flo
     return (
         f"The critic expects a return of {largest_q:.3g}, but the rewards seen so far allow {bounds[1]:.3g} at most "
         "(dynamics/q_max, dynamics/q_bound): it learns from its own errors. Lower gradient_steps or learning_rate, raise "
-        "real_ratio, or shorten rollout_schedule"
+        "real_ratio where that is an argument, or shorten rollout_schedule"
     )
 
 

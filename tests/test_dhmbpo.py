@@ -13,6 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 from true_systems import TruePendulum
 
+from sb3_mbpo import MBPO
 from sb3_mbpo.dhmbpo import DHMBPO, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, StandardizeExtractor
 from sb3_mbpo.dhmbpo.training_rollout import training_rollout
@@ -229,6 +230,52 @@ def test_an_update_changes_what_it_should_and_nothing_else():
     assert all(parameter.grad is None for parameter in model.dynamics.parameters())
 
 
+def test_no_gradient_passes_where_a_branch_has_ended():
+    """That of a distance is none where a branch stays, which must not reach the others."""
+    weight = th.tensor(0.3, dtype=th.float64, requires_grad=True)
+    ends = lambda obs, actions, next_obs: obs[:, 0] > 2  # noqa: E731
+    distance = lambda obs, actions, next_obs, ended: (next_obs - obs).square().sum(dim=1).sqrt()  # noqa: E731
+    start = th.tensor([[3.0, 0.0], [1.0, 0.0]], dtype=th.float64)
+    policy = lambda obs: (weight * obs[:, :1], obs[:, 0])  # noqa: E731
+    rollout = training_rollout(Linear(2, 1), policy, ends, start, 3, distance)
+    assert rollout.alive[:, 0].tolist() == [1, 0, 0, 0] and rollout.valid.all() and (rollout.rewards[1:, 0] == 0).all()
+    (gradient,) = th.autograd.grad(rollout.rewards.sum(), weight)
+    assert gradient.isfinite() and gradient != 0
+
+
+def test_a_policy_without_a_gradient_stays_as_it_is():
+    model = agent(dynamics_class=Linear, reward_fn=lambda obs, actions, next_obs: (0 * next_obs).square().sum(dim=1).sqrt())
+    with pytest.raises(ValueError, match=r"gradient of the policy is not finite.*reward_fn"):
+        model.learn(25)
+    assert all(parameter.isfinite().all() for parameter in model.actor.parameters())
+
+
+def test_the_critics_learn_the_expanded_value():
+    """r_0 + gamma (r_1 - alpha log pi_1) + gamma^2 (least of two target critics, within the bounds, - alpha log pi_2)."""
+    model = agent(dynamics_class=Linear, termination_fn="never", training_horizon=2).learn(21)
+    for i, body in enumerate([*model.critic.q_networks, *model.critic_target.q_networks]):
+        th.nn.init.normal_(body[-1].weight, std=5.0, generator=th.Generator().manual_seed(i))
+    roots = th.randn(8, 3, generator=th.Generator().manual_seed(2))
+    rollout = training_rollout(model.dynamics, model._action_and_log_prob, never, roots, 2)
+    target = copy.deepcopy(model.critic_target)
+    before = th.cat(model.critic(rollout.obs[0], rollout.actions[0]), dim=1).detach()
+    np.random.seed(7)
+    asked = np.random.permutation(model.critic.n_critics)[:2]
+    np.random.seed(7)
+    loss, mean = model._update_critics(rollout, th.tensor(0.3))
+    with th.no_grad():
+        target.move_bounds(model.critic_target.value_low, model.critic_target.value_high, 1.0)
+        least = th.cat(target.values_of(asked, rollout.obs[2], rollout.actions[2]), dim=1).amin(dim=1)
+        clipped = least.clamp(model.critic_target.value_low, model.critic_target.value_high)
+        entropies = -0.3 * rollout.log_probs
+        gamma, rewards = model.gamma, rollout.rewards
+        expected = rewards[0] + gamma * (rewards[1] + entropies[1]) + gamma**2 * (clipped + entropies[2])
+        width = (model.critic.value_high - model.critic.value_low) / 2
+        by_hand = (0.5 * ((before - expected.unsqueeze(1)) / width).square().mean(dim=0)).sum()
+    assert (clipped != least).any() and mean == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert loss == pytest.approx(by_hand.item(), rel=1e-3)
+
+
 # ---------------------------------------------------------------------- the networks
 
 
@@ -265,6 +312,25 @@ def test_values_start_in_the_middle_of_their_bounds_and_bounds_move_slowly():
     assert critic.value_high - critic.value_low == 1
 
 
+def test_one_critic_alone():
+    critic = agent().critic
+    critic.move_bounds(th.tensor(-10.0), th.tensor(30.0), 0.1)
+    obs, actions = th.randn(4, 3), th.rand(4, 1)
+    assert th.equal(critic.q1_forward(obs, actions), critic(obs, actions)[0])
+
+
+def test_networks_that_were_loaded_keep_what_they_learned(tmp_path):
+    learned = agent().learn(40)
+    learned.to_sac().save(tmp_path / "sac")
+    started = agent()
+    started.set_parameters(tmp_path / "sac", exact_match=False)
+    obs = th.randn(50, 3)
+    before = started.actor(obs, deterministic=True)
+    # The first fit of the new agent, on observations of another kind.
+    started.policy.adapt(2 * obs + 1, th.zeros(50, 1), trained=False)
+    assert th.allclose(started.actor(obs, deterministic=True), before, atol=1e-4)
+
+
 def test_values_stay_where_bounds_jump():
     critic = agent().critic
     for body in critic.q_networks:
@@ -280,7 +346,7 @@ def test_values_stay_where_bounds_jump():
 
 
 def test_moments_of_adam_follow_the_first_layer():
-    """In the new units of its weights: the next step is the one that the old weights would have made."""
+    """In the new units of its gradient."""
     model = agent().learn(30)
     layer = model.actor.latent_pi[0]
     moments = model.actor.optimizer.state[layer.weight]
@@ -306,7 +372,7 @@ def test_a_rare_reward_is_a_possible_value():
 
 
 def test_without_trust_in_the_dynamics_updates_are_sacs():
-    """With the model off, and with a gate that never opens: SAC with the same policy, bit for bit."""
+    """With the model off, SAC with the same policy, bit for bit; with a gate that never opens, the same updates."""
     kwargs = {"learning_starts": 20, "batch_size": 16, "seed": 0, "device": "cpu", "gamma": 0.995, "ent_coef": "auto_0.1"}
     sac = SAC(DHMBPOPolicy, "Pendulum-v1", policy_kwargs={"net_arch": [16, 16]}, **kwargs).learn(60)
     off = agent(real_ratio=1).learn(60)
@@ -378,6 +444,46 @@ def test_dynamics_without_a_gradient_are_refused():
     agent(reward_fn=lambda obs, actions, next_obs: th.ones(len(obs))).learn(25)
 
 
+@pytest.mark.filterwarnings("ignore:termination_fn disagrees", "ignore:reward_fn disagrees")
+def test_a_constant_reward_needs_no_gradient_where_episodes_end():
+    ends = lambda obs, actions, next_obs: next_obs[:, 0] > 0.9  # noqa: E731
+    ones = lambda obs, actions, next_obs: th.ones(len(obs))  # noqa: E731
+    assert agent(reward_fn=ones, termination_fn=ends).learn(30).expands_values
+
+
+def test_with_half_of_the_trust_sac_learns_from_real_rows(monkeypatch):
+    """Imagined rows have no rewards that it could learn from, and a warning says that the dynamics is not used."""
+    monkeypatch.setattr("sb3_mbpo.model_learning.imagined_share", lambda *args: 0.6)
+    model = agent(model_train_freq=5)
+    with pytest.warns(UserWarning, match="not used after 3 fits in a row"):
+        model.learn(40)
+    assert not model.expands_values and len(model.replay_buffer.model_buffer) and model.replay_buffer.real_ratio == 1
+    assert model.logger.name_to_value["dynamics/real_share"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:After 40 steps")
+def test_loaded_without_its_buffer_it_collects_first(tmp_path):
+    agent().learn(40).save(tmp_path / "agent")
+    loaded = DHMBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    loaded.learn(15, reset_num_timesteps=False)
+    assert not loaded.expands_values and loaded._n_updates > 0
+    loaded.learn(10, reset_num_timesteps=False)
+    assert loaded.expands_values
+
+
+def test_a_new_fit_has_new_bounds():
+    """At the same step, after more data: an agent imagines no further than what its dynamics has seen."""
+    model = agent().learn(30)
+    zeros = {name: np.zeros((40, size)) for name, size in (("observations", 3), ("next_observations", 3), ("actions", 1))}
+    ends = {name: np.zeros(40) for name in ("terminations", "truncations")}
+    model.prefill({**zeros, **ends, "rewards": np.full(40, 50.0)})
+    before = model.bounds_of_fit.reward_bounds[1]
+    model.fit_dynamics()
+    assert model.bounds_of_fit.reward_bounds[1] > before + 40
+    model.forget_transitions()
+    assert not model.expands_values and not model.critic.bounds_known
+
+
 @pytest.mark.parametrize("real_roots", [0.0, 0.25, 1.0])
 @pytest.mark.filterwarnings("ignore:After 40 steps")
 def test_saved_loaded_and_learning_on(real_roots, tmp_path):
@@ -400,6 +506,22 @@ def test_with_several_envs_and_normalization():
     model = DHMBPO("MlpPolicy", env, **{**FAST, "gradient_steps": 2}).learn(60)
     assert model.expands_values and model._n_updates >= 20
     assert all(value.isfinite().all() for value in model.policy.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", [DHMBPO, MBPO])
+def test_parameters_of_random_numbers(kind):
+    """As Stable-Baselines3's own test of set_parameters sets them."""
+    model = kind("MlpPolicy", "Pendulum-v1", device="cpu")
+    parameters = {
+        name: {key: th.rand_like(value) for key, value in state.items()}
+        for name, state in model.get_parameters().items()
+        if "optimizer" not in name
+    }
+    model.set_parameters(parameters, exact_match=False)
+    found = model.get_parameters()
+    assert all(
+        th.equal(value, found[name][key]) for name in parameters for key, value in parameters[name].items() if "weight" in key
+    )
 
 
 def test_equal_seeds_are_equal_runs():

@@ -61,14 +61,23 @@ def test_known_reward():
 
 def test_what_a_model_need_not_offer():
     drift = Drift(2, 2, seed=0)
-    assert not drift.offers_predict and drift.elites is None
+    assert not drift.offers_predict and not hasattr(drift, "elites")
     with pytest.raises(NotImplementedError, match="Drift has no method predict"):
         drift.predict(th.zeros(1, 2), th.zeros(1, 2))
 
     class Plain(DynamicsModel):
         fit, sample = Drift.fit, Drift.sample
 
-    assert Plain(2, 2).optimizer is None and isinstance(drift.optimizer, th.optim.Adam)
+    assert not hasattr(Plain(2, 2), "optimizer") and isinstance(drift.optimizer, th.optim.Adam)
+
+
+def test_elites_may_be_a_buffer():
+    class Buffered(Drift):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_buffer("elites", th.tensor([1, 0]))
+
+    assert Buffered(2, 2).elites.tolist() == [1, 0]
 
 
 class Members(Drift):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo import ProbabilisticEnsemble
 from sb3_mbpo.ensemble import EnsembleMLP
@@ -63,3 +64,18 @@ def test_a_draw_is_the_same_with_and_without_a_gradient(rows: int) -> None:
     through = ensemble.sample(obs.requires_grad_(), actions)
     assert all(th.allclose(a, b, rtol=1e-12) for a, b in zip(plain, through, strict=True))
     assert through[0].requires_grad
+
+
+def test_a_draw_follows_a_fit() -> None:
+    """Whatever its optimizer does to the weights."""
+    draw = th.Generator().manual_seed(3)
+    rows = ReplayBufferSamples(*(th.randn(40, size, generator=draw) for size in (3, 1, 3, 1, 1)))
+    ensemble = ProbabilisticEnsemble(3, 1, seed=0, n_members=3, n_elites=2, net_arch=[8], max_updates=50)
+    for _ in range(2):
+        ensemble.fit(rows)
+        ensemble.seed(5)
+        through = ensemble.sample(rows.observations.requires_grad_(), rows.actions)[0]
+        ensemble.seed(5)
+        with th.no_grad():
+            assert th.allclose(through, ensemble.sample(rows.observations, rows.actions)[0], atol=1e-5)
+        rows = rows._replace(observations=rows.observations.detach() + 3)

@@ -147,10 +147,12 @@ def pays(obs, actions, next_obs):
         {"rollout_filter": "infoprop", "rollout_schedule": 3, "reward_fn": pays, "termination_fn": "learned"},
         {"rollout_filter": "m2ac", "rollout_schedule": 3, "kind": MBTD3, "env_id": "Pendulum-v1"},
         {"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7},
+        # What the dynamics was fitted to is partly overwritten when the run is cut.
+        {"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7, "buffer_size": 50, "rollout_filter": "macura"},
     ],
     ids=[
         *"sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small auto macura infoprop".split(),
-        *"m2ac dhmbpo".split(),
+        *"m2ac dhmbpo dhmbpo_small".split(),
     ],
 )
 @pytest.mark.filterwarnings("ignore:reward_fn disagrees")

@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples
+from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
 from sb3_mbpo.buffers import normalize_obs, normalize_rewards
@@ -17,7 +18,7 @@ from sb3_mbpo.checks import is_number, number, shown, whole
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
-from sb3_mbpo.filters import Filtering
+from sb3_mbpo.dynamics import Progress
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.model_based import ModelBased
 from sb3_mbpo.plausible import Plausible
@@ -58,8 +59,12 @@ class DHMBPO(ModelBased, SAC):
         **{"rollout_schedule": 20, "rollout_batch_size": 256, "retained_rollouts": 10, "real_ratio": 0.0},
     }
 
-    # Step of the fit, the bounds of what was real then, and what the rule of ``rollout_filter`` takes from it.
-    _of_fit: tuple[int, Plausible, Filtering | None] | None = None
+    # Imagined rows serve as states only, and an update uses the dynamics wholly or not at all.
+    imagined_rewards_count = False
+    uses_partial_trust = False
+
+    # Made of ``prediction_bounds``, which are next to it.
+    _bounds: tuple[list[float], Plausible] | None = None
     actor: Any
     log_ent_coef: Any
     target_entropy: Any
@@ -86,6 +91,8 @@ class DHMBPO(ModelBased, SAC):
         super().__init__(policy, env, *args, **{**defaults, **kwargs})
 
     def _setup_model(self) -> None:
+        if self.real_ratio == "auto":
+            self.real_ratio = 0.0
         super()._setup_model()
         self._check_arguments()
         if not isinstance(self.policy, DHMBPOPolicy):
@@ -111,6 +118,19 @@ class DHMBPO(ModelBased, SAC):
         if self.use_sde:
             raise ValueError("use_sde=True must be False: training rollouts need an independent action in each state")
 
+    def fit_dynamics(self, progress: Progress | None = None) -> dict[str, Any]:
+        """See ``ModelLearning.fit_dynamics``; notes the bounds of the real transitions, too, see ``imagined_margin``."""
+        metrics = super().fit_dynamics(progress)
+        transitions = self.replay_buffer.real_transitions(self.dynamics_window)
+        self.prediction_bounds = Plausible(transitions, self.imagined_margin).numbers()
+        return metrics
+
+    def forget_transitions(self, keep: int = 0) -> None:
+        """See ``ModelBased.forget_transitions``; bounds of values are found anew, too."""
+        super().forget_transitions(keep)
+        for critic in (self.critic, self.critic_target):
+            critic.bounds_known.zero_()
+
     def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
         """Standardize what policy and critics see by all real observations, and note the range of the rewards."""
         assert isinstance(self.policy, DHMBPOPolicy)
@@ -119,13 +139,22 @@ class DHMBPO(ModelBased, SAC):
 
     @property
     def expands_values(self) -> bool:
-        """Whether updates look ahead through the dynamics, which needs an open gate; else they are SAC's own."""
+        """True if updates use the dynamics, which needs an open gate; otherwise SAC's update runs on real transitions."""
         trusted = self.real_ratio < 1 and self.imagined_share == 1 and self.dynamics_fitted_at is not None
-        return trusted and self.dynamics.usable
+        if not (trusted and self.dynamics.usable and self.prediction_bounds):
+            return False
+        # An agent that was loaded without its buffer collects first.
+        return self.replay_buffer.size() * self.n_envs >= self.rows_before_fit
+
+    @property
+    def real_share_of_batches(self) -> float:
+        """See ``ModelLearning.real_share_of_batches``: imagined rows have no rewards that SAC could learn from."""
+        return self.real_ratio if self.expands_values else 1.0
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """See SB3."""
         if gradient_steps <= 0 or self.waits_for_transitions or not self.expands_values:
+            self.replay_buffer.real_ratio = 1.0
             super().train(gradient_steps, batch_size)
             return
         self.policy.set_training_mode(True)
@@ -140,7 +169,8 @@ class DHMBPO(ModelBased, SAC):
                 if self.real_roots < 1 and (update % self.distribution_freq == 0 or not imagined):
                     self.roll_distribution()
                 logged.append(self._update(self._roots(batch_size)))
-                if update % self.target_update_interval == 0:
+                # Counted in each call, as SB3 does.
+                if (update - self._n_updates) % self.target_update_interval == 0:
                     self._move_targets()
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -164,8 +194,12 @@ class DHMBPO(ModelBased, SAC):
     def roll_distribution(self) -> None:
         """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
         buffer = self.replay_buffer
-        (_, bounds, filtering), length = self._fitted_to(), self.rollout_length
-        dynamics = bounds.within_obs(self.dynamics)
+        length, filtering = self.rollout_length, None
+        if self.rollout_filter is not None:
+            filtering = self.filtering(buffer.real_transitions(self.dynamics_window))
+            assert filtering is not None
+            self.filter_memory = filtering.memory
+        dynamics = self.bounds_of_fit.within_obs(self.dynamics)
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
         with self.imagining() as policy:
@@ -179,28 +213,16 @@ class DHMBPO(ModelBased, SAC):
                 if missing <= 0:
                     break
 
-    def _fitted_to(self) -> tuple[int, Plausible, Filtering | None]:
-        """
-        What the real transitions say that the dynamics was fitted to: bounds, see ``imagined_margin``, and limits of a filter.
-
-        It is found once for each fit, and again where a run goes on.
-
-        :return: the step of the fit, the bounds, and the filter if there is one
-        """
-        if self._of_fit is None or self._of_fit[0] != self.dynamics_fitted_at:
-            assert self.dynamics_fitted_at is not None
-            later = self.lifetime_timesteps - self.dynamics_fitted_at
-            window = None if self.dynamics_window is None else self.dynamics_window + later
-            transitions = self.replay_buffer.real_transitions(window)
-            n = max(len(transitions.rewards) - later, 1)
-            fitted = ReplayBufferSamples(*(part[:n] for part in transitions[:5]))
-            # What the filter remembers stays as the rollout of the fit left it: it is found again where a run goes on.
-            self._of_fit = self.dynamics_fitted_at, Plausible(fitted, self.imagined_margin), self.filtering(fitted)
-        return self._of_fit
+    @property
+    def bounds_of_fit(self) -> Plausible:
+        """Bounds of the real transitions that the dynamics was fitted to, see ``imagined_margin``."""
+        if self._bounds is None or self._bounds[0] is not self.prediction_bounds:
+            self._bounds = self.prediction_bounds, Plausible.of_numbers(self.prediction_bounds, self.device)
+        return self._bounds[1]
 
     def _imagine(self, roots: th.Tensor) -> TrainingRollout:
         """:return: training rollouts from ``roots (B, obs_dim)``; the reward is asked once, about all of their steps"""
-        (_, bounds, _), policy, horizon = self._fitted_to(), self._action_and_log_prob, self.training_horizon
+        bounds, policy, horizon = self.bounds_of_fit, self._action_and_log_prob, self.training_horizon
         if self.learns_reward:
 
             def reward(*transition: th.Tensor) -> th.Tensor:
@@ -214,7 +236,7 @@ class DHMBPO(ModelBased, SAC):
         return training_rollout(bounds.within(self.dynamics), policy, self.terminates, roots, horizon)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_of_fit"]
+        return [*super()._excluded_save_params(), "_bounds"]
 
     def _kept_refills(self) -> int:
         # There are several between two fits.
@@ -266,7 +288,9 @@ class DHMBPO(ModelBased, SAC):
                 "DHMBPO learns along gradients of imagined observations, and these have none: dynamics_class must be made of "
                 "differentiable torch operations. MBPO does without"
             )
-        if rollout.rewards.requires_grad or "gradient" in self._warned_of or bool(rollout.rewards.std(correction=0) == 0):
+        if rollout.rewards.requires_grad or "gradient" in self._warned_of:
+            return
+        if bool(rollout.rewards[rollout.alive[:-1] > 0.5].std(correction=0) == 0):
             return
         self._warned_of.append("gradient")
         warnings.warn(
@@ -322,6 +346,13 @@ class DHMBPO(ModelBased, SAC):
         parameters = [parameter for parameter in self.actor.parameters() if parameter.requires_grad]
         # Of the actor alone: dynamics and critics would cost as much again.
         gradients = th.autograd.grad(loss, parameters, allow_unused=True)
+        # What is not finite in a row reaches all of them; the biases are small.
+        biases = [gradient for gradient in gradients if gradient is not None and gradient.dim() == 1]
+        if not all(bool(bias.isfinite().all()) for bias in biases):
+            raise ValueError(
+                "The gradient of the policy is not finite. Look at the derivatives of reward_fn, if there is one (a square "
+                "root has none at 0), and of dynamics_class. The policy is as it was before this update"
+            )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.actor.optimizer.step()
@@ -345,6 +376,8 @@ class DHMBPO(ModelBased, SAC):
     def _move_targets(self) -> None:
         targets, sources = ([p.data for p in critic.parameters()] for critic in (self.critic_target, self.critic))
         th._foreach_lerp_(targets, sources, self.tau)
+        # Running statistics, of a features extractor that has some; see SAC.
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
     def _action_and_log_prob(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """:return: reparameterized actions in [-1, 1] at raw ``obs (B, obs_dim)``, and their log-probabilities ``(B,)``"""

@@ -132,6 +132,10 @@ class BoundedCritic(ContinuousCritic):
         inputs = th.cat([self.extract_features(obs, self.features_extractor), actions], dim=1)
         return tuple(center + width * self.q_networks[int(i)](inputs) for i in networks)
 
+    def q1_forward(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """:return: values of the first network ``(B, 1)``"""
+        return self.values_of([0], obs, actions)[0]
+
     @th.no_grad()
     def move_bounds(self, low: th.Tensor, high: th.Tensor, rate: float) -> None:
         """
@@ -203,7 +207,7 @@ class DHMBPOPolicy(SACPolicy):
             # SB3 then turns gradients off in the critic's extractor, and dQ/ds would be zero.
             raise ValueError("policy_kwargs: share_features_extractor must be False: gradients pass through the critic's")
         self.layer_norm = layer_norm
-        if optimizer_class is th.optim.Adam:
+        if optimizer_class is th.optim.Adam and {"fused", "foreach", "differentiable"}.isdisjoint(optimizer_kwargs or {}):
             # One operation instead of one for each of some 50 tensors.
             optimizer_kwargs = {"fused": True, **(optimizer_kwargs or {})}
         super().__init__(
@@ -251,7 +255,9 @@ class DHMBPOPolicy(SACPolicy):
         for network in (self.actor, self.critic, self.critic_target):
             extractor = network.features_extractor
             if isinstance(extractor, StandardizeExtractor):
-                layers = self._first_layers(network) if trained else []
+                # Statistics that are not the first ones say that networks were loaded.
+                loaded = bool(extractor.obs_mean.any()) or bool((extractor.obs_std != 1).any())
+                layers = self._first_layers(network) if trained or loaded else []
                 optimizer = None if network is self.critic_target else network.optimizer
                 extractor.set_statistics(mean.float(), std.float(), layers, optimizer)
 

@@ -1,6 +1,6 @@
 """Training rollouts: short imagined trajectories that gradients pass through."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch as th
@@ -46,8 +46,8 @@ def training_rollout(
     """
     Follow the policy in the dynamics, and keep the graph of actions, states and rewards.
 
-    A branch that has ended, or whose prediction is not finite, stays where it was and counts no more. The latter is no end,
-    of which the value would be known: leave such branches out.
+    A branch that has ended, or whose prediction is not finite, stays where it was and counts no more, and no gradient passes
+    there. The latter is no end, of which the value would be known: leave such branches out.
 
     :param dynamics: differentiable, see ``DynamicsModel.sample``
     :param policy: raw observations ``(B, obs_dim)`` -> reparameterized actions in [-1, 1] and their log-probabilities ``(B,)``
@@ -65,12 +65,12 @@ def training_rollout(
         now, action, going = obs[-1], actions[-1], alive[-1] > 0.5
         inputs = now.view_as(now), action.view_as(action)
         next_obs, own_reward = dynamics.sample(*inputs)
-        finite = _finite(
-            inputs, next_obs.detach().isfinite().all(dim=1) & (own_reward.detach().isfinite() | (reward is not None))
-        )
+        finite = next_obs.detach().isfinite().all(dim=1)
+        if reward is None:
+            finite = finite & own_reward.detach().isfinite()
         counts = going & finite
         valid &= finite | ~going
-        kept = next_obs if counts.all() else th.where(counts.unsqueeze(1), next_obs, now.detach())
+        kept = _kept(inputs, counts, next_obs, now)
         with th.no_grad():
             ended = termination(now.detach(), action.detach(), kept.detach())
         rewards.append(own_reward)
@@ -85,24 +85,31 @@ def training_rollout(
     if reward is not None:
         steps = th.cat(obs[:-1]), th.cat(actions[:-1]), th.cat(obs[1:])
         flat = reward(*steps, th.cat(ends))
-        finite = _finite(steps, flat.detach().isfinite()).unflatten(0, (horizon, -1))
+        finite = flat.detach().isfinite()
+        _gradient_only_of(steps, finite & counts.flatten())
         received = flat.unflatten(0, (horizon, -1))
-        valid &= (finite | ~counts).all(dim=0)
+        valid &= (finite.unflatten(0, (horizon, -1)) | ~counts).all(dim=0)
     received = th.where(counts & received.detach().isfinite(), received, 0.0)
     states = (th.stack(parts) for parts in (obs, actions, log_probs))
     return TrainingRollout(*[*states, received, th.stack(alive), valid])
 
 
-def _finite(inputs: Sequence[th.Tensor], finite: th.Tensor) -> th.Tensor:
-    """
-    Let no gradient through some rows: that of a prediction that is not finite is none, even if the prediction is not used.
+def _kept(inputs: tuple[th.Tensor, ...], counts: th.Tensor, next_obs: th.Tensor, now: th.Tensor) -> th.Tensor:
+    """:return: the next observations where they count, and the present ones elsewhere"""
+    if counts.all():
+        return next_obs
+    _gradient_only_of(inputs, counts)
+    return th.where(counts.unsqueeze(1), next_obs, now.detach())
 
-    :param inputs: of the prediction, each ``(N, size)``
-    :param finite: whether it is, bool ``(N,)``
-    :return: ``finite``
+
+def _gradient_only_of(inputs: tuple[th.Tensor, ...], rows: th.Tensor) -> None:
     """
-    if not finite.all():
+    Let no gradient through the other rows: it may be none, even if what they lead to is not used.
+
+    :param inputs: of a prediction, each ``(N, size)``
+    :param rows: bool ``(N,)``
+    """
+    if not rows.all():
         for tensor in inputs:
             if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: gradient.masked_fill(~finite.unsqueeze(1), 0.0))
-    return finite
+                tensor.register_hook(lambda gradient: gradient.masked_fill(~rows.unsqueeze(1), 0.0))
