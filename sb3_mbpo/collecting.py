@@ -1,14 +1,17 @@
 """How a model-based agent gets its real transitions: through the boundary, else as ever."""
 
+import warnings
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.boundary import Boundary
 from sb3_mbpo.checks import shown
+from sb3_mbpo.misuse import missing_statistics
 from sb3_mbpo.saving import Saving
+from sb3_mbpo.unsupported import check_env
 
 
 class Collecting(Saving):
@@ -16,6 +19,17 @@ class Collecting(Saving):
 
     # Kept out of the zip, see below.
     _boundary: Boundary | None = None
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        See SB3.
+
+        :raises ValueError: see :func:`.unsupported.check_env`
+        """
+        check_env(env)
+        super().set_env(env, force_reset)
+        if (warning := missing_statistics(self)) is not None:
+            warnings.warn(warning, stacklevel=3)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_boundary"]

@@ -10,6 +10,9 @@ ROUNDING = 1e-5
 # Shortest time limit that is looked for, and the fewest episodes that must have ended there: if all did, and in general.
 SHORTEST_LIMIT, FEWEST_ALL, FEWEST = 5, 3, 5
 
+# Steps of each env after which one that never ended an episode is taken for one without a time limit.
+ENDLESS = 10_000
+
 
 class Steps(NamedTuple):
     """
@@ -105,6 +108,20 @@ def reported_limit(steps: Steps, from_start: bool) -> str | None:
         "time limit that the env reports as terminated. The agent then takes what comes after it to be worth 0. Report it as "
         f"truncated, as gymnasium.wrappers.TimeLimit(env, {longest}) does (in a VecEnv of your own: "
         "infos[i]['TimeLimit.truncated'] = True), or put the time that is left into the observation"
+    )
+
+
+def endless(dones: np.ndarray) -> str | None:
+    """
+    :param dones: ends of any kind of all real steps, ``(T, n_envs)``
+    :return: a warning where no episode has ended for so long that the env seems to have no time limit, or ``None``
+    """
+    if len(dones) < ENDLESS or dones.any():
+        return None
+    return (
+        f"No episode has ended in {len(dones):,} steps: it seems that the env has no time limit. It is never reset then, the "
+        "agent learns of the states near its present one alone, and SB3 logs no returns. Give it a limit: "
+        "gymnasium.wrappers.TimeLimit(env, max_episode_steps=1000). A plant that is meant to run on needs none"
     )
 
 

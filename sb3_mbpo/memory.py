@@ -1,11 +1,15 @@
 """How much memory an agent is going to take, said before it takes it."""
 
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
+
+import torch as th
 
 from sb3_mbpo.buffers import ROWS
 from sb3_mbpo.model_buffer import grown
@@ -14,6 +18,8 @@ from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule, make_schedule
 
 # Bytes of a float32 and of an index.
 NUMBER, INDEX = 4, 8
+# Of a container: bytes that it may have, or "max".
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # A weight, its gradient and Adam's two moments.
 COPIES_OF_A_WEIGHT = 4
 
@@ -149,3 +155,50 @@ def estimate(agent: Any) -> MemoryEstimate:
         networks=sum(COPIES_OF_A_WEIGHT * weight.nbytes for weight in weights),
         lengths=(lengths[0], max(lengths)),
     )
+
+
+def machine_memory() -> int | None:
+    """:return: bytes of this machine, or of the container that the process is in; ``None``: the system does not say"""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    try:
+        return min(total, int(CONTAINER_LIMIT.read_text()))
+    except (ValueError, OSError):
+        return total
+
+
+def most_imagined(agent: Any) -> int:
+    """
+    :param agent: see :func:`too_large`
+    :return: bytes of the full model buffer, at the end of the schedule of k
+    """
+    schedule = agent.rollout_schedule
+    schedule = LinearSchedule(LONGEST_AUTO, LONGEST_AUTO, 0, 0) if schedule == "auto" else make_schedule(schedule)
+    # Of a function nothing is known but its first value.
+    longest = schedule.max_length if isinstance(schedule, LinearSchedule) else int(schedule(0))
+    rows = agent.rollout_batch_size * agent.retained_rollouts * longest
+    return min(rows, agent.model_buffer_size or sys.maxsize) * sum(agent.replay_buffer.model_buffer.widths) * NUMBER
+
+
+def too_large(agent: Any) -> Iterator[str]:
+    """
+    Warn of replay buffers that do not fit. Memory is taken as they fill, so a run may die after hours.
+
+    :param agent: a ModelBased algorithm, just built or loaded
+    :return: warnings
+    """
+    real = {"buffer_size": sum(getattr(agent.replay_buffer, name).nbytes for name in ROWS)}
+    # Nothing is imagined with the model off.
+    imagined = {"rollout_batch_size": most_imagined(agent)} if agent.real_ratio < 1 else {}
+    places = [("this machine", machine_memory(), real if agent.device.type == "cuda" else real | imagined)]
+    if agent.device.type == "cuda":
+        places.append((str(agent.device), th.cuda.get_device_properties(agent.device).total_memory, imagined))
+    for place, total, parts in places:
+        if total is not None and sum(parts.values()) > total:
+            name = max(parts, key=parts.__getitem__)
+            yield (
+                f"{name}={getattr(agent, name)}: full replay buffers take {in_words(sum(parts.values()))}, and {place} has "
+                f"{in_words(total)}. A run that fills them will be ended by the system. Lower {name}"
+            )

@@ -24,7 +24,7 @@ from sb3_mbpo.exporting import Exporting
 from sb3_mbpo.filters import Rule
 from sb3_mbpo.learned_reward import LearnedReward
 from sb3_mbpo.learned_termination import LearnedTermination
-from sb3_mbpo.memory import estimate
+from sb3_mbpo.memory import estimate, too_large
 from sb3_mbpo.model_learning import ModelLearning
 from sb3_mbpo.moving_statistics import moving_statistics
 from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
@@ -193,6 +193,8 @@ class ModelBased(ModelLearning, Resuming, Exporting):
             dry_run_filter(self.filtering, self.rollout_filter, self.dynamics)
         if self.verbose >= 1:
             print(estimate(self))
+        for warning in too_large(self):
+            warnings.warn(warning, stacklevel=6)
 
     def _balanced_ratio(self) -> float:
         """What ``real_ratio="auto"`` stands for."""

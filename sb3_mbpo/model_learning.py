@@ -12,7 +12,7 @@ from sb3_mbpo.buffers import normalize_obs, normalize_rewards
 from sb3_mbpo.checks import whole
 from sb3_mbpo.drift import drift
 from sb3_mbpo.dynamics import Progress
-from sb3_mbpo.episode_ends import lost_ends_warning
+from sb3_mbpo.episode_ends import endless, lost_ends_warning
 from sb3_mbpo.imagining import Imagining
 from sb3_mbpo.plausible import Plausible
 from sb3_mbpo.refill import ROLLOUT_BLOCK, refill
@@ -224,6 +224,8 @@ class ModelLearning(Imagining):
         # A VecEnv that loses last observations may not tell of time limits either.
         elif (warning := buffer.reported_limit()) is not None:
             yield "limit", warning
+        if (warning := endless(buffer.dones[: buffer.size()])) is not None:
+            yield "endless", warning
 
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """

@@ -8,7 +8,9 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
 from sb3_mbpo.collecting import Collecting
 from sb3_mbpo.interrupts import Interrupted
+from sb3_mbpo.misuse import check_evaluation
 from sb3_mbpo.resume_callback import ResumeCallback, will_resume
+from sb3_mbpo.training_state import all_callbacks
 
 SelfResuming = TypeVar("SelfResuming", bound="Resuming")
 
@@ -24,6 +26,7 @@ class Resuming(Collecting):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         everything = super()._init_callback(callback, progress_bar)
+        check_evaluation(self.env, all_callbacks(everything))
         if self.resumable is not None:
             self.resumable.begin(everything)
         return everything

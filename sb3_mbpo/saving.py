@@ -22,6 +22,7 @@ from sb3_mbpo.buffers import MixedReplayBuffer
 from sb3_mbpo.checks import did_you_mean, shown
 from sb3_mbpo.description import register
 from sb3_mbpo.dry_runs import check_device
+from sb3_mbpo.misuse import missing_statistics
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.prefill import read_transitions, rows_of_steps
 from sb3_mbpo.safe_loading import MEMBER, description_text, load_safely
@@ -61,6 +62,13 @@ def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
     known = ({*inspect.signature(cls).parameters} - {"policy"} | more) - {"kwargs"}
     for name in set(kwargs) - known:
         raise ValueError(f"load: {cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
+
+
+def _loaded(agent: SelfSaving) -> SelfSaving:
+    """:return: the agent, after a warning where its env is not normalized as that which it learned in"""
+    if (warning := missing_statistics(agent)) is not None:
+        warnings.warn(warning, stacklevel=3)
+    return agent
 
 
 class Saving(OffPolicyAlgorithm):
@@ -109,7 +117,7 @@ class Saving(OffPolicyAlgorithm):
         if safe:
             if custom_objects is not None:
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
-            return load_safely(cls, path, env, device, kwargs)
+            return _loaded(load_safely(cls, path, env, device, kwargs))
         data = _glance(path)
         if data is None:
             raise ValueError(
@@ -124,7 +132,7 @@ class Saving(OffPolicyAlgorithm):
             # SB3 keeps it under another name, and would not find it.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         try:
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            return _loaded(super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs))
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
             shaping = {name: kwargs[name] for name in _SHAPING if name in kwargs}
             if not shaping:

@@ -8,11 +8,12 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_mbpo.checks import FLAG, MAPPING, is_flag, is_whole, shown
+from sb3_mbpo.misuse import check_wrappers
 
 
 def check_env(env: Any) -> None:
     """
-    :raises ValueError: what is no env
+    :raises ValueError: what is no env, or wrappers in an order that does not work
     """
     if isinstance(env, type) or not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
         raise ValueError(f"env={shown(env)} must be an env, a VecEnv, or the name of a registered one, such as 'Pendulum-v1'")
@@ -21,6 +22,7 @@ def check_env(env: Any) -> None:
             f"env={shown(env)} is a vectorised env of Gymnasium, not of Stable-Baselines3. Make one with "
             "stable_baselines3.common.env_util.make_vec_env(name_or_function, n_envs)"
         )
+    check_wrappers(env)
 
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:

@@ -241,6 +241,7 @@ def test_pickled_and_copied():
 # ---------------------------------------------------------------------- VecNormalize, callbacks, logs
 
 
+@pytest.mark.filterwarnings("ignore:env. the agent learned from observations normalized by VecNormalize")
 def test_another_vec_normalize():
     """What set_env brings is what batches and imagined policies see, not what the agent was made with."""
     first, second = (VecNormalize(make_vec_env("Pendulum-v1", 1), training=training) for training in (True, False))

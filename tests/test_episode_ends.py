@@ -25,7 +25,7 @@ from tiny import FAST
 
 from sb3_mbpo import MBPO, DynamicsModel
 from sb3_mbpo.buffers import MixedReplayBuffer
-from sb3_mbpo.episode_ends import Steps, lost_ends, reported_limit
+from sb3_mbpo.episode_ends import ENDLESS, Steps, endless, lost_ends, reported_limit
 
 
 class Walk(gym.Env):
@@ -427,3 +427,23 @@ def test_limits_in_a_ring() -> None:
 def test_nothing_of_nothing() -> None:
     one = ring([0], [1], [0])
     assert reported_limit(one, from_start=True) is None and not lost_ends(one).any()
+
+
+def test_an_env_that_never_ends_an_episode() -> None:
+    dones = np.zeros((ENDLESS, 2), bool)
+    assert endless(dones[1:]) is None
+    assert "No episode has ended in 10,000 steps" in str(endless(dones))
+    dones[7, 1] = True
+    assert endless(dones) is None
+
+
+def test_an_env_without_a_time_limit_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("sb3_mbpo.episode_ends.ENDLESS", 60)
+    env = gym.make("Pendulum-v1").unwrapped
+    agent = MBPO("MlpPolicy", env, **{**FAST, "model_train_freq": 20, "gradient_steps": 1})
+    agent.learn(50)
+    assert len(recwarn) == 0
+    agent.learn(50, reset_num_timesteps=False)
+    assert [str(one.message).partition(":")[0] for one in recwarn] == ["No episode has ended in 60 steps"]

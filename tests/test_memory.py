@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import gymnasium as gym
 import pytest
 import torch as th
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import MBPO, memory
 from sb3_mbpo.memory import MemoryEstimate, estimate, in_words, lengths_of, model_buffer_rows
 from sb3_mbpo.model_buffer import ModelBuffer
 from sb3_mbpo.refill import ROLLOUT_BLOCK
@@ -93,6 +94,40 @@ def test_estimate_of_an_agent(capsys):
     assert told.rollouts == 100 * 5 * (2 * 9 * 4 + 16) + 100 * 3 * 4
     MBPO("MlpPolicy", "Pendulum-v1", **kwargs)
     assert "memory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "message"),
+    [
+        (
+            {"buffer_size": 10_000},
+            300_000,
+            r"buffer_size=10000: full replay buffers take 4\d\d kB, and this machine has 300 kB",
+        ),
+        ({"buffer_size": 10_000}, None, None),
+        ({"buffer_size": 10_000}, 500_000, None),
+        ({"rollout_schedule": 50}, 300_000, r"rollout_batch_size=100: full .* take 7\d\d kB.*Lower rollout_batch_size"),
+        ({"rollout_schedule": GROWING}, 70_000, "rollout_batch_size=100"),
+        ({"rollout_schedule": lambda steps: 50}, 300_000, "rollout_batch_size=100"),
+        ({"rollout_schedule": "auto"}, 200_000, "rollout_batch_size=100"),
+        ({"rollout_schedule": 50, "model_buffer_size": 500}, 300_000, None),
+        ({"rollout_schedule": 50, "real_ratio": 1}, 300_000, None),
+    ],
+)
+def test_what_does_not_fit_is_warned_of(monkeypatch, recwarn, settings, there, message):
+    monkeypatch.setattr(memory, "machine_memory", lambda: there)
+    MBPO("MlpPolicy", "Pendulum-v1", **{"buffer_size": 100, "rollout_batch_size": 100, **settings})
+    assert [bool(re.search(message or "", str(warning.message))) for warning in recwarn] == [True] * (message is not None)
+    assert all(warning.filename == __file__ for warning in recwarn)
+
+
+def test_memory_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    total = memory.machine_memory()
+    assert total is None or total > 10**8
+    for text, expected in (("max", total), ("1000", total and 1000), (str(2**60), total)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory.machine_memory() == expected
 
 
 def test_estimate_follows_the_arguments():
