@@ -11,6 +11,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.sac.policies import SACPolicy
 from true_systems import TruePendulum
 
 from sb3_mbpo import MBPO
@@ -415,6 +416,12 @@ def test_a_filter_ends_the_branches_of_distribution_rollouts():
 def test_refused_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         agent(**kwargs)
+
+
+def test_refused_policies():
+    for policy in ("CnnPolicy", SACPolicy):
+        with pytest.raises(ValueError, match="must be 'MlpPolicy' or a subclass of DHMBPOPolicy"):
+            DHMBPO(policy, "Pendulum-v1")
 
 
 def test_arguments_as_yaml_has_them(tmp_path):

@@ -82,6 +82,8 @@ class DHMBPO(ModelBased, SAC):
         value_quantiles: tuple[float, float] = (0.01, 0.99),
         **kwargs: Any,
     ) -> None:
+        if isinstance(policy, str) and policy not in self.policy_aliases:
+            raise ValueError(f"policy={shown(policy)} must be 'MlpPolicy' or a subclass of DHMBPOPolicy")
         self.training_horizon = training_horizon
         self.distribution_freq = distribution_freq
         self.real_roots = real_roots
