@@ -269,7 +269,8 @@ def seeds_of(task: str, arm: str, old: dict[Any, pd.DataFrame]) -> list[int]:
     """The seeds of which there are results."""
     here = {int(path.name.rpartition("_")[2]) for path in (LOGS / task).glob(f"{arm}_*") if path.is_dir()}
     finished = {seed for seed in here if is_finished((task, arm, seed))}
-    return sorted(finished | {seed for name, other, seed in old if (name, other) == (task, arm)})
+    # Those of pandas are no numbers for JSON.
+    return sorted(finished | {int(seed) for name, other, seed in old if (name, other) == (task, arm)})
 
 
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
