@@ -268,7 +268,7 @@ class PlainDHMBPO(DHMBPO):
     """DHMBPO as it is written down: every member's rows and every step's rewards one after the other, all by autograd."""
 
     def _imagine(self, roots: th.Tensor) -> TrainingRollout:
-        dynamics = self._fitted_to()[1].within(self.imagined_dynamics)
+        dynamics = self.bounds_of_fit.within(self.imagined_dynamics)
         with (
             mock.patch.object(input_gradient, "is_replaced", return_value=True),
             mock.patch.object(learned_reward, "InputGradient", lambda network: network),

@@ -1,6 +1,7 @@
 """Derivatives of an ensemble by its inputs: against autograd through the layers, in float64."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch as th
@@ -36,12 +37,13 @@ def test_some_members_and_weights_that_change() -> None:
     mlp = networks(False)
     through, x = InputGradient(mlp), inputs(2)
     assert th.allclose(through(x, [3, 1]), mlp(x.repeat(2, 1, 1)[[1, 1, 0, 0]])[[3, 1]])
+    first: Any = mlp.layers[0]
     with th.no_grad():
-        mlp.layers[0].weight.mul_(2)
+        first.weight.mul_(2)
     assert th.allclose(through(x, [3, 1]), mlp(x.repeat(2, 1, 1)[[1, 1, 0, 0]])[[3, 1]])
     twin = copy.deepcopy(mlp)
-    for layer in twin.layers:
-        layer.weight.data.zero_()
+    for parameter in twin.parameters():
+        parameter.data.zero_()
     mlp.load_state_dict(twin.state_dict())
     assert not through(x, [3, 1]).any()
 
