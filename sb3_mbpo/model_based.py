@@ -131,6 +131,11 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.dynamics_window = dynamics_window
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
+        self._begin_life()
+        super().__init__(*bound.args, **bound.kwargs)
+
+    def _begin_life(self) -> None:
+        """What a new agent has measured and counted: nothing."""
         #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
         self.termination: Any = None
         #: ``lifetime_timesteps`` at the last fit.
@@ -151,7 +156,6 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.forgot_transitions = False
         self._earlier_timesteps = 0
         self._printed_threads = ""
-        super().__init__(*bound.args, **bound.kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

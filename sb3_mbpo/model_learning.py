@@ -77,7 +77,7 @@ class ModelLearning(Imagining):
 
     @property
     def lifetime_timesteps(self) -> int:
-        """Env transitions of the agent's whole life: ``num_timesteps`` that no ``learn`` sets back. What is due goes by it."""
+        """Total env transitions over all ``learn`` calls, never reset. Fits and k are scheduled on it."""
         return self._earlier_timesteps + self.num_timesteps
 
     @property

@@ -86,8 +86,7 @@ class Plausible:
         :param ended: whether they come with the end of an episode, bool ``(B,)``
         :return: within the bounds of such rewards
         """
-        going, ending = rewards.clamp(*self.going_bounds), rewards.clamp(*self.ending_bounds)
-        return self._hold_rewards(rewards, th.where(ended, ending, going))
+        return self._hold_rewards(rewards, self.clip_rewards(rewards, ended))
 
     def _hold_rewards(self, rewards: th.Tensor, held: th.Tensor) -> th.Tensor:
         if th.equal(held, rewards):

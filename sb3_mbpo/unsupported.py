@@ -13,7 +13,7 @@ from sb3_mbpo.misuse import check_wrappers
 
 def check_env(env: Any) -> None:
     """
-    :raises ValueError: what is no env, or wrappers in an order that does not work
+    :raises ValueError: ``env`` is not an env, or its wrappers are in an order that does not work
     """
     if isinstance(env, type) or not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
         raise ValueError(f"env={shown(env)} must be an env, a VecEnv, or the name of a registered one, such as 'Pendulum-v1'")

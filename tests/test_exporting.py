@@ -23,6 +23,7 @@ from sb3_mbpo import DHMBPO, MBPO, MBTD3, exporting
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guide" / "deploy.md"
 ALGORITHMS = ["MBPO", "DHMBPO", "MBTD3"] + ["MBTQC", "MBCrossQ"] * (find_spec("sb3_contrib") is not None)
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 ONNX = pytest.mark.skipif(any(find_spec(name) is None for name in ("onnxruntime", "onnxscript")), reason="needs onnxruntime")
 SUFFIXES = [".pt", pytest.param(".onnx", marks=ONNX)]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# The Makefile asks for a GPU on Linux alone, and a machine without make cannot run it.
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("make") is None, reason="needs make on Linux")
 
 PYTHON = """#!/bin/sh
