@@ -18,7 +18,7 @@ from sb3_mbpo import MBPO
 from sb3_mbpo.dhmbpo import DHMBPO, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, StandardizeExtractor
 from sb3_mbpo.dhmbpo.training_rollout import training_rollout
-from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
+from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds, with_values_of_ends
 from sb3_mbpo.dynamics import DynamicsModel
 from sb3_mbpo.filters import Filtered
 
@@ -92,6 +92,13 @@ def test_an_end_cuts_rewards_entropies_and_values():
     assert expanded_values(rewards, log_probs, alive, last, 0.9, 0.5, root_entropy=True).item() == 2.0
 
 
+def test_the_value_of_the_last_state_stands_for_the_reward_that_ends():
+    rewards = th.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    alive = th.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    values = th.tensor([10.0, 20.0, 30.0])
+    assert with_values_of_ends(rewards, alive, values).tolist() == [[10.0, 2.0, 3.0], [4.0, 20.0, 6.0]]
+
+
 def test_value_bounds():
     soft_rewards = th.linspace(1, 101, 101).reshape(101, 1)
     low, high = value_bounds(soft_rewards, th.ones(101, 1), (0.01, 0.99), 0.9)
@@ -156,8 +163,10 @@ def in_double(monkeypatch):
     return make
 
 
-def test_the_actors_gradient_is_a_finite_difference_through_the_system(in_double):
+@pytest.mark.parametrize("ending", [False, True])
+def test_the_actors_gradient_is_a_finite_difference_through_the_system(in_double, ending):
     """Of the whole objective: rewards, entropies and the last values, by one weight of the actor after the other."""
+    ends = (lambda obs, actions, next_obs: next_obs[:, 0] > 0.3) if ending else never
     model = in_double(agent(dynamics_class=Linear, reward_fn=None, termination_fn="never"))
     for network in (model.critic, model.critic_target):
         for body in network.q_networks:
@@ -167,7 +176,8 @@ def test_the_actors_gradient_is_a_finite_difference_through_the_system(in_double
 
     def objective() -> th.Tensor:
         th.manual_seed(5)
-        rollout = training_rollout(dynamics, model._action_and_log_prob, never, roots, 4)
+        rollout = training_rollout(dynamics, model._action_and_log_prob, ends, roots, 4)
+        assert (0 < rollout.alive[-1].sum() < 6) == ending
         return model.actor_objective(rollout, 0.2)
 
     parameters = [model.actor.mu.weight, model.actor.log_std.bias, model.actor.latent_pi[0].weight]
@@ -183,6 +193,28 @@ def test_the_actors_gradient_is_a_finite_difference_through_the_system(in_double
             flat[place] = before
             assert gradient.view(-1)[place].item() == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-8)
             assert gradient.view(-1)[place] != 0
+
+
+def test_where_every_branch_ends_at_once_the_actor_climbs_sacs_objective(in_double):
+    """Q - alpha log pi at the roots. A reward that ends has no gradient here, and the actor would see entropy alone."""
+    model = in_double(agent(dynamics_class=Linear))
+    for body in model.critic.q_networks:
+        th.nn.init.normal_(body[-1].weight, std=0.3, generator=th.Generator().manual_seed(1))
+    roots = th.randn(6, 3, generator=th.Generator().manual_seed(2), dtype=th.float64)
+    at_once = lambda obs, actions, next_obs: th.ones(len(obs), dtype=th.bool)  # noqa: E731
+    flat = lambda obs, actions, next_obs, ended: 0 * obs[:, 0]  # noqa: E731
+    th.manual_seed(5)
+    rollout = training_rollout(model.imagined_dynamics, model._action_and_log_prob, at_once, roots, 3, flat)
+    assert not rollout.alive[1:].any()
+    values = th.cat(model.critic(roots, rollout.actions[0]), dim=1).mean(dim=1)
+    sacs = (values - 0.2 * rollout.log_probs[0]).mean()
+    parameters = list(model.actor.parameters())
+    ours, theirs = (
+        th.autograd.grad(objective, parameters, retain_graph=True) for objective in (model.actor_objective(rollout, 0.2), sacs)
+    )
+    assert all(th.allclose(a, b, rtol=1e-12) for a, b in zip(ours, theirs, strict=True))
+    (by_value,) = th.autograd.grad(values.mean(), [model.actor.mu.weight])
+    assert by_value.any()
 
 
 def test_values_have_a_gradient_by_the_state():

@@ -17,7 +17,7 @@ from sb3_mbpo.buffers import normalize_obs, normalize_rewards
 from sb3_mbpo.checks import is_number, number, shown, whole
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
-from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds
+from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds, with_values_of_ends
 from sb3_mbpo.dynamics import Progress
 from sb3_mbpo.interrupts import Interrupted
 from sb3_mbpo.model_based import ModelBased
@@ -336,11 +336,12 @@ class DHMBPO(ModelBased, SAC):
         :param ent_coef: alpha
         :return: a scalar
         """
-        values = th.cat(self.critic(self._as_policy_sees(rollout.obs[-1]), rollout.actions[-1]), dim=1).mean(dim=1)
-        expanded = expanded_values(
-            rollout.rewards, rollout.log_probs, rollout.alive, values, self.gamma, ent_coef, root_entropy=True
-        )
-        return expanded.mean()
+        obs, actions = rollout.last()
+        values = th.cat(self.critic(self._as_policy_sees(obs), actions), dim=1).mean(dim=1)
+        rewards = with_values_of_ends(rollout.rewards, rollout.alive, values)
+        return expanded_values(
+            rewards, rollout.log_probs, rollout.alive, values, self.gamma, ent_coef, root_entropy=True
+        ).mean()
 
     def _update_actor(self, rollout: TrainingRollout, ent_coef: th.Tensor) -> float:
         """:return: the loss"""

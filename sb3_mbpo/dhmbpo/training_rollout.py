@@ -31,6 +31,12 @@ class TrainingRollout(NamedTuple):
         """:return: the same of some trajectories, bool ``(B,)``"""
         return TrainingRollout(*[*(part[:, rows] for part in self[:5]), self.valid[rows]])
 
+    def last(self) -> tuple[th.Tensor, th.Tensor]:
+        """:return: each trajectory's last state before its end ``(B, obs_dim)``, and the action there ``(B, action_dim)``"""
+        at = self.alive.sum(dim=0).long() - 1
+        rows = th.arange(len(at), device=at.device)
+        return self.obs[at, rows], self.actions[at, rows]
+
 
 Reward = Callable[[th.Tensor, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 

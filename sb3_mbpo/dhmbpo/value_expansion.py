@@ -36,6 +36,21 @@ def expanded_values(
     return (discounts * alive * gains).sum(dim=0)
 
 
+def with_values_of_ends(rewards: th.Tensor, alive: th.Tensor, values: th.Tensor) -> th.Tensor:
+    """
+    Rewards with the value of the state and action in place of the reward where the episode ends.
+
+    Both are what the state and action are worth. But the reward of an end hardly changes with the action, and a trajectory
+    that ends passes no gradient back, while Q knows of the actions that would have gone on.
+
+    :param rewards: ``(H, B)``
+    :param alive: 1 until the episode has ended, then 0, ``(H + 1, B)``
+    :param values: Q of the last state before the end and its action, ``(B,)``
+    :return: ``(H, B)``
+    """
+    return th.where(alive[:-1] > alive[1:], values, rewards)
+
+
 def value_bounds(
     soft_rewards: th.Tensor, alive: th.Tensor, quantiles: tuple[float, float], gamma: float
 ) -> tuple[th.Tensor, th.Tensor]:
