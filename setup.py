@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -74,7 +74,7 @@ setup(
     install_requires=["stable-baselines3>=2.9,<3", "torch>=2.10", "gymnasium"],
     extras_require=EXTRAS,
     # The settings per task stay a top-level folder, easy to find and edit; a wheel carries them under the import package.
-    packages=["sb3_mbpo", "sb3_mbpo.dhmbpo", "sb3_mbpo.hyperparams"],
+    packages=[*find_packages(include=["sb3_mbpo", "sb3_mbpo.*"]), "sb3_mbpo.hyperparams"],
     package_dir={"sb3_mbpo": "sb3_mbpo", "sb3_mbpo.hyperparams": "hyperparams"},
     entry_points={"console_scripts": ["sb3_mbpo=sb3_mbpo.__main__:main"]},
     package_data={"sb3_mbpo": ["py.typed", "version.txt"], "sb3_mbpo.hyperparams": ["*.yml"]},

@@ -18,7 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.boundary import Boundary
+from sb3_mbpo.validation.env_outputs import Boundary
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "boundary.csv"
 COLUMNS = ["env", "of_the_times", "step_us", "watched_step_us", "acting_step_us", "mbpo_step_us", "steps"]

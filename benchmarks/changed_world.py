@@ -23,7 +23,8 @@ import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_mbpo import MBPO, model_learning
+from sb3_mbpo import MBPO
+from sb3_mbpo.model_based import model_learning
 
 STEPS, MORE, EVERY = 2_000, 500, 100
 # Updates a step after the change, of all arms.

@@ -13,7 +13,7 @@ from typing import Any
 import torch as th
 
 from sb3_mbpo import MBPO, ResumeCallback
-from sb3_mbpo.checkpoint import Checkpoint, listed
+from sb3_mbpo.checkpoints.checkpoint import Checkpoint, listed
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "checkpoint_cost.csv"
 COLUMNS = ["env", "steps", "every", "saves", "saving_seconds", "seconds", "last_megabytes"]

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from sb3_mbpo.comparison_run import ARGUMENTS, EVALUATIONS, FINISHED, PROVENANCE, Run, record
+from sb3_mbpo.compare.run import ARGUMENTS, EVALUATIONS, FINISHED, PROVENANCE, Run, record
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs" / "evidence"
@@ -106,9 +106,9 @@ def make(wanted: Iterable[Run], logs: Path, workers: int) -> None:
     :raises SystemExit: a run failed
     """
     # Late: they need rl_zoo3, which collecting and drawing do not.
-    from sb3_mbpo import compare
-    from sb3_mbpo.progress import RunProgress
-    from sb3_mbpo.workers import LocalWorkers
+    from sb3_mbpo.compare import cli as compare
+    from sb3_mbpo.compare.progress import RunProgress
+    from sb3_mbpo.compare.workers import LocalWorkers
 
     wanted = list(wanted)
     missing = [run for run in wanted if not run.is_finished(logs / run.folder)]

@@ -1,5 +1,5 @@
 """
-What the rules of sb3_mbpo/filters.py keep, against the true simulator: how long branches get, and how wrong they are.
+What the rules of sb3_mbpo/trust/filters.py keep, against the true simulator: how long branches get, and how wrong they are.
 
 An agent learns without a model for some steps; its dynamics is fitted to what it has seen; branches of at most ten steps start
 from real states, under its policy. Each is followed in the simulator with the same actions from the same state. Errors are
@@ -22,8 +22,8 @@ import numpy as np
 import torch as th
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.disagreement import draw
-from sb3_mbpo.filters import M2AC, Branches, Filtered, Filtering, Infoprop, Macura
+from sb3_mbpo.trust.disagreement import draw
+from sb3_mbpo.trust.filters import M2AC, Branches, Filtered, Filtering, Infoprop, Macura
 
 STEPS, BRANCHES = 10, 1000
 SIZES = {"Pendulum-v1": (500, 2_000), "Hopper-v5": (2_000, 10_000)}

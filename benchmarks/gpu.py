@@ -34,8 +34,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mbpo import MBPO, ProbabilisticEnsemble, cuda_update
-from sb3_mbpo.probabilistic_ensemble import FIRST_FIT
+from sb3_mbpo import MBPO, ProbabilisticEnsemble
+from sb3_mbpo.dynamics.probabilistic_ensemble import FIRST_FIT
+from sb3_mbpo.fast_sac import cuda_graph as cuda_update
 from sb3_mbpo.rollouts import rollout_length
 
 ROOT = Path(__file__).resolve().parent.parent

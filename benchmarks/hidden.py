@@ -20,7 +20,7 @@ import gymnasium as gym
 import torch as th
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.filters import FILTERS
+from sb3_mbpo.trust.filters import FILTERS
 
 STEPS, BRANCHES, LENGTH = 1_260, 1_000, 10
 FILTER_NAMES = ("macura", "infoprop", "m2ac")

@@ -21,7 +21,7 @@ from ends import TASKS
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from streams import episodes, joined, stream
 
-from sb3_mbpo.learned_termination import LearnedTermination
+from sb3_mbpo.terminations.learned import LearnedTermination
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "learned_ends.csv"
 ENDS, MOST_STEPS = (5, 10, 20, 50), 8000

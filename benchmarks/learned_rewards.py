@@ -20,8 +20,8 @@ from ends import TASKS
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from streams import stream
 
-from sb3_mbpo.learned_reward import LearnedReward
-from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
+from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
+from sb3_mbpo.rewards.learned import LearnedReward
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "learned_rewards.csv"
 ENVS = ("Pendulum-v1", "Reacher-v5", "MountainCarContinuous-v0", "Hopper-v5", "HalfCheetah-v5")

@@ -40,10 +40,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from true_systems import TRUE_SYSTEMS
 
 from sb3_mbpo import DHMBPO, MBPO
-from sb3_mbpo.buffers import balanced_ratio
-from sb3_mbpo.comparison_experiment import EVALUATION_SEED, FITS, EvaluationRecorder
-from sb3_mbpo.comparison_run import EVALUATIONS, OUTPUT, put
-from sb3_mbpo.provenance import provenance
+from sb3_mbpo.buffers.replay_buffer import balanced_ratio
+from sb3_mbpo.compare.evaluation import EVALUATION_SEED, FITS, EvaluationRecorder
+from sb3_mbpo.compare.run import EVALUATIONS, OUTPUT, put
+from sb3_mbpo.runtime.provenance import provenance
 
 matplotlib.use("Agg")
 

@@ -25,8 +25,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.comparison_experiment import EVALUATION_SEED, EvaluationRecorder
-from sb3_mbpo.provenance import provenance
+from sb3_mbpo.compare.evaluation import EVALUATION_SEED, EvaluationRecorder
+from sb3_mbpo.runtime.provenance import provenance
 
 CSV = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "side_runs.csv"
 

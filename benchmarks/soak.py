@@ -25,7 +25,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mbpo import MBPO, ResumeCallback
-from sb3_mbpo.checkpoint import newest
+from sb3_mbpo.checkpoints.checkpoint import newest
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "soak.csv"
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL]

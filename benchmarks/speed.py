@@ -41,17 +41,12 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_mbpo import (
-    DHMBPO,
-    MBPO,
-    ProbabilisticEnsemble,
-    __version__,
-    probabilistic_ensemble,
-)
-from sb3_mbpo.denormals import flush_denormals
+from sb3_mbpo import DHMBPO, MBPO, ProbabilisticEnsemble, __version__
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
-from sb3_mbpo.input_gradient import InputGradient
-from sb3_mbpo.likelihood_gradient import LikelihoodGradient
+from sb3_mbpo.dynamics import probabilistic_ensemble
+from sb3_mbpo.dynamics.fused_nll import LikelihoodGradient
+from sb3_mbpo.dynamics.input_gradient import InputGradient
+from sb3_mbpo.runtime.denormals import flush_denormals
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "speed.csv"
 PROFILES = RESULTS.with_name("profiles.csv")

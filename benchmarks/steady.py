@@ -24,7 +24,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import DHMBPO
-from sb3_mbpo.provenance import provenance
+from sb3_mbpo.runtime.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "docs" / "benchmarks" / "steady.csv"

@@ -46,7 +46,7 @@ def workload() -> dict[str, Callable[[], object]]:
     from speed import BATCH, mixed_agent
 
     from sb3_mbpo import ProbabilisticEnsemble
-    from sb3_mbpo.probabilistic_ensemble import FIRST_FIT
+    from sb3_mbpo.dynamics.probabilistic_ensemble import FIRST_FIT
 
     agent = mixed_agent(5_000, dynamics_kwargs={"max_updates": 20})
     agent.rollout_batch_size = KINDS["rollout"]

@@ -30,7 +30,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.arguments import numbers_in, resolve
+from sb3_mbpo.arguments.arguments import numbers_in, resolve
 
 matplotlib.use("Agg")
 

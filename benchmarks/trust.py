@@ -22,12 +22,12 @@ import pandas as pd
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from sb3_mbpo import compare
-from sb3_mbpo.comparison_experiment import FITS
-from sb3_mbpo.comparison_run import EVALUATIONS, FINISHED, as_file_name
-from sb3_mbpo.plots import look
-from sb3_mbpo.progress import RunProgress
-from sb3_mbpo.workers import LocalWorkers
+from sb3_mbpo.compare import cli as compare
+from sb3_mbpo.compare.evaluation import FITS
+from sb3_mbpo.compare.plots import look
+from sb3_mbpo.compare.progress import RunProgress
+from sb3_mbpo.compare.run import EVALUATIONS, FINISHED, as_file_name
+from sb3_mbpo.compare.workers import LocalWorkers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "trust"

@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from sb3_mbpo.buffers import MixedReplayBuffer
-from sb3_mbpo.callbacks import RolloutCallback
+from sb3_mbpo.buffers.model_buffer import ModelBuffer
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
+from sb3_mbpo.checkpoints.env_state import RestorableEnv
+from sb3_mbpo.checkpoints.resume_callback import ResumeCallback, resume
 from sb3_mbpo.dhmbpo import DHMBPO
-from sb3_mbpo.dynamics import DynamicsModel, DynamicsWrapper
-from sb3_mbpo.env_state import RestorableEnv
-from sb3_mbpo.faults import InvalidTransition
-from sb3_mbpo.learned_termination import LearnedTermination
+from sb3_mbpo.diagnostics.callback import ModelErrorCallback
+from sb3_mbpo.dynamics.base import DynamicsModel, DynamicsWrapper
+from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.model_based import ModelBased
-from sb3_mbpo.model_buffer import ModelBuffer
-from sb3_mbpo.model_error_callback import ModelErrorCallback
-from sb3_mbpo.probabilistic_ensemble import ProbabilisticEnsemble
-from sb3_mbpo.resume_callback import ResumeCallback, resume
+from sb3_mbpo.model_based.model_based import ModelBased
+from sb3_mbpo.model_based.rollout_callback import RolloutCallback
 from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
+from sb3_mbpo.terminations.learned import LearnedTermination
+from sb3_mbpo.validation.faults import InvalidTransition
 
 __version__ = (Path(__file__).parent / "version.txt").read_text().strip()
 

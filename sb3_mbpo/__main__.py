@@ -1,4 +1,4 @@
-"""The command ``sb3_mbpo``: those of the RL Zoo (zoo.py), ``compare`` and ``report``."""
+"""The command ``sb3_mbpo``: those of the RL Zoo (zoo/cli.py), ``compare`` and ``report``."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # Commands of ours, and the modules that have them.
-OURS = {"compare": "sb3_mbpo.compare", "report": "sb3_mbpo.diagnostics"}
+OURS = {"compare": "sb3_mbpo.compare.cli", "report": "sb3_mbpo.diagnostics.report"}
 HELP = """compare trains several algorithms with several seeds and reports: sb3_mbpo compare --help
 report shows how far an agent's dynamics may be believed: sb3_mbpo report --help
 --version prints the version of sb3_mbpo"""
@@ -27,7 +27,7 @@ def needed(module: str) -> Any:
 def zoo_help() -> str:
     """:return: the Zoo's commands, or how to get them"""
     try:
-        from sb3_mbpo import zoo
+        from sb3_mbpo.zoo import cli as zoo
     except ImportError as error:
         return str(error)
     return (zoo.__doc__ or "").strip()
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run: Callable[..., None] = needed(OURS[command]).main
         run(options if command == "compare" else [command, *options])
     else:
-        zoo = needed("sb3_mbpo.zoo")
+        zoo = needed("sb3_mbpo.zoo.cli")
         if command not in zoo.COMMANDS:
             known = ", ".join((*zoo.COMMANDS, *OURS))
             raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {known}")

@@ -5,11 +5,11 @@ from typing import Any
 from stable_baselines3 import SAC
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_mbpo import cuda_update, sac_update
-from sb3_mbpo.buffers import MixedReplayBuffer
-from sb3_mbpo.model_based import ModelBased
-from sb3_mbpo.sac_memory import why_not_static
-from sb3_mbpo.uncovered import why_not_fast
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
+from sb3_mbpo.fast_sac import cpu, cuda_graph
+from sb3_mbpo.fast_sac.eligibility import why_not_fast
+from sb3_mbpo.fast_sac.static_memory import why_not_static
+from sb3_mbpo.model_based.model_based import ModelBased
 
 
 class MBPO(ModelBased, SAC):
@@ -76,8 +76,8 @@ class MBPO(ModelBased, SAC):
             return
         batches = self.replay_buffer.batches(gradient_steps, batch_size, self._vec_normalize_env)
         if self.device.type != "cuda":
-            sac_update.train(self, batches)
-        elif not cuda_update.train(self, batches):
+            cpu.train(self, batches)
+        elif not cuda_graph.train(self, batches):
             super().train(gradient_steps, batch_size)
 
     def to_sac(self) -> SAC:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mbpo.checks import is_number, is_whole, shown, whole
-from sb3_mbpo.dynamics import DynamicsModel
-from sb3_mbpo.filters import Filtering
+from sb3_mbpo.dynamics.base import DynamicsModel
+from sb3_mbpo.trust.filters import Filtering
+from sb3_mbpo.validation.rules import is_number, is_whole, shown, whole
 
 # Longer than any time limit, and a slip.
 MOST_STEPS = 10_000
@@ -38,7 +38,7 @@ def branched_rollout(
     :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``, same conventions
     :param start_obs: ``(N, obs_dim)``, float32
     :param length: the rollout length k, at least 1
-    :param filtering: a rule of ``filters.py`` at work; ``None``: ``DynamicsModel.sample``, and everything is kept
+    :param filtering: a rule of ``trust/filters.py`` at work; ``None``: ``DynamicsModel.sample``, and everything is kept
     :return: the transitions in order of their step, at most ``N * length`` rows; rewards and dones are ``(rows, 1)``
     """
     obs, state = start_obs, None

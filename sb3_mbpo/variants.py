@@ -5,8 +5,8 @@ from typing import Any
 import torch as th
 from stable_baselines3 import TD3
 
-from sb3_mbpo.checks import whole
-from sb3_mbpo.model_based import ModelBased
+from sb3_mbpo.model_based.model_based import ModelBased
+from sb3_mbpo.validation.rules import whole
 
 
 class MBTD3(ModelBased, TD3):

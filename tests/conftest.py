@@ -43,18 +43,18 @@ def random_steps() -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def zoo() -> Iterator[ModuleType]:
-    """``sb3_mbpo.zoo``. Importing rl_zoo3 puts a time limit of its own in Gymnasium's place; other tests shall not see it."""
+    """``sb3_mbpo.zoo.cli``. Importing rl_zoo3 replaces Gymnasium's time limit by its own; other tests must not see that."""
     places: list[Any] = [gym.wrappers, gym.wrappers.common]
     with pytest.MonkeyPatch.context() as patch:
         for place in places:
             patch.setattr(place, "TimeLimit", place.TimeLimit)
         from rl_zoo3.gym_patches import PatchedTimeLimit
 
-        import sb3_mbpo.zoo
+        import sb3_mbpo.zoo.cli
 
         for place in places:
             patch.setattr(place, "TimeLimit", PatchedTimeLimit)
-        yield sb3_mbpo.zoo
+        yield sb3_mbpo.zoo.cli
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def test_fast_update_gives_sacs_numbers():
 )
 def test_which_update_runs(kwargs, fast, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr("sb3_mbpo.sac_update.train", lambda agent, *args: ran.append("fast"))
+    monkeypatch.setattr("sb3_mbpo.fast_sac.cpu.train", lambda agent, *args: ran.append("fast"))
     monkeypatch.setattr(SAC, "train", lambda agent, *args: ran.append("SB3"))
     MBPO("MlpPolicy", "Pendulum-v1", verbose=1, **{**FAST, **kwargs}).learn(25)
     assert ran == ["fast" if fast else "SB3"] * 5
@@ -168,8 +168,8 @@ def test_on_a_gpu_the_update_is_captured_or_sb3s(captured, monkeypatch):
     """Only the dispatch: the capture itself is tested in test_cuda_update.py."""
     model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
     ran = []
-    monkeypatch.setattr("sb3_mbpo.cuda_update.train", lambda agent, batches: ran.append("captured") or captured)
-    monkeypatch.setattr("sb3_mbpo.sac_update.train", lambda agent, batches: ran.append("on the CPU"))
+    monkeypatch.setattr("sb3_mbpo.fast_sac.cuda_graph.train", lambda agent, batches: ran.append("captured") or captured)
+    monkeypatch.setattr("sb3_mbpo.fast_sac.cpu.train", lambda agent, batches: ran.append("on the CPU"))
     monkeypatch.setattr(SAC, "train", lambda agent, *args: ran.append("SB3"))
     model.device = th.device("cuda")
     model.train(2, 16)

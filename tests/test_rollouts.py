@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.rollouts import LinearSchedule, branched_rollout, make_schedule, rollout_length
 
 

@@ -13,16 +13,16 @@ from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples
 from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
-from sb3_mbpo.buffers import normalize_obs, normalize_rewards
-from sb3_mbpo.checks import is_number, number, shown, whole
+from sb3_mbpo.buffers.replay_buffer import normalize_obs, normalize_rewards
+from sb3_mbpo.checkpoints.interrupts import Interrupted
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds, with_values_of_ends
-from sb3_mbpo.dynamics import Progress
-from sb3_mbpo.interrupts import Interrupted
-from sb3_mbpo.model_based import ModelBased
-from sb3_mbpo.plausible import Plausible
+from sb3_mbpo.dynamics.base import Progress
+from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.rollouts import branched_rollout
+from sb3_mbpo.trust.prediction_bounds import Plausible
+from sb3_mbpo.validation.rules import is_number, number, shown, whole
 
 # Target critics that a value is the least of.
 TARGET_CRITICS = 2

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch as th
 
-from sb3_mbpo.dynamics import DynamicsModel
+from sb3_mbpo.dynamics.base import DynamicsModel
 
 
 class TrainingRollout(NamedTuple):

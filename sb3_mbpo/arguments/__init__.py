@@ -1,0 +1,1 @@
+"""What users pass to an algorithm: arguments, functions, wrapped envs; checked at construction."""

@@ -1,0 +1,1 @@
+"""Runs that are cut and go on: checkpoints, the state of training and of envs."""

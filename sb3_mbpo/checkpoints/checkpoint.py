@@ -1,0 +1,275 @@
+"""
+Checkpoints on disk: written as a whole or not at all, and believed only when every byte is as it was.
+
+A checkpoint is a folder ``00012-step-3000`` with ``state.json``, ``tensors.pt`` and, written last, ``manifest.json`` with the
+size and the SHA-256 of both. Nothing in it is unpickled: JSON, and tensors loaded with ``weights_only=True``.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+from sb3_mbpo.runtime.provenance import versions
+
+FORMAT = 1
+_NAME = r"(\d{5,})-step-(\d+)"
+_UNFINISHED = r"\.\d{5,}-step-\d+\.(\d+)"
+_FILES = ("state.json", "tensors.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be believed; says which file, why, and what to use instead."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a manifest that can be read; whether its content is sound is asked by :func:`read`."""
+
+    path: Path
+    manifest: dict[str, Any]
+    #: What is wrong with newer ones.
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """Counts the checkpoints of a folder."""
+        return int(self.path.name.split("-")[0])
+
+    @property
+    def step(self) -> int:
+        """Env steps."""
+        return int(self.manifest["step"])
+
+    @property
+    def score(self) -> float | None:
+        """What the run's evaluation said last, if there is one."""
+        score = self.manifest.get("score")
+        return None if score is None else float(score)
+
+
+def write(
+    folder: Path, state: dict[str, Any], tensors: dict[str, th.Tensor], step: int, score: float | None = None
+) -> Checkpoint:
+    """
+    Add a checkpoint to a folder.
+
+    Everything is written beside its place, flushed to the disk, and then gets its name: whatever interrupts this, an older
+    checkpoint stays as it is.
+
+    :param folder: of one run; made if need be
+    :param state: JSON
+    :param tensors: on the CPU
+    :param step: env steps
+    :param score: mean return of the last evaluation, if there is one
+    :raises OSError: the disk is full, or cannot be written to; nothing is left behind
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max([0, *(int(match[1]) for match in (re.fullmatch(_NAME, name) for name in os.listdir(folder)) if match)]) + 1
+    target = folder / f"{number:05}-step-{step}"
+    unfinished = folder / f".{target.name}.{os.getpid()}"
+    # Of a killed process that had the same number.
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        _write_file(unfinished / "state.json", json.dumps(state, allow_nan=False).encode())
+        with (unfinished / "tensors.pt").open("wb") as file:
+            # Storage that is shared, as by the rows of a buffer that are filled, would be written whole.
+            th.save({name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()}, file)
+            _flush(file)
+        files = {name: {"bytes": size, "sha256": digest} for name, size, digest in map(_measure, _paths(unfinished))}
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files, "versions": versions()}
+        manifest["sha256"] = _digest(manifest)
+        _write_file(unfinished / "manifest.json", json.dumps(manifest, indent=1).encode())
+        _flush_folder(unfinished)
+        unfinished.rename(target)
+        _flush_folder(folder)
+    except BaseException as error:
+        free = shutil.disk_usage(folder).free
+        shutil.rmtree(unfinished, ignore_errors=True)
+        # torch has errors of its own for a full disk.
+        if isinstance(error, OSError | RuntimeError):
+            raise OSError(
+                f"{target} could not be written, older checkpoints are as they were: {error} ({free:,} bytes are free there)"
+            ) from error
+        raise
+    return Checkpoint(target, manifest)
+
+
+def listed(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoints of a folder whose manifest can be read, newest first."""
+    names = [path for path in folder.iterdir() if re.fullmatch(_NAME, path.name)] if folder.is_dir() else []
+    for path in sorted(names, key=lambda path: int(path.name.split("-")[0]), reverse=True):
+        try:
+            manifest = json.loads((path / "manifest.json").read_bytes())
+            checkpoint = Checkpoint(path, manifest)
+            if manifest["format"] == FORMAT and checkpoint.step >= 0 and set(manifest["files"]) == set(_FILES):
+                yield checkpoint
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+
+
+def newest(folder: Path) -> tuple[dict[str, Any], dict[str, th.Tensor], Checkpoint] | None:
+    """
+    The newest checkpoint that is sound, and what is in it; those that are not are passed over.
+
+    :param folder: of one run
+    :return: state, tensors and where they are from; ``None``: there are no checkpoints
+    :raises CheckpointError: there are, and none is sound
+    """
+    problems: list[str] = []
+    for path in sorted(
+        (path for path in folder.glob("*-step-*") if re.fullmatch(_NAME, path.name)), key=_number, reverse=True
+    ):
+        try:
+            content = read(path)
+            return *content, Checkpoint(path, json.loads((path / "manifest.json").read_bytes()), tuple(problems))
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("no checkpoint can be read:\n" + "\n".join(problems))
+    return None
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
+    """
+    Read one checkpoint.
+
+    :param path: its folder
+    :return: state and tensors, as ``write`` got them
+    :raises CheckpointError: a file is missing, cut or altered, or from another format
+    """
+    try:
+        manifest = json.loads(_read_file(path, "manifest.json"))
+        problem = _problem(path, manifest)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        problem = "manifest.json: not what this program writes"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}. {_instead(path)}")
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        return state, th.load(path / "tensors.pt", weights_only=True, map_location="cpu")
+    except Exception as error:
+        # What PyTorch says itself would recommend to load it unsafely.
+        what = f"not what this program writes, though its checksums are right ({type(error).__name__})"
+        raise CheckpointError(f"{path}: {what}") from None
+
+
+def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
+    """
+    Remove old checkpoints, and what writers that were killed have left behind.
+
+    :param folder: of one run
+    :param keep: newest ones that stay
+    :param keep_best: the one with the highest score stays as well
+    """
+    checkpoints = list(listed(folder))
+    scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None and math.isfinite(checkpoint.score)]
+    best = max(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.number), default=None) if keep_best else None
+    for checkpoint in checkpoints[keep:]:
+        if checkpoint is not best:
+            # Its manifest goes first: half a checkpoint must not look like one.
+            (checkpoint.path / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+    for path in folder.glob("*-step-*"):
+        # Someone was killed right here.
+        if re.fullmatch(_NAME, path.name) and not (path / "manifest.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*-step-*.*"):
+        match = re.fullmatch(_UNFINISHED, path.name)
+        if match and not _is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[0])
+
+
+def _paths(folder: Path) -> list[Path]:
+    return [folder / name for name in _FILES]
+
+
+def _measure(path: Path) -> tuple[str, int, str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    return path.name, path.stat().st_size, digest.hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_part(tensor: th.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        _flush(file)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _read_file(path: Path, name: str) -> bytes:
+    try:
+        return (path / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name}: {error.strerror}. {_instead(path)}") from error
+
+
+def _problem(path: Path, manifest: dict[str, Any]) -> str | None:
+    """What is wrong with a checkpoint; ``None``: nothing."""
+    if manifest["sha256"] != _digest({key: value for key, value in manifest.items() if key != "sha256"}):
+        return "manifest.json: checksum differs, the content was altered"
+    if manifest["format"] != FORMAT:
+        return f"format {manifest['format']!r}, and this version of sb3_mbpo reads format {FORMAT}"
+    for name in _FILES:
+        try:
+            _, size, digest = _measure(path / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        wanted = manifest["files"][name]
+        if size != wanted["bytes"]:
+            return f"{name}: {size:,} of {wanted['bytes']:,} bytes"
+        if digest != wanted["sha256"]:
+            return f"{name}: checksum differs, the content was altered"
+    return None
+
+
+def _instead(path: Path) -> str:
+    """Which checkpoint to use in place of a bad one."""
+    for checkpoint in listed(path.parent):
+        if checkpoint.path != path and _problem(checkpoint.path, checkpoint.manifest) is None:
+            return f"Use {checkpoint.path}, the newest that is sound"
+    return "There is no other that is sound; start anew"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

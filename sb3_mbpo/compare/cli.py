@@ -1,0 +1,301 @@
+"""
+Compare algorithms: train each with several seeds, with the RL Zoo's settings, and report.
+
+    sb3_mbpo compare --env Hopper-v5 --algo mbpo sac sac:gradient_steps=20 tqc --seeds 5 --steps 50000
+
+An algorithm is one of the Zoo's or of this package; settings may follow, as sac:gradient_steps=20,gamma=0.98. Each run is a
+process of its own. The folder gets results.csv (a row per evaluation episode), fits.csv (a row per fit of a dynamics),
+manifest.json, a figure per env, report.html.
+Runs that were finished before are not made again, so the same command goes on where it was cut.
+"""
+
+import argparse
+import csv
+import difflib
+import importlib
+import json
+import os
+import shlex
+import sys
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+try:
+    import gymnasium as gym
+    import pandas as pd
+
+    from sb3_mbpo.compare import plots
+    from sb3_mbpo.compare.progress import RunProgress
+    from sb3_mbpo.compare.report import default_thresholds, markdown, summarise, write_report
+    from sb3_mbpo.compare.specs import read_specs
+    from sb3_mbpo.zoo import cli as zoo
+    from sb3_mbpo.zoo.experiment import read_settings, settings_file
+except ImportError as error:
+    # The error of plots.py names what to install.
+    MISSING = str(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sb3_mbpo"):
+        MISSING = f'sb3_mbpo compare needs {error.name}: in the checkout of sb3_mbpo, pip install ".[compare]"'
+    elif error.name is not None:
+        raise
+    raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
+
+from sb3_mbpo.compare.evaluation import FITS
+from sb3_mbpo.compare.run import EVALUATIONS, Run, as_file_name, put, record
+from sb3_mbpo.compare.workers import LocalWorkers, RayWorkers
+from sb3_mbpo.runtime.provenance import merged
+
+# Evaluations of a run, unless --eval-freq says otherwise.
+EVALUATIONS_PER_RUN = 20
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "sb3_mbpo compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--env", nargs="+", required=True, help="environments")
+    parser.add_argument("--algo", nargs="+", required=True, metavar="ALGO[:KEY=VALUE,...]", help="algorithms")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each, with seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--steps", type=int, required=True, help="env steps of each run")
+    parser.add_argument("--eval-freq", type=int, help="env steps between evaluations (default: a twentieth of --steps)")
+    parser.add_argument("--eval-episodes", type=int, default=5, help="episodes of an evaluation (default: 5)")
+    parser.add_argument("--baseline", help="what the table is against (default: sac, or the first sac:...)")
+    parser.add_argument(
+        "--threshold",
+        nargs="+",
+        type=float,
+        help="return to reach, one for each env (default: what the baseline reaches in the end)",
+    )
+    parser.add_argument("--folder", type=Path, help="for everything (default: logs/compare/ENV)")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: number of cores; on Ray: as many as fit)")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads of a run (default: 1)")
+    parser.add_argument("--device", default="auto", help="of the agents (default: auto)")
+    parser.add_argument("--ray-address", help="runs on a Ray cluster: auto, local or host:port")
+    parser.add_argument(
+        "--conf-file", nargs="+", default=[], metavar="ALGO=FILE", help="settings other than the packaged ones"
+    )
+    parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="as in the Zoo")
+    parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments, as in the Zoo")
+    args = parser.parse_args(arguments)
+    for name in ("seeds", "steps", "eval_freq", "eval_episodes", "workers", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.eval_freq = args.eval_freq or max(args.steps // EVALUATIONS_PER_RUN, 1)
+    args.folder = args.folder or Path("logs") / "compare" / "_".join(map(as_file_name, args.env))
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """
+    Read what is more than a number, in place.
+
+    :raises ValueError: something that no run would survive, or that the report could not show
+    """
+    zoo.register()
+    args.specs = read_specs(args.algo, zoo.ALGOS)
+    folders = [as_file_name(spec.label) for spec in args.specs]
+    if len(set(folders)) < len(folders):
+        raise ValueError("--algo: two of them would share a folder; write one in another way")
+    if len(set(args.env)) < len(args.env):
+        raise ValueError("--env names an environment twice")
+    for package in args.gym_packages:
+        importlib.import_module(package)
+    for env in args.env:
+        # Those of dm_control are entered when needed.
+        if env not in gym.registry and not env.startswith("dm_control/"):
+            near = difflib.get_close_matches(env, gym.registry, n=1)
+            raise ValueError(f"there is no environment {env!r}" + (f"; you maybe meant {near[0]}" if near else ""))
+    if args.baseline is None:
+        # The plain one, else the first with settings.
+        labels = (spec.label for spec in args.specs if spec.algo == "sac")
+        args.baseline = min(labels, key=lambda label: ":" in label, default=None)
+    if args.baseline not in (None, *args.algo):
+        raise ValueError(f"--baseline {args.baseline} is not among --algo {' '.join(args.algo)}")
+    if args.threshold is not None and len(args.threshold) != len(args.env):
+        raise ValueError(f"--threshold needs a number for each of the {len(args.env)} environments")
+    args.conf_files = read_conf_files(args.conf_file, {spec.algo for spec in args.specs}, args.env)
+
+
+def read_conf_files(items: Sequence[str], algorithms: Collection[str], envs: Sequence[str]) -> dict[str, str]:
+    """
+    :param items: each ``ALGO=FILE``
+    :param algorithms: those that take part
+    :return: by algorithm, the file with its whole path, or the name of one that comes with the package, or of a module
+    :raises ValueError: an item cannot be read, or its file has no settings for one of the envs
+    """
+    files = dict(item.partition("=")[::2] for item in items)
+    for algo, file in files.items():
+        if algo not in algorithms or not file:
+            raise ValueError(f"--conf-file {algo}={file}: write ALGO=FILE, with an algorithm that takes part")
+        try:
+            entries = read_settings(settings_file(file, algo) or file)
+        except Exception as error:
+            # What is in it is the user's, and may raise anything.
+            raise ValueError(f"--conf-file {algo}={file} cannot be read: {error}") from error
+        for env in envs:
+            entry = entries.get(env, entries.get("default")) if isinstance(entries, dict) else None
+            # Which the Zoo wants although --steps decides.
+            if not isinstance(entry, dict) or "n_timesteps" not in entry:
+                raise ValueError(f"--conf-file {algo}={file} has no settings for {env} with n_timesteps, and no such default")
+    # Processes of a cluster are in other folders.
+    return {algo: str(Path(file).resolve()) if Path(file).exists() else file for algo, file in files.items()}
+
+
+def grid(args: argparse.Namespace) -> list[Run]:
+    """:return: all runs, the first seed of everything first: a comparison that is cut has the same seeds of each algorithm"""
+    return [
+        Run(
+            *(env, spec.label, spec.algo, spec.settings, seed, args.steps, args.eval_freq, args.eval_episodes),
+            threads=args.threads,
+            device=args.device,
+            conf_file=args.conf_files.get(spec.algo),
+            env_kwargs=args.env_kwargs,
+            gym_packages=args.gym_packages,
+            command=args.command,
+        )
+        for seed in range(args.seeds)
+        for env in args.env
+        for spec in args.specs
+    ]
+
+
+def make(runs: Sequence[Run], workers: LocalWorkers | RayWorkers, progress: RunProgress) -> dict[str, str]:
+    """
+    :param runs: to be made
+    :return: the failures, by run
+    """
+    waiting, failures = deque(runs), {}
+    try:
+        while waiting or workers.active:
+            while waiting and workers.has_room():
+                workers.start(waiting.popleft())
+            progress.update(workers.active)
+            for run, failure in workers.collect():
+                progress.ended(run, failure)
+                if failure is not None:
+                    failures[str(run)] = failure
+    finally:
+        workers.stop()
+    return failures
+
+
+def episodes(runs: Sequence[Run], root: Path) -> Iterator[dict[str, str]]:
+    """The rows of all finished runs."""
+    for run in runs:
+        with (root / run.folder / EVALUATIONS).open(newline="", encoding="utf-8") as file:
+            yield from csv.DictReader(file)
+
+
+def fits(runs: Sequence[Run], root: Path) -> pd.DataFrame | None:
+    """:return: a row for each fit of finished runs, a column for each number that was logged; ``None``: there was no fit"""
+    parts = []
+    for run in runs:
+        path = root / run.folder / FITS
+        if path.exists():
+            logged = pd.read_csv(path, names=["step", "name", "value"]).pivot_table("value", "step", "name", sort=False)
+            origin = {"env": run.env, "algorithm": run.label, "seed": run.seed, "step": logged.index}
+            parts.append(pd.concat([pd.DataFrame(origin), logged.reset_index(drop=True)], axis=1))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def write_results(runs: Sequence[Run], root: Path, args: argparse.Namespace, failures: Sequence[str]) -> None:
+    """
+    :param runs: the finished ones, at least one
+    :param root: folder of the comparison
+    :param failures: names of those that failed
+    """
+    # By env and algorithm, as the user named them.
+    order = {spec.label: i for i, spec in enumerate(args.specs)}
+    runs = sorted(runs, key=lambda run: (args.env.index(run.env), order[run.label], run.seed))
+    lines = list(episodes(runs, root))
+    part = root / ".results.csv.part"
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    os.replace(part, root / "results.csv")
+    if (logged := fits(runs, root)) is not None:
+        put(root / FITS, logged.to_csv(index=False).encode())
+    rows = pd.read_csv(root / "results.csv")
+    thresholds = default_thresholds(rows, args.baseline)
+    if args.threshold is not None:
+        thresholds = {env: value for env, value in zip(args.env, args.threshold, strict=True) if env in thresholds}
+    manifest = describe(runs, root, args, failures, thresholds)
+    put(root / "manifest.json", json.dumps(manifest, indent=1).encode())
+    pictures = plots.save_figures(rows, root, thresholds)
+    write_report(root / "report.html", rows, manifest, pictures, thresholds)
+    for env in pictures:
+        print(f"\n{env}\n{markdown(summarise(rows[rows['env'] == env], thresholds[env]), args.baseline, thresholds[env])}")
+
+
+def describe(
+    runs: Sequence[Run], root: Path, args: argparse.Namespace, failures: Sequence[str], thresholds: dict[str, float]
+) -> dict[str, Any]:
+    """:return: the manifest; what differs among the runs is a list there"""
+    records = [record(root / run.folder) for run in runs]
+    named = ("env", "algo", "seeds", "steps", "eval_freq", "eval_episodes", "threads", "workers", "ray_address", "device")
+    settings: dict[str, dict[str, Any]] = {}
+    for run, one in zip(runs, records, strict=True):
+        settings.setdefault(run.env, {}).setdefault(run.label, one["settings"])
+    return {
+        "command": args.command,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "arguments": {name: getattr(args, name) for name in (*named, "baseline", "threshold")},
+        "thresholds": thresholds,
+        **{key: merged(one[key] for one in records) for key in ("versions", "hardware", "commit")},
+        "settings": settings,
+        "runs": [
+            {"folder": run.folder.as_posix(), **{key: one.get(key) for key in ("finished", "seconds", "cpu_seconds")}}
+            for run, one in zip(runs, records, strict=True)
+        ],
+        "failed": list(failures),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: the options; ``None``: those of the process
+    :raises SystemExit: with an error code, if a run failed
+    """
+    options = list(sys.argv[1:] if arguments is None else arguments)
+    args = parse(options)
+    args.command = shlex.join(["sb3_mbpo", "compare", *options])
+    if args.ray_address is None:
+        args.workers = args.workers or os.cpu_count() or 1
+    runs = grid(args)
+    try:
+        open_runs = [run for run in runs if not run.is_finished(args.folder / run.folder)]
+    except ValueError as error:
+        raise SystemExit(f"sb3_mbpo compare: {error}") from None
+    failures: dict[str, str] = {}
+    if not open_runs:
+        print(f"all {len(runs)} runs were finished before")
+    else:
+        if args.ray_address is None:
+            workers: Any = LocalWorkers(args.folder, args.workers)
+        else:
+            workers = RayWorkers(args.folder, args.ray_address, args.workers)
+        try:
+            with RunProgress(len(runs), len(runs) - len(open_runs), args.folder) as progress:
+                failures = make(open_runs, workers, progress)
+        except KeyboardInterrupt:
+            raise SystemExit("\nInterrupted. Finished runs are kept; the same command goes on from here") from None
+    finished = [run for run in runs if str(run) not in failures]
+    if finished:
+        write_results(finished, args.folder, args, list(failures))
+        print(f"\n{len(finished)} of {len(runs)} runs -> {args.folder / 'report.html'}")
+    if failures:
+        print(f"\n{len(failures)} failed; the same command tries them again")
+        print("\n".join(f"{run}: {failure}" for run, failure in failures.items()))
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

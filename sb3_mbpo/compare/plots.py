@@ -1,0 +1,117 @@
+"""
+Figures from the results of a comparison: return against env steps and against wall-clock.
+
+    python -m sb3_mbpo.compare.plots results.csv [--folder FOLDER]
+
+One figure per env, as PNG and SVG. Lines are interquartile means over seeds, bands their 95 % bootstrap intervals.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+try:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    from sb3_mbpo.compare.aggregates import against_minutes, interval, iqm, score_table
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("sb3_mbpo"):
+        raise
+    MISSING = f'sb3_mbpo.compare.plots needs {error.name}: in the checkout of sb3_mbpo, pip install ".[compare]"'
+    raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
+
+from sb3_mbpo.compare.html import COLOURS
+from sb3_mbpo.compare.run import as_file_name
+
+# A second and third round of the colours.
+STYLES = ("-", "--", ":")
+# With fewer seeds, each is drawn as well: an interval alone would hide how few they are.
+FEW_SEEDS = 3
+
+
+def look(i: int) -> dict[str, Any]:
+    """:return: colour and line style of the i-th algorithm"""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+
+
+def draw_curve(axes: Axes, x, returns, style: dict[str, Any]) -> None:
+    """
+    :param x: ``(points,)``
+    :param returns: ``(runs, points)``
+    """
+    axes.plot(x, iqm(returns), linewidth=2, **style)
+    if len(returns) < FEW_SEEDS:
+        axes.plot(x, returns.T, linewidth=0.8, alpha=0.5, **style)
+    axes.fill_between(x, *interval(returns), color=style["color"], alpha=0.18, linewidth=0)
+
+
+def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure:
+    """
+    :param rows: results of one env, a row per episode
+    :param env: for the title
+    :param threshold: a return to mark
+    :return: two panels of the same returns, against env steps and against minutes
+    """
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    by_step, by_minute = figure.subplots(1, 2, sharey=True)
+    labels = list(rows["algorithm"].unique())
+    for i, label in enumerate(labels):
+        mine = rows[rows["algorithm"] == label]
+        table = score_table(mine)
+        draw_curve(by_step, table.columns.to_numpy(), table.to_numpy(), look(i))
+        draw_curve(by_minute, *against_minutes(mine), look(i))
+    for axes, label in ((by_step, "env steps"), (by_minute, "minutes of training (evaluation not counted)")):
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.02)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if threshold is not None:
+            axes.axhline(threshold, color="0.35", linewidth=1, linestyle=(0, (1, 2)), zorder=0)
+    by_step.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    by_step.set_ylabel("return of an evaluation episode")
+    seeds = rows.groupby("algorithm")["seed"].nunique()
+    names = [f"{textwrap.fill(label, 60)} ({seeds[label]} seed{'' if seeds[label] == 1 else 's'})" for label in labels]
+    handles = [by_step.plot([], [], linewidth=2, **look(i))[0] for i in range(len(labels))]
+    columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle(env)
+    return figure
+
+
+def save_figures(rows: pd.DataFrame, folder: Path, thresholds: Mapping[str, float] | None = None) -> dict[str, Path]:
+    """
+    :param rows: results, a row per episode
+    :param folder: gets a PNG and an SVG per env
+    :param thresholds: by env, to be marked
+    :return: the PNGs, by env
+    """
+    pictures = {}
+    for env in rows["env"].unique():
+        figure = draw(rows[rows["env"] == env], env, (thresholds or {}).get(env))
+        pictures[env] = folder / f"{as_file_name(env)}.png"
+        figure.savefig(pictures[env], dpi=150)
+        # Without its date a figure that did not change does not change.
+        figure.savefig(pictures[env].with_suffix(".svg"), metadata={"Date": None})
+    return pictures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.csv of a comparison")
+    parser.add_argument("--folder", type=Path, help="for the figures; default: that of the results")
+    args = parser.parse_args()
+    folder = args.folder or args.results.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in save_figures(pd.read_csv(args.results), folder).values():
+        print(picture)
+
+
+if __name__ == "__main__":
+    main()

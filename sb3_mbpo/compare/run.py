@@ -1,0 +1,194 @@
+"""
+One run of a comparison: what it is asked to do, its folder, and its process (``python -m sb3_mbpo.compare.run FOLDER``).
+
+The folder gets ``arguments.json``, ``output.txt`` and ``provenance.json`` first, ``evaluations.csv`` as the run goes on, the
+Zoo's own files, and ``run.json`` last: where that is, the run is finished.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ARGUMENTS, OUTPUT, EVALUATIONS, FINISHED = "arguments.json", "output.txt", "evaluations.csv", "run.json"
+# Versions, hardware and commit, as the process began: the checkout may move on while it trains, and a run may be cut.
+PROVENANCE = "provenance.json"
+# Of runs of this package's algorithms, while they are not finished.
+CHECKPOINTS = "checkpoints"
+
+
+def as_file_name(text: str) -> str:
+    """:return: ``text`` without what file systems do not like, cut to a length that they do"""
+    name = re.sub(r"[^\w.=,+-]+", "_", text)
+    return name if len(name) <= 80 else f"{name[:70]}_{hashlib.sha1(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What decides about a run; two runs that are equal here need not both be made.
+
+    :param env: environment id
+    :param label: the algorithm as the user wrote it, settings included
+    :param algo: its name in the Zoo
+    :param settings: override those of the settings file
+    :param seed: of the agent and its env
+    :param steps: env steps
+    :param eval_freq: env steps from one evaluation to the next; there is also one before the first step and one at the last
+    :param eval_episodes: episodes per evaluation
+    :param threads: of PyTorch
+    :param device: as in SB3
+    :param conf_file: as ``--conf-file`` of the Zoo; ``None``: the packaged settings
+    :param env_kwargs: as ``--env-kwargs`` of the Zoo
+    :param gym_packages: as ``--gym-packages`` of the Zoo
+    :param command: what the user called; not compared
+    """
+
+    env: str
+    label: str
+    algo: str
+    settings: dict[str, Any]
+    seed: int
+    steps: int
+    eval_freq: int
+    eval_episodes: int
+    threads: int = 1
+    device: str = "auto"
+    conf_file: str | None = None
+    env_kwargs: list[str] = field(default_factory=list)
+    gym_packages: list[str] = field(default_factory=list)
+    command: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.env}, {self.label}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it belongs, within the folder of the comparison."""
+        return Path(as_file_name(self.env)) / as_file_name(self.label) / f"seed_{self.seed}"
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        return [*range(0, self.steps, self.eval_freq), self.steps]
+
+    def zoo_options(self, folder: Path) -> list[str]:
+        """
+        :param folder: for the Zoo's files
+        :return: options of the Zoo's ``train``
+        """
+        options = ["--algo", self.algo, "--env", self.env, "--seed", str(self.seed), "-n", str(self.steps)]
+        # Evaluations are ours, at the same steps for all.
+        options += ["--eval-freq", "-1", "-f", str(folder), "--num-threads", str(self.threads), "--device", self.device]
+        if self.conf_file is not None:
+            options += ["--conf-file", self.conf_file]
+        if self.settings:
+            options += ["-params", *(f"{key}:{value!r}" for key, value in self.settings.items())]
+        if self.env_kwargs:
+            options += ["--env-kwargs", *self.env_kwargs]
+        if self.gym_packages:
+            options += ["--gym-packages", *self.gym_packages]
+        return options
+
+    @staticmethod
+    def read(folder: Path) -> "Run":
+        return Run(**json.loads((folder / ARGUMENTS).read_text(encoding="utf-8")))
+
+    def begin(self, folder: Path) -> None:
+        """
+        Make the run's folder, empty but for its arguments; what an unfinished run left there goes, unless it was this one and
+        has checkpoints to go on from.
+
+        :raises FileExistsError: there is something else in it
+        """
+        if folder.exists():
+            if any(folder.iterdir()) and not (folder / ARGUMENTS).exists():
+                raise FileExistsError(f"{folder} holds files that are not of a comparison: choose another --folder")
+            if (folder / CHECKPOINTS).exists() and Run.read(folder) == self:
+                return
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        (folder / ARGUMENTS).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    def is_finished(self, folder: Path) -> bool:
+        """
+        :raises ValueError: there is a finished run of other arguments
+        """
+        if not (folder / FINISHED).exists():
+            return False
+        done = record(folder)["run"]
+        mine = asdict(self)
+        compared = [item.name for item in fields(Run) if item.compare]
+        different = [f"{name}={done.get(name)!r}, not {mine[name]!r}" for name in compared if done.get(name) != mine[name]]
+        if different:
+            raise ValueError(
+                f"{folder} holds a finished run with {'; '.join(different)}: choose another --folder, or remove that one"
+            )
+        return True
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """:return: what a finished run left about itself"""
+    return json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file that others never see half written."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def end_with_parent() -> None:
+    """Exit when the parent is gone, however it went: it holds the other end of the standard input."""
+
+    def wait() -> None:
+        # Not sys.stdin: a thread that waits within it would be in the way of a normal end.
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    end_with_parent()
+    folder = Path(sys.argv[1])
+    run = Run.read(folder)
+    # Late: the driver and the machines of a cluster need what is above alone, and the Zoo takes seconds to import.
+    from sb3_mbpo.compare.evaluation import ComparisonExperiment, EvaluationRecorder
+    from sb3_mbpo.runtime.provenance import provenance
+    from sb3_mbpo.zoo.cli import ALGORITHMS
+    from sb3_mbpo.zoo.cli import main as zoo
+
+    made_by = provenance()
+    put(folder / PROVENANCE, json.dumps(made_by, indent=1).encode())
+    origin = {"env": run.env, "algorithm": run.label, "seed": run.seed}
+    recorder = EvaluationRecorder(folder / EVALUATIONS, origin, run.evaluation_steps, run.eval_episodes)
+    options = ["train", *run.zoo_options(folder)]
+    if run.algo in ALGORITHMS:
+        options += ["--checkpoints", str(folder / CHECKPOINTS)]
+    zoo(options, experiment=partial(ComparisonExperiment, recorder=recorder))
+    if recorder.due:
+        # The Zoo takes an interrupt for a wish to stop early, and saves.
+        raise SystemExit(f"the run ended before step {recorder.due[0]:,}")
+    result = {
+        "run": asdict(run),
+        "settings": recorder.settings,
+        "seconds": {**recorder.seconds, "total": sum(recorder.seconds.values())},
+        "cpu_seconds": {**recorder.cpu_seconds, "total": sum(recorder.cpu_seconds.values())},
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **made_by,
+    }
+    put(folder / FINISHED, json.dumps(result, indent=1, default=str).encode())
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""How good the dynamics is, measured on fresh episodes while an agent learns."""
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_mbpo.diagnostics.diagnosis import Diagnosis, diagnose
+from sb3_mbpo.diagnostics.metrics import root_mean_square
+from sb3_mbpo.diagnostics.open_loop import own_env, untouched
+from sb3_mbpo.diagnostics.policy_shift import policy_shift, snapshot
+from sb3_mbpo.rollouts import MOST_STEPS
+from sb3_mbpo.theory import optimal_rollout_length
+from sb3_mbpo.validation.rules import is_whole, shown, whole
+
+# Earlier policies kept for eps_pi.
+MOST_SNAPSHOTS = 20
+
+
+class ModelErrorCallback(BaseCallback):
+    """
+    Now and then, after a fit, plays fresh episodes with the present policy in an env of its own, and logs how well the
+    dynamics predicts them. It only looks: parameters, counters and every random stream of the agent are as without it.
+
+    Under ``model_error/``, K being each of ``horizons``:
+
+    - ``error_K``: of the open-loop prediction after K steps with the same actions, over all dimensions of the observation, in
+      standard deviations of each over the episodes: 1 is as wrong as predicting the mean; ``r2_mean_K``, ``r2_no_change_K``:
+      R^2 against predicting the mean and against predicting that nothing changes; ``reward_error_K`` in the reward's own
+      units and ``reward_r2_mean_K``
+    - ``coverage_50_K``, ``coverage_90_K``: how often the central 50 and 90 % intervals hold what happened
+    - ``disagreement_rank``: Spearman's rank correlation of the members' disagreement (standard deviation of their means) with
+      the error of one step; only for dynamics with ``predict``
+    - ``termination_precision``, ``termination_recall``: in predictions of one step; absent while nothing terminates
+    - ``model_error_tv``: a proxy of eps_m', see :meth:`.Diagnosis.model_error`; ``policy_shift_tv``: eps_pi against the
+      policies of earlier diagnoses, see :func:`.policy_shift.policy_shift`, from the second diagnosis on and for stochastic
+      policies; ``optimal_rollout_length``: the k* that Theorem 4.3 gives for the two, at most 10,000, not for ``gamma=1``;
+      ``rollout_length``: the schedule's
+    - ``dropped``: the share of predictions that were not finite; ``env_steps``: of all diagnoses so far, which the agent does
+      not count
+
+    Under ``model_error_by_dimension/`` the errors of each dimension of the observation, in its own units.
+
+    For each agent a callback of its own: the policies that it remembers are one agent's.
+
+    :param env: what the episodes are played in: an id, a function that makes an env, an env, or a VecEnv of one; ``None``:
+        another of the agent's first. A ``VecNormalize`` around the agent's envs is read, never updated
+    :param every: env transitions of the agent from one diagnosis to the next
+    :param n_episodes: episodes of a diagnosis
+    :param horizons: steps after which predictions are judged; 1 is always among them
+    :param max_episode_steps: where an episode is cut that has not ended by then
+    :param seed: the first episode's start, to which the agent's env transitions are added
+    :param verbose: 1: a line for each diagnosis
+    :raises ValueError: an argument out of range; an agent of another package; an env that does not fit
+    """
+
+    def __init__(
+        self,
+        env: Any = None,
+        *,
+        every: int = 5000,
+        n_episodes: int = 5,
+        horizons: Sequence[int] = (1, 5, 20),
+        max_episode_steps: int = 1000,
+        seed: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        for name, value in (("every", every), ("n_episodes", n_episodes), ("max_episode_steps", max_episode_steps)):
+            whole(1).check(name, value)
+        whole(0, 2**31).check("seed", seed)
+        many = isinstance(horizons, list | tuple) and len(horizons) > 0
+        if not (many and all(is_whole(k, 1, MOST_STEPS) for k in horizons)):
+            raise ValueError(f"horizons={shown(horizons)} must be a list of numbers of steps, such as [1, 5, 20]")
+        self.env, self.every, self.n_episodes = env, every, n_episodes
+        self.horizons, self.max_episode_steps, self.seed = sorted({1, *horizons}), max_episode_steps, seed
+        #: The latest, to look into.
+        self.diagnosis: Diagnosis | None = None
+        #: Env steps of all diagnoses: the agent does not count them.
+        self.env_steps = 0
+        self.diagnosed_at: int | None = None
+        self.snapshots: deque[dict[str, Any]] = deque(maxlen=MOST_SNAPSHOTS)
+        self.model: Any
+
+    def _init_callback(self) -> None:
+        if not hasattr(self.model, "imagined_dynamics"):
+            raise ValueError(f"ModelErrorCallback works with agents of sb3_mbpo, not with {type(self.model).__name__}")
+        if self.model.real_ratio == 1:
+            warnings.warn("ModelErrorCallback has nothing to look at: real_ratio=1, so no dynamics is fitted", stacklevel=2)
+        with untouched(self.model):
+            self._own_env = own_env(self.model, self.env)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        # After the agent's own callback, and so after its fit.
+        agent = self.model
+        steps = agent.lifetime_timesteps
+        fitted = agent.dynamics_fitted_at is not None and agent.dynamics.usable
+        if self.diagnosed_at is not None and steps < self.diagnosed_at:
+            # A younger agent: its policies are not those of the one before.
+            self.diagnosed_at = None
+            self.snapshots.clear()
+        if not fitted or (self.diagnosed_at is not None and steps // self.every <= self.diagnosed_at // self.every):
+            return
+        self.diagnosed_at = steps
+        with untouched(agent):
+            self._own_env.seed((self.seed + steps) % 2**31)
+            self.diagnosis = diagnose(agent, self._own_env, self.n_episodes, max(self.horizons), self.max_episode_steps)
+            self._record(self.diagnosis)
+        # As EvalCallback does, so that the numbers stand at their own step.
+        self.logger.record("time/total_timesteps", agent.num_timesteps, exclude="tensorboard")
+        self.logger.dump(agent.num_timesteps)
+
+    def _record(self, diagnosis: Diagnosis) -> None:
+        numbers: dict[str, float] = {"dropped": diagnosis.dropped, "disagreement_rank": diagnosis.disagreement_rank()}
+        for k in self.horizons:
+            numbers |= {f"{name}_{k}": value for name, value in diagnosis.numbers(k).items()}
+            for i, error in enumerate(root_mean_square(diagnosis.errors(k)[:, 1:])):
+                if math.isfinite(error):
+                    # Too many for a table.
+                    self.logger.record(f"model_error_by_dimension/error_{k}_obs_{i:03d}", error, exclude=("stdout", "log"))
+        numbers["termination_precision"], numbers["termination_recall"] = diagnosis.termination()
+        numbers |= self._lengths(diagnosis)
+        self.env_steps += len(diagnosis.steps.starts)
+        for name, value in (numbers | {"env_steps": self.env_steps}).items():
+            if math.isfinite(value):
+                self.logger.record(f"model_error/{name}", value)
+        if self.verbose >= 1:
+            print(
+                f"Dynamics after {self.diagnosed_at:,} steps: R^2 of one step against no change "
+                f"{numbers['r2_no_change_1']:.3f}, on {len(diagnosis.steps.starts):,} fresh steps"
+            )
+
+    def _lengths(self, diagnosis: Diagnosis) -> dict[str, float]:
+        """eps_m', eps_pi, the rollout length they imply, and the one in use."""
+        agent = self.model
+        found = {
+            "model_error_tv": diagnosis.model_error(),
+            "rollout_length": agent.rollout_length,
+        }
+        if self.snapshots:
+            shift = policy_shift(agent, self.snapshots, diagnosis.steps.starts)
+            found["policy_shift_tv"] = shift
+            if agent.gamma < 1:
+                found["optimal_rollout_length"] = optimal_rollout_length(
+                    policy_shift=shift, model_error=found["model_error_tv"], gamma=agent.gamma
+                )
+        now = snapshot(agent)
+        if now is not None:
+            self.snapshots.append(now)
+        return found

@@ -1,0 +1,237 @@
+"""Fresh episodes of an agent, and what its dynamics makes of the same actions; the agent is only looked at."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, is_vecenv_wrapped
+
+from sb3_mbpo.dynamics.base import DynamicsModel
+
+
+class Episode(NamedTuple):
+    """A real episode: raw, flat."""
+
+    #: ``(T + 1, obs_dim)``, the last one included
+    obs: np.ndarray
+    #: ``(T, action_dim)``, in [-1, 1]
+    actions: np.ndarray
+    #: ``(T,)``
+    rewards: np.ndarray
+    #: Whether it ended by itself, and by no limit.
+    terminated: bool
+
+
+class Segments(NamedTuple):
+    """Pieces of real episodes, as an open-loop prediction wants them."""
+
+    #: ``(N, obs_dim)``
+    starts: np.ndarray
+    #: ``(N, horizon, action_dim)``, in [-1, 1]; zero beyond the episode's end
+    actions: np.ndarray
+    #: Reward and next observation after each action, ``(N, horizon, 1 + obs_dim)``; NaN beyond the episode's end
+    outcomes: np.ndarray
+
+
+@contextmanager
+def untouched(agent: Any) -> Iterator[None]:
+    """
+    Whatever is drawn within is drawn from random streams that are put back afterwards: the global ones of PyTorch, NumPy and
+    Python, those of the agent's dynamics and termination, the noise of gSDE.
+
+    :param agent: a ModelBased algorithm
+    """
+    before = random.getstate(), np.random.get_state()
+    parts = [part for name in ("dynamics", "learned_reward", "learned_termination") for part in getattr(agent, name).modules()]
+    generators = [value for part in parts for value in vars(part).values() if isinstance(value, th.Generator)]
+    states = [generator.get_state() for generator in generators]
+    action_dist = getattr(agent.policy.actor, "action_dist", None)
+    noise = None if action_dist is None else dict(vars(action_dist))
+    try:
+        with th.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        if action_dist is not None:
+            vars(action_dist).clear()
+            vars(action_dist).update(noise)  # type: ignore[arg-type]
+
+
+def own_env(agent: Any, env: Any = None) -> VecEnv:
+    """
+    An env beside the agent's, for looking.
+
+    :param agent: a ModelBased algorithm
+    :param env: an id, a function that makes an env, an env, or a VecEnv of one; ``None``: another of the agent's first
+    :raises ValueError: the agent has none, or it cannot be made once more; it is the agent's own; it has other spaces, several
+        copies or normalises
+    """
+    if env is None:
+        try:
+            env = another(None if agent.env is None else agent.env.get_attr("spec")[0])
+        except ValueError as error:
+            raise ValueError(
+                f"env=None: the agent's env cannot be made once more ({error}). Pass a function that makes one as env"
+            ) from error
+    if isinstance(env, str):
+        env = gym.make(env)
+    elif callable(env) and not isinstance(env, gym.Env):
+        env = env()
+    if not isinstance(env, VecEnv):
+        made = env
+        env = DummyVecEnv([lambda: made])
+    if env.num_envs != 1 or is_vecenv_wrapped(env, VecNormalize):
+        raise ValueError(
+            f"env must be one env without VecNormalize (the agent's own statistics are used), not {env.num_envs} in a "
+            f"{type(env).__name__}. Pass an id, a function that makes one, or a DummyVecEnv of one"
+        )
+    # Those of a SubprocVecEnv are in other processes.
+    mine, theirs = ([one.unwrapped for one in getattr(of, "envs", [])] for of in (env, agent.env))
+    if any(one is other for one in mine for other in theirs):
+        raise ValueError("env is one that the agent learns in: its episodes would be broken off. Pass another of its kind")
+    try:
+        check_for_correct_spaces(env, agent.observation_space, agent.action_space)
+    except ValueError as error:
+        raise ValueError(f"env does not fit the agent: {error}. Pass one with the wrappers of the agent's own") from error
+    return env
+
+
+def another(spec: Any, **kwargs: Any) -> gym.Env:
+    """
+    :param spec: of an env
+    :param kwargs: more arguments for ``gymnasium.make``
+    :raises ValueError: there is none, or a wrapper that Gymnasium cannot make once more
+    """
+    if spec is None:
+        raise ValueError("it has no spec of Gymnasium's")
+    # The arguments of Monitor are not recorded, and nothing is learned from it.
+    wrappers = tuple(one for one in spec.additional_wrappers if not one.entry_point.endswith("monitor:Monitor"))
+    lost = [one.name for one in wrappers if one.kwargs is None]
+    if lost:
+        raise ValueError(f"the arguments of {', '.join(lost)} are not recorded")
+    return gym.make(replace(spec, additional_wrappers=wrappers), **kwargs)
+
+
+@th.no_grad()
+def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int) -> list[Episode]:
+    """
+    Whole episodes with the agent's present policy, as it acts in imagination: stochastic.
+
+    :param agent: a ModelBased algorithm; of its VecNormalize, if any, the statistics are used and not changed
+    :param env: see :func:`own_env`
+    :param n_episodes: how many
+    :param max_steps: where an episode is cut that has not ended by then
+    """
+    episodes = []
+    with agent.imagining() as policy:
+        for _ in range(n_episodes):
+            obs, terminated = [np.array(env.reset()[0], dtype=float).ravel()], False
+            actions: list[np.ndarray] = []
+            rewards: list[float] = []
+            while len(rewards) < max_steps:
+                action = policy(th.as_tensor(obs[-1], dtype=th.float32, device=agent.device).unsqueeze(0)).cpu().numpy()
+                raw = agent.policy.unscale_action(action.reshape(1, *agent.action_space.shape))
+                next_obs, reward, done, infos = env.step(raw)
+                last = infos[0]["terminal_observation"] if done[0] else next_obs[0]
+                obs.append(np.array(last, dtype=float).ravel())
+                actions.append(action[0])
+                rewards.append(float(reward[0]))
+                if done[0]:
+                    terminated = not infos[0].get("TimeLimit.truncated", False)
+                    break
+            episodes.append(Episode(np.array(obs), np.array(actions, dtype=float), np.array(rewards), terminated))
+    return episodes
+
+
+def segments(episodes: Sequence[Episode], horizon: int, most: int | None = None) -> Segments:
+    """
+    :param episodes: with one step or more each
+    :param horizon: steps of a segment; those of a segment that starts near an episode's end are fewer, and filled with NaN
+    :param most: so many at most, evenly spread over all steps; ``None``: one from every step
+    """
+    places = [(episode, t) for episode in episodes for t in range(len(episode.rewards))]
+    if most is not None and len(places) > most:
+        places = [places[i * len(places) // most] for i in range(most)]
+    first = episodes[0]
+    obs_dim, action_dim = first.obs.shape[1], first.actions.shape[1]
+    starts = np.array([episode.obs[t] for episode, t in places])
+    actions, outcomes = np.zeros((len(places), horizon, action_dim)), np.full((len(places), horizon, 1 + obs_dim), np.nan)
+    for i, (episode, t) in enumerate(places):
+        n = min(horizon, len(episode.rewards) - t)
+        actions[i, :n] = episode.actions[t : t + n]
+        outcomes[i, :n, 0], outcomes[i, :n, 1:] = episode.rewards[t : t + n], episode.obs[t + 1 : t + n + 1]
+    return Segments(starts, actions, outcomes)
+
+
+@th.no_grad()
+def open_loop(dynamics: DynamicsModel, of: Segments, n_samples: int) -> np.ndarray:
+    """
+    What the dynamics says would come of the same actions from the same states, each step from its own last one.
+
+    :param dynamics: its ``sample`` is called, as in branched rollouts
+    :param of: segments
+    :param n_samples: independent tries
+    :return: rewards and next observations, ``(n_samples, N, horizon, 1 + obs_dim)``, like ``of.outcomes``
+    """
+    device = dynamics.generator.device
+    starts, actions = (th.as_tensor(part, dtype=th.float32, device=device) for part in (of.starts, of.actions))
+    samples = np.empty((n_samples, *of.outcomes.shape))
+    for sample in samples:
+        obs = starts
+        for h in range(actions.shape[1]):
+            obs, rewards = dynamics.sample(obs, actions[:, h])
+            sample[:, h] = th.cat([rewards.unsqueeze(1), obs], dim=1).cpu().numpy()
+    return samples
+
+
+@th.no_grad()
+def imagined_returns(agent: Any, starts: np.ndarray, n_samples: int, max_steps: int) -> np.ndarray:
+    """
+    What the agent believes its present policy would get: undiscounted returns of whole imagined episodes.
+
+    :param agent: a ModelBased algorithm
+    :param starts: first states ``(B, obs_dim)``
+    :param n_samples: episodes from each
+    :param max_steps: where an episode is cut that has not ended by then
+    :return: ``(n_samples, B)``; NaN where a prediction was not finite
+    """
+    dynamics = agent.imagined_dynamics
+    obs = th.as_tensor(starts, dtype=th.float32, device=agent.device).repeat(n_samples, 1)
+    returns, alive = obs.new_zeros(len(obs), dtype=th.float64), th.arange(len(obs), device=obs.device)
+    with agent.imagining() as policy:
+        for _ in range(max_steps):
+            actions = policy(obs)
+            next_obs, rewards = dynamics.sample(obs, actions)
+            returns[alive] += rewards.double()
+            finite = next_obs.isfinite().all(dim=1) & rewards.isfinite()
+            returns[alive[~finite]] = th.nan
+            ended = agent.terminates(obs, actions, next_obs) | ~finite
+            obs, alive = next_obs[~ended], alive[~ended]
+            if len(alive) == 0:
+                break
+    return returns.reshape(n_samples, -1).cpu().numpy()
+
+
+@th.no_grad()
+def member_disagreement(dynamics: DynamicsModel, obs: np.ndarray, actions: np.ndarray) -> np.ndarray | None:
+    """
+    :param dynamics: the agent's own
+    :param obs: ``(B, obs_dim)``
+    :param actions: ``(B, action_dim)``, in [-1, 1]
+    :return: standard deviation of all members' mean next observations, ``(B, obs_dim)``; ``None``: ``predict`` is not offered
+    """
+    if not dynamics.offers_predict:
+        return None
+    device = dynamics.generator.device
+    parts = (th.as_tensor(part, dtype=th.float32, device=device) for part in (obs, actions))
+    mean, _ = dynamics.predict(*parts)
+    return mean[..., 1:].double().std(dim=0, correction=0).cpu().numpy()

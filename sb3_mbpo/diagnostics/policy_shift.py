@@ -1,0 +1,84 @@
+"""How far a policy has moved from those of earlier."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+
+from sb3_mbpo.buffers.replay_buffer import normalize_obs
+from sb3_mbpo.diagnostics.metrics import gaussian_total_variation
+
+# Draws that a total variation is estimated from, and states that it is averaged over, at most.
+N_DRAWS, MOST_STATES = 200, 500
+
+
+def snapshot(agent: Any) -> dict[str, Any] | None:
+    """
+    The policy as it is now, apart from the agent's own: the weights of its actor and the statistics of its VecNormalize.
+
+    :param agent: a ModelBased algorithm
+    :return: tensors and arrays; ``None``: the policy is deterministic, and has no density to compare
+    """
+    if not hasattr(agent.actor, "get_action_dist_params"):
+        return None
+    weights = {name: tensor.detach().clone() for name, tensor in agent.actor.state_dict().items()}
+    env = agent._vec_normalize_env
+    if env is None or not env.norm_obs:
+        return {"weights": weights}
+    return {"weights": weights, "obs_mean": env.obs_rms.mean.copy(), "obs_var": env.obs_rms.var.copy()}
+
+
+@th.no_grad()
+def gaussians(agent: Any, actor: Any, of: Mapping[str, Any], obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The policy's Gaussians before the squashing tanh.
+
+    :param agent: gives the shape of an observation, and the clip of its VecNormalize
+    :param actor: a copy of the agent's, which takes on the snapshot's weights
+    :param of: a snapshot
+    :param obs: raw ``(B, obs_dim)``
+    :return: mean and standard deviation, each ``(B, action_dim)``
+    :raises ValueError: the snapshot is of other networks
+    """
+    try:
+        actor.load_state_dict(of["weights"])
+    except RuntimeError as error:
+        raise ValueError("an earlier policy has other networks than this one") from error
+    rows: th.Tensor = th.as_tensor(obs, dtype=th.float32, device=agent.device).reshape(-1, *agent.observation_space.shape)
+    if "obs_mean" in of:
+        rms = RunningMeanStd(shape=of["obs_mean"].shape)
+        rms.mean, rms.var = of["obs_mean"], of["obs_var"]
+        theirs = agent._vec_normalize_env
+        env: Any = SimpleNamespace(norm_obs=True, obs_rms=rms, epsilon=theirs.epsilon, clip_obs=theirs.clip_obs)
+        rows = normalize_obs(rows, env)
+    mean, log_std, more = actor.get_action_dist_params(rows)
+    normal = actor.action_dist.proba_distribution(mean, log_std, **more).distribution
+    return normal.mean.double().cpu().numpy(), normal.stddev.double().cpu().numpy()
+
+
+def policy_shift(agent: Any, earlier: Sequence[Mapping[str, Any]], obs: np.ndarray) -> float:
+    """
+    An estimate of eps_pi, the policy's total variation from the one that collected the data.
+
+    The data is a mixture of earlier policies' doings, and D_TV from a mixture is at most the mean of D_TV from its parts: that
+    mean over the snapshots, and over the states given, is returned. The theorems take the maximum over all states, which no
+    sample shows; the random actions of the warm-up are in no snapshot.
+
+    :param agent: a ModelBased algorithm with a stochastic policy
+    :param earlier: snapshots, one or more
+    :param obs: states visited by the present policy, raw ``(B, obs_dim)``
+    :return: from 0 to 1
+    """
+    places = np.arange(min(len(obs), MOST_STATES)) * len(obs) // min(len(obs), MOST_STATES)
+    now = snapshot(agent)
+    assert now is not None
+    actor = copy.deepcopy(agent.actor)
+    actor.set_training_mode(False)
+    present = gaussians(agent, actor, now, obs[places])
+    noise = np.random.default_rng(0).standard_normal((N_DRAWS, present[0].shape[1]))
+    apart = [gaussian_total_variation(*present, *gaussians(agent, actor, one, obs[places]), noise) for one in earlier]
+    return float(np.mean(apart))

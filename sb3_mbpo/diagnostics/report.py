@@ -1,0 +1,246 @@
+"""
+How far may an agent's dynamics be believed? A report on fresh episodes, as one HTML file that needs no other.
+
+    python -m sb3_mbpo report agent.zip --env Hopper-v5 --earlier agent_10000_steps.zip agent_20000_steps.zip
+
+The agents of --earlier are checkpoints of the same run: with them the shift of the policy is measured, and so k*.
+"""
+
+import argparse
+import ast
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+try:
+    from sb3_mbpo.diagnostics.report_page import Findings, write_page
+    from sb3_mbpo.diagnostics.report_video import CannotShow, video
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("sb3_mbpo"):
+        raise
+    MISSING = f'sb3_mbpo report needs {error.name}: in the checkout of sb3_mbpo, pip install ".[plots]"'
+    raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
+
+from sb3_mbpo import dhmbpo, mbpo, variants
+from sb3_mbpo.compare.html import counted
+from sb3_mbpo.diagnostics.diagnosis import diagnose
+from sb3_mbpo.diagnostics.metrics import N_SAMPLES
+from sb3_mbpo.diagnostics.open_loop import another, imagined_returns, open_loop, own_env, segments, untouched
+from sb3_mbpo.diagnostics.policy_shift import policy_shift, snapshot
+from sb3_mbpo.runtime.provenance import hardware, versions
+from sb3_mbpo.saving.safe_files import read_bytes, read_json, read_members
+from sb3_mbpo.saving.safe_loading import MEMBER
+from sb3_mbpo.validation.rules import did_you_mean
+
+ALGORITHMS = ("MBPO", "DHMBPO", "MBTD3", "MBTQC", "MBCrossQ")
+# Steps of the episode in the video.
+MOST_FILMED = 300
+
+
+def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
+    """
+    :param path: what ``save`` of one of our algorithms wrote
+    :param env: fits it
+    :param safe: as in ``load``
+    :raises ValueError: no such file, another one, or another env's agent; one sentence
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        members = read_members(read_bytes(path, "zip"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no agent of sb3_mbpo: {error}") from error
+    if "dynamics.pth" not in members:
+        raise ValueError(f"{path} holds no dynamics: it was not saved by an algorithm of sb3_mbpo")
+    name = read_json(members[MEMBER])["class"] if MEMBER in members else "MBPO"
+    if name not in ALGORITHMS:
+        raise ValueError(f"{path} is an agent of {name!r}, not of {', '.join(ALGORITHMS)}; call write_report with it instead")
+    agent_class = getattr({"MBPO": mbpo, "DHMBPO": dhmbpo}.get(name, variants), name)
+    try:
+        return agent_class.load(path, env, safe=safe, buffer_size=1, verbose=0)
+    except ValueError as error:
+        if "spaces do not match" in str(error):
+            raise ValueError(f"{path} was trained in another env: {error}") from error
+        raise
+
+
+def env_arguments(items: Sequence[str]) -> dict[str, Any]:
+    """
+    :param items: each ``KEY:VALUE``, the value in Python's terms, as for the Zoo
+    :raises ValueError: one that is not
+    """
+    found = {}
+    for item in items:
+        key, _, value = item.partition(":")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"--env-kwargs {item}: write KEY:VALUE, a text as KEY:\"'text'\"") from None
+    return found
+
+
+def make_env(make: Callable[[], gym.Env], name: str, statistics: Path | None) -> VecEnv:
+    """
+    :param make: makes the env
+    :param name: its id
+    :param statistics: of VecNormalize, as its ``save`` or the Zoo wrote it: a pickle
+    :raises ValueError: there is no such env or file, or it does not take the arguments
+    """
+    try:
+        env: VecEnv = DummyVecEnv([make])
+    except TypeError as error:
+        raise ValueError(f"--env {name} cannot be made with these --env-kwargs: {error}") from error
+    except gym.error.Error as error:
+        raise ValueError(f"--env {name}: {str(error).splitlines()[0]}{did_you_mean(name, gym.registry)}") from error
+    if statistics is None:
+        return env
+    if not statistics.is_file():
+        raise ValueError(f"there is no file {statistics}")
+    env = VecNormalize.load(str(statistics), env)
+    env.training = False
+    return env
+
+
+def film(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
+    """
+    :param longest: an episode
+    :return: a video, or why there is none
+    """
+    episode = longest._replace(
+        obs=longest.obs[: MOST_FILMED + 1], actions=longest.actions[:MOST_FILMED], rewards=longest.rewards[:MOST_FILMED]
+    )
+    n_steps = len(episode.rewards)
+    piece = segments([episode], n_steps, most=1)
+    imagined = open_loop(agent.imagined_dynamics, piece, 1)[0, 0, :, 1:]
+    try:
+        make = partial(another, env.get_attr("spec")[0])
+        return video(make, episode.obs, np.concatenate([episode.obs[:1], imagined]))
+    except (CannotShow, ValueError) as error:
+        return str(error)
+
+
+def write_report(
+    agent: Any,
+    path: Path | str,
+    *,
+    env: Any = None,
+    earlier: Sequence[Any] = (),
+    n_episodes: int = 5,
+    horizon: int = 50,
+    max_episode_steps: int = 1000,
+    seed: int = 0,
+    origin: Sequence[tuple[str, str]] = (),
+) -> Findings:
+    """
+    Play fresh episodes, hold the dynamics against them, and write what comes of it.
+
+    :param agent: of one of our algorithms, whose dynamics was fitted; it is only looked at
+    :param path: the HTML file
+    :param env: see :class:`.ModelErrorCallback`
+    :param earlier: the same agent at earlier times, for the shift of the policy
+    :param n_episodes: fresh episodes
+    :param horizon: steps of the longer predictions
+    :param max_episode_steps: where an episode is cut that has not ended by then
+    :param seed: of the episodes' first states and of all that is drawn
+    :param origin: names and texts for the end of the page
+    :return: what is in it
+    :raises ValueError: the dynamics was never fitted, or the env does not fit
+    """
+    if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
+        raise ValueError("this agent's dynamics was never fitted well: there is nothing to look at yet")
+    with untouched(agent):
+        env = own_env(agent, env)
+        env.seed(seed)
+        spec = env.get_attr("spec")[0]
+        agent.dynamics.seed(seed)
+        # The GPU's too, from which the policy draws there.
+        th.manual_seed(seed)
+        diagnosis = diagnose(agent, env, n_episodes, horizon, max_episode_steps)
+        first = np.array([episode.obs[0] for episode in diagnosis.episodes])
+        limit = min(max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps)
+        # Also a limit that no spec tells of.
+        limit = max((len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated), default=limit)
+        shots = [one for one in map(snapshot, earlier) if one is not None]
+        findings = Findings(
+            diagnosis,
+            imagined_returns(agent, first, N_SAMPLES, limit),
+            agent.rollout_length,
+            agent.gamma,
+            [policy_shift(agent, [shot], diagnosis.steps.starts) for shot in shots],
+            film(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
+        )
+    about = {
+        "agent": f"{type(agent).__name__} after {agent.lifetime_timesteps:,} steps",
+        "dynamics": f"{type(agent.dynamics).__name__}, fitted after {agent.dynamics_fitted_at:,} steps",
+        "env": str(spec.id if spec else env.get_attr("__class__")[0].__name__),
+        "looked at": f"{counted(n_episodes, 'fresh episode')}, {counted(len(diagnosis.steps.starts), 'step')}, seed {seed}",
+        **dict(origin),
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "hardware": ", ".join(f"{name}: {value}" for name, value in hardware().items() if value),
+    }
+    write_page(Path(path), findings, about)
+    return findings
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "sb3_mbpo.diagnostics.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    report = parser.add_subparsers(dest="command", required=True).add_parser("report", help="write the report")
+    report.add_argument("agent", type=Path, help="what save() wrote")
+    report.add_argument("--env", required=True, help="id of the environment")
+    report.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="its arguments, as in the Zoo")
+    report.add_argument("--earlier", type=Path, nargs="+", default=[], help="checkpoints of the same run")
+    report.add_argument("--out", type=Path, help="the HTML file (default: beside the agent)")
+    report.add_argument("--episodes", type=int, default=5, help="fresh episodes (default: 5)")
+    report.add_argument("--horizon", type=int, default=50, help="steps of the longer predictions (default: 50)")
+    report.add_argument("--seed", type=int, default=0, help="default: 0")
+    report.add_argument("--normalize", type=Path, metavar="FILE", help="statistics of VecNormalize, a pickle you trust")
+    report.add_argument("--safe", action="store_true", help="load agents without unpickling anything")
+    args = parser.parse_args(arguments)
+    for name, least in (("episodes", 1), ("horizon", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: ``report`` and its options; ``None``: those of the process
+    :raises SystemExit: with one sentence, if something is not as it should be
+    """
+    options = list(sys.argv[1:] if arguments is None else arguments)
+    args = parse(options)
+    out = args.out or args.agent.with_suffix(".html")
+    try:
+        make = partial(gym.make, args.env, **env_arguments(args.env_kwargs))
+        env = make_env(make, args.env, args.normalize)
+        agent, *earlier = (load_agent(path, env, args.safe) for path in (args.agent, *args.earlier))
+        command = shlex.join(["python", "-m", "sb3_mbpo", *options])
+        write_report(
+            agent,
+            out,
+            env=make,
+            earlier=earlier,
+            n_episodes=args.episodes,
+            horizon=args.horizon,
+            seed=args.seed,
+            origin=[("command", command)],
+        )
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"sb3_mbpo.diagnostics.report: {error}") from None
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

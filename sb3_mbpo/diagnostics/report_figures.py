@@ -1,0 +1,196 @@
+"""The figures of a diagnosis."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sb3_mbpo.compare.html import COLOURS, counted
+from sb3_mbpo.diagnostics.diagnosis import Diagnosis
+from sb3_mbpo.diagnostics.metrics import N_SAMPLES
+from sb3_mbpo.theory import optimal_rollout_length
+
+MODEL, REAL, OTHER, *_ = COLOURS
+INK = "0.15"
+# Columns whose trajectories are drawn, at most.
+MOST_COLUMNS = 12
+BANDS = ((5, 95, 0.15), (25, 75, 0.3))
+# k* is not drawn beyond it; the schedules in use end far below.
+LONGEST = 200
+
+
+def png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def name(column: int) -> str:
+    """:return: of a column of a :class:`.Diagnosis`"""
+    return "reward" if column == 0 else f"obs {column - 1}"
+
+
+def tidy(axes: Axes, x: str, y: str = "") -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_bands(axes: Axes, x: np.ndarray, values: np.ndarray, label: str) -> None:
+    """
+    Median and bands.
+
+    :param x: ``(points,)``
+    :param values: ``(points, many)``; NaN is left out
+    """
+    for low, high, alpha in BANDS:
+        axes.fill_between(x, *np.nanpercentile(values, (low, high), axis=1), color=MODEL, alpha=alpha, linewidth=0)
+    axes.plot(x, np.nanmedian(values, axis=1), color=MODEL, linewidth=2, label=label)
+
+
+def fan(of: Diagnosis, rollout_length: int) -> Figure:
+    """
+    How the error of the observation grows with the steps.
+
+    :param rollout_length: the one in use, which is marked
+    """
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    errors, still = of.distances()
+    steps = np.flatnonzero(np.isfinite(errors).any(axis=1))
+    draw_bands(axes, steps + 1, np.maximum(errors[steps], 1e-8), "the dynamics")
+    axes.plot(steps + 1, np.nanmedian(still[steps], axis=1), color=REAL, linestyle="--", label="predicting no change")
+    axes.axhline(1, color=INK, linestyle=":", linewidth=1, label="about what predicting the mean comes to")
+    axes.axvline(rollout_length, color=OTHER, linewidth=1.5, label=f"rollout length in use, {rollout_length}")
+    axes.set_yscale("log")
+    tidy(axes, "steps ahead", "error, in standard deviations")
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def trajectories(of: Diagnosis) -> Figure:
+    """Predicted and real values from the start of the first episode, the worst-predicted columns if there are many."""
+    moving = np.flatnonzero(np.isfinite(of.spread))
+    apart = np.nanmean((of.further_samples.mean(axis=0) - of.further.outcomes) ** 2, axis=(0, 1))[moving]
+    shown = np.sort(moving[np.argsort(-apart / of.spread[moving] ** 2)[:MOST_COLUMNS]])
+    n_steps = int(np.isfinite(of.further.outcomes[0]).all(axis=1).sum())
+    n_columns = 2 if len(shown) in (2, 4) else 3
+    n_rows = -(-max(len(shown), 1) // n_columns)
+    figure = Figure(figsize=(10, 0.6 + 2.1 * n_rows), layout="constrained")
+    x = np.arange(1, n_steps + 1)
+    for axes, column in zip(figure.subplots(n_rows, n_columns, squeeze=False).flat, shown, strict=False):
+        draw_bands(axes, x, of.further_samples[:, 0, :n_steps, column].T, "predicted")
+        axes.plot(x, of.further.outcomes[0, :n_steps, column], color=INK, linewidth=1.6, label="real")
+        axes.set_title(name(column), fontsize=10, loc="left")
+        tidy(axes, "")
+    for axes in figure.axes[len(shown) :]:
+        axes.set_visible(False)
+    if len(shown):
+        figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("steps from the start of the episode", fontsize=10)
+    return figure
+
+
+def calibration(of: Diagnosis, horizon: int) -> Figure:
+    """How often intervals hold what happened, against how often they should, of one step and of ``horizon``."""
+    figure = Figure(figsize=(4.8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    nominal = [(N_SAMPLES + 1 - 2 * i) / (N_SAMPLES + 1) for i in range(N_SAMPLES // 2, 0, -1)]
+    axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1, label="calibrated")
+    for k, colour in ((1, MODEL), (horizon, REAL)):
+        shares = np.array([of.coverage(k, one) for one in nominal])
+        known = np.isfinite(shares).all(axis=0)
+        axes.plot(nominal, shares[:, known], color=colour, alpha=0.25, linewidth=0.8)
+        # The reward is another matter, and not in the page's words on the intervals either.
+        known[0] = False
+        if known.any():
+            axes.plot(nominal, shares[:, known].mean(axis=1), "o-", color=colour, label=f"{counted(k, 'step')} ahead")
+    tidy(axes, "nominal", "observed")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(frameon=False)
+    return figure
+
+
+def telling(of: Diagnosis) -> list[int]:
+    """
+    The dimensions of the observation along which the error of one step differs most, most first: by the share of the variance
+    of its logarithm that is between ten bins of equally many states.
+    """
+    rows = of.known(1)
+    error = np.log(of.one_step_distance[rows] + 1e-8)
+    shares = {}
+    for column in np.flatnonzero(np.isfinite(of.spread[1:])):
+        bins = np.array_split(error[of.steps.starts[rows, column].argsort(kind="stable")], min(10, len(error)))
+        between = sum(len(one) * (one.mean() - error.mean()) ** 2 for one in bins)
+        shares[int(column)] = between / max(len(error) * error.var(), 1e-12)
+    return sorted(shares, key=lambda column: -shares[column])
+
+
+def where(of: Diagnosis) -> Figure:
+    """The error of one step over the two dimensions that tell most of it, and along each."""
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    over, *along = figure.subplots(1, 3, width_ratios=(1.35, 1, 1))
+    rows = of.known(1)
+    error, starts = np.maximum(of.one_step_distance[rows], 1e-8), of.steps.starts[rows]
+    columns = (telling(of) * 2)[:2]
+    # The worst on top.
+    order = error.argsort()
+    x, y = (starts[order, column] for column in columns)
+    points = over.scatter(x, y, c=np.log10(error[order]), cmap="viridis", s=9, linewidths=0)
+    figure.colorbar(points, ax=over, label="log10 of the error")
+    tidy(over, name(columns[0] + 1), name(columns[1] + 1))
+    for axes, column in zip(along, columns, strict=True):
+        bins = np.array_split(starts[:, column].argsort(kind="stable"), min(10, len(error)))
+        axes.plot(starts[:, column], error, ".", color=MODEL, alpha=0.25, markersize=3)
+        middle = [(np.median(starts[one, column]), np.median(error[one])) for one in bins]
+        axes.plot(*zip(*middle, strict=True), "o-", color=REAL, label="median of a tenth")
+        axes.set_yscale("log")
+        tidy(axes, name(column + 1), "error of one step")
+    along[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def returns(real: Sequence[float], imagined: np.ndarray) -> Figure:
+    """
+    :param real: of the episodes ``(episodes,)``
+    :param imagined: from their first states, ``(samples, episodes)``; NaN is left out
+    """
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    x = np.arange(1, len(real) + 1)
+    jitter = np.linspace(-0.14, 0.14, len(imagined))[:, None]
+    axes.plot((x + jitter).ravel(), imagined.ravel(), "o", color=MODEL, alpha=0.45, markersize=5, label="imagined")
+    axes.plot(x, real, "D", color=REAL, markersize=8, label="real")
+    axes.set_xticks(x)
+    tidy(axes, "episode", "return")
+    axes.legend(frameon=False)
+    return figure
+
+
+def lengths(model_error: float, gamma: float, rollout_length: int, shifts: Sequence[float]) -> Figure:
+    """
+    k* against the policy's shift, and the rollout length in use.
+
+    :param model_error: the measured proxy of eps_m'
+    :param gamma: discount factor, below 1
+    :param shifts: measured eps_pi, to be marked
+    """
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    x = np.linspace(0, 1, 401)
+    best = [optimal_rollout_length(model_error=model_error, policy_shift=shift, gamma=gamma, longest=LONGEST) for shift in x]
+    axes.plot(x, best, color=MODEL, linewidth=2, label="k* of Theorem 4.3")
+    axes.axhline(rollout_length, color=OTHER, linewidth=1.5, label=f"rollout length in use, {rollout_length}")
+    axes.axvline(model_error, color=INK, linestyle=":", linewidth=1, label="$\\epsilon_m'$ as measured")
+    for i, shift in enumerate(shifts):
+        axes.axvline(shift, color=REAL, linewidth=1.2, label="" if i else "$\\epsilon_\\pi$ against earlier policies")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(-0.1, LONGEST * 1.2)
+    axes.set_yticks([0, 1, 2, 5, 10, 20, 50, 100, 200], labels=["0", "1", "2", "5", "10", "20", "50", "100", "200+"])
+    axes.set_xlim(0, 1)
+    tidy(axes, "shift of the policy since the data, $\\epsilon_\\pi$", "rollout length")
+    axes.legend(loc="lower right", framealpha=0.9)
+    return figure

@@ -1,0 +1,1 @@
+"""Models of the environment: the contract, and the ensemble of the paper."""

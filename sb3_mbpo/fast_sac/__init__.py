@@ -1,0 +1,1 @@
+"""SAC's update, faster: derivatives written out on the CPU, one CUDA graph on a GPU."""

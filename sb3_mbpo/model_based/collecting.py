@@ -1,0 +1,87 @@
+"""How a model-based agent gets its real transitions: through the boundary, else as ever."""
+
+import warnings
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mbpo.saving.save_load import Saving
+from sb3_mbpo.validation.env_outputs import Boundary
+from sb3_mbpo.validation.misuse import missing_statistics
+from sb3_mbpo.validation.unsupported import check_env
+
+
+class Collecting(Saving):
+    """The part of :class:`ModelBased` that steps and resets the env."""
+
+    # Kept out of the zip, see below.
+    _boundary: Boundary | None = None
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        See SB3.
+
+        :raises ValueError: see :func:`.unsupported.check_env`
+        """
+        check_env(env)
+        super().set_env(env, force_reset)
+        if (warning := missing_statistics(self)) is not None:
+            warnings.warn(warning, stacklevel=3)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_boundary"]
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        assert self.env is not None
+        # Wrappers may have been put in or taken out since the last time.
+        self._boundary = Boundary(self.env)
+        if reset_num_timesteps or self._last_obs is None:
+            self._boundary.watch("reset", 0 if reset_num_timesteps else self.num_timesteps)
+        try:
+            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+        finally:
+            self._leave(self._boundary)
+
+    def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """
+        See SB3.
+
+        :raises InvalidTransition: the env returned what cannot be learned from
+        :raises ValueError: or learning has diverged, see :meth:`check_parameters`
+        """
+        if self._boundary is None or self._boundary.env is not env:
+            self._boundary = Boundary(env)
+        self.replay_buffer.copies_ends = self._boundary.copies_ends
+        self._boundary.in_use = True
+        try:
+            return super().collect_rollouts(env, *args, **kwargs)
+        except ValueError:
+            # Of PyTorch's distributions, or of an env that was given such actions.
+            self.check_parameters()
+            raise
+        finally:
+            self._leave(self._boundary)
+
+    def _sample_action(self, *args: Any, **kwargs: Any) -> Any:
+        # What SB3 calls right before it steps the env. Nothing of the user's runs between, so nobody sees the env watched.
+        actions = super()._sample_action(*args, **kwargs)
+        if self._boundary is not None and self._boundary.in_use:
+            self._boundary.watch("step", self.num_timesteps)
+        return actions
+
+    def _leave(self, boundary: Boundary) -> None:
+        boundary.release()
+        boundary.in_use = False
+        if boundary.in_doubt:
+            boundary.in_doubt = False
+            # The envs have moved on from there: a transition from it would be made up. Without it, SB3 resets them.
+            self._last_obs = None

@@ -1,0 +1,138 @@
+"""What an agent lends to its imagination: policy, dynamics and termination, in the terms of branched rollouts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mbpo.arguments.arguments import resolve
+from sb3_mbpo.buffers.replay_buffer import normalize_obs
+from sb3_mbpo.dynamics.base import DynamicsModel, KnownReward
+from sb3_mbpo.model_based.collecting import Collecting
+from sb3_mbpo.rewards.learned import LearnedReward, TransitionReward
+from sb3_mbpo.terminations.known import in_env_terms
+from sb3_mbpo.trust.filters import FILTERS, Filtering, Rule
+
+
+class Imagining(Collecting):
+    """The part of :class:`ModelBased` that branched rollouts are made with."""
+
+    dynamics: DynamicsModel
+    policy: Any
+    actor: Any
+    reward_fn: str | Callable[..., th.Tensor] | None
+    rollout_filter: str | Rule | None
+    filter_memory: list[float]
+    termination: Any
+    learned_termination: Any
+    learned_reward: LearnedReward
+
+    @property
+    def learns_reward(self) -> bool:
+        """Whether the reward is learned as a function of the transition; else it is known, or the dynamics predicts it."""
+        return self.reward_fn is None and not self.dynamics.own_reward
+
+    @property
+    def known_reward(self) -> Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor] | None:
+        """``reward_fn`` on flat observations and actions in [-1, 1], if it is a function."""
+        if self.reward_fn is None or (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
+            return None
+        reward_fn = resolve(self.reward_fn, "reward_fn")
+        return lambda *transition: reward_fn(*self._in_env_terms(transition))
+
+    @property
+    def imagined_dynamics(self) -> DynamicsModel:
+        """What imagined transitions come from: the dynamics, with the learned reward of a transition or a known one."""
+        if self.learns_reward:
+            return TransitionReward(self.dynamics, self.learned_reward, self.terminates)
+        known = self.known_reward
+        return self.dynamics if known is None else KnownReward(self.dynamics, known)
+
+    def without_unused_rewards(self, transitions: ReplayBufferSamples) -> ReplayBufferSamples:
+        """
+        :param transitions: real transitions
+        :return: what the dynamics is fitted to: a reward that comes from elsewhere is 0, a constant, so that it takes no part
+            in loss, hold-out error and disagreement
+        """
+        unused = not self.dynamics.own_reward and (self.learns_reward or self.known_reward is not None)
+        return transitions._replace(rewards=th.zeros_like(transitions.rewards)) if unused else transitions
+
+    def predict_reward(
+        self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, terminated: th.Tensor
+    ) -> th.Tensor | None:
+        """
+        The reward that an imagined transition gets.
+
+        :param obs: raw observations ``(B, obs_dim)``
+        :param actions: in [-1, 1], ``(B, action_dim)``
+        :param next_obs: raw observations ``(B, obs_dim)``
+        :param terminated: whether the episode ends, bool ``(B,)``
+        :return: ``(B,)``; ``None`` if the dynamics predicts it together with the next observation
+        """
+        if self.learns_reward:
+            return self.learned_reward(obs, actions, next_obs, terminated)
+        known = self.known_reward
+        return None if known is None else known(obs, actions, next_obs)
+
+    @th.no_grad()
+    def predict_mean(self, steps: ReplayBufferSamples) -> th.Tensor:
+        """
+        What the agent expects of real steps: the dynamics' mean, with the reward that is paid in imagination.
+
+        :param steps: raw and flat
+        :return: reward and next observation ``(B, 1 + obs_dim)``
+        """
+        prediction = self.dynamics.predict_mean(steps.observations, steps.actions)
+        ended = steps.dones.flatten() > 0.5
+        rewards = self.predict_reward(steps.observations, steps.actions, prediction[:, 1:], ended)
+        return prediction if rewards is None else th.cat([rewards.unsqueeze(1), prediction[:, 1:]], dim=1)
+
+    def filtering(self, transitions: ReplayBufferSamples) -> Filtering | None:
+        """
+        :param transitions: all real transitions
+        :return: what ``rollout_filter`` stands for, at work in the next refill
+        """
+        if self.rollout_filter is None:
+            return None
+        name = self.rollout_filter if isinstance(self.rollout_filter, str) else ""
+        rule = FILTERS.get(name) or resolve(self.rollout_filter, "rollout_filter")
+        return Filtering(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_memory)
+
+    @contextmanager
+    def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:
+        """Lends the policy, in evaluation mode, as ``branched_rollout`` wants it."""
+        training = self.policy.training
+        self.policy.set_training_mode(False)
+        try:
+            yield self._imagined_actions
+        finally:
+            self.policy.set_training_mode(training)
+            if self.use_sde:
+                self.actor.reset_noise(self.n_envs)  # type: ignore[operator]
+
+    def _imagined_actions(self, obs: th.Tensor) -> th.Tensor:
+        """
+        :param obs: raw observations ``(B, obs_dim)``
+        :return: actions of the stochastic policy in [-1, 1], ``(B, action_dim)``
+        """
+        if self.use_sde:
+            self.actor.reset_noise(len(obs))  # type: ignore[operator]
+        policy_obs = normalize_obs(obs.reshape(len(obs), *self.observation_space.shape), self._vec_normalize_env)
+        return self.policy._predict(policy_obs, deterministic=False).reshape(len(obs), -1)
+
+    def _in_env_terms(self, transition: tuple[th.Tensor, ...]) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        return in_env_terms(transition, self.observation_space, self.action_space)
+
+    def terminates(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        """
+        Which transitions end an imagined episode.
+
+        :param obs: raw observations ``(B, obs_dim)``
+        :param actions: in [-1, 1], ``(B, action_dim)``
+        :param next_obs: raw observations ``(B, obs_dim)``
+        :return: bool ``(B,)``
+        """
+        function = self.learned_termination if isinstance(self.termination, str) else self.termination
+        return function(*self._in_env_terms((obs, actions, next_obs)))

@@ -1,0 +1,59 @@
+"""How a model-based agent's `learn` is saved, left and resumed, if it has a ResumeCallback."""
+
+from functools import partial
+from typing import Any, TypeVar
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
+
+from sb3_mbpo.checkpoints.interrupts import Interrupted
+from sb3_mbpo.checkpoints.resume_callback import ResumeCallback, will_resume
+from sb3_mbpo.checkpoints.training_state import all_callbacks
+from sb3_mbpo.model_based.collecting import Collecting
+from sb3_mbpo.validation.misuse import check_evaluation
+
+SelfResuming = TypeVar("SelfResuming", bound="Resuming")
+
+
+class Resuming(Collecting):
+    """The part of :class:`ModelBased` that lets a ``ResumeCallback`` in."""
+
+    #: The ``ResumeCallback`` of the present ``learn``, if there is one.
+    resumable: ResumeCallback | None = None
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "resumable"]
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        everything = super()._init_callback(callback, progress_bar)
+        check_evaluation(self.env, all_callbacks(everything))
+        if self.resumable is not None:
+            self.resumable.begin(everything)
+        return everything
+
+    def learn(
+        self: SelfResuming,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfResuming:
+        """See SB3."""
+        # A run that goes on also goes on with its log.
+        reset = reset_num_timesteps and not (self.num_timesteps == 0 and will_resume(callback))
+        try:
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset, progress_bar)
+        except Interrupted:
+            assert self.resumable is not None
+            self.resumable.undo_train()
+            return self
+        finally:
+            if self.resumable is not None:
+                self.resumable.end()
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """See SB3; before it is the point at which a run is saved, resumed and left."""
+        collect = partial(super().collect_rollouts, *args, **kwargs)
+        return collect() if self.resumable is None else self.resumable.rollout(collect)

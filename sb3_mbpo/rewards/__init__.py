@@ -1,0 +1,1 @@
+"""The reward as a function of the transition: learned, or a user's compared with the real ones."""

@@ -1,0 +1,1 @@
+"""The machine: threads, memory, denormal numbers, versions."""

@@ -1,0 +1,1 @@
+"""Agents, buffers and policies as files, and back."""

@@ -1,0 +1,287 @@
+"""What a model-based agent saves, loads and takes over, and how it changes places with its model-free relative."""
+
+import inspect
+import io
+import json
+import warnings
+import zipfile
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import open_path, save_to_zip_file
+from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_mbpo.arguments.user_functions import check_device
+from sb3_mbpo.buffers.model_buffer import ModelBuffer
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
+from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, save_tensors, starts_as_zip
+from sb3_mbpo.saving.description import register
+from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
+from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
+from sb3_mbpo.validation.misuse import missing_statistics
+from sb3_mbpo.validation.rules import did_you_mean, shown
+from sb3_mbpo.validation.unsupported import check_env
+
+SelfSaving = TypeVar("SelfSaving", bound="Saving")
+
+# What ModelBased keeps beside its arguments and networks.
+_COUNTERS = (
+    *("termination", "dynamics_fitted_at", "_earlier_timesteps", "trusted_length", "imagined_share", "filter_memory"),
+    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
+    *("_warned_of_termination", "_warned_of"),
+)
+# Arguments that say which networks and optimizers there are.
+_SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
+
+
+def _glance(path: Any) -> dict[str, Any] | None:
+    """The JSON in an agent's zip; ``None``: there is no dynamics in it. Empty for what is no zip: SB3 says what is wrong."""
+    file = open_path(path, "r", suffix="zip")
+    start = file.tell()
+    try:
+        archive = zipfile.ZipFile(file)
+        if "dynamics.pth" not in archive.namelist():
+            return None
+        return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+    except (zipfile.BadZipFile, ValueError):
+        return {}
+    finally:
+        if file is path:
+            file.seek(start)
+        else:
+            file.close()
+
+
+def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
+    known = ({*inspect.signature(cls).parameters} - {"policy"} | more) - {"kwargs"}
+    for name in set(kwargs) - known:
+        raise ValueError(f"load: {cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
+
+
+def _loaded(agent: SelfSaving) -> SelfSaving:
+    """:return: the agent, after a warning where its env is not normalized as that which it learned in"""
+    if (warning := missing_statistics(agent)) is not None:
+        warnings.warn(warning, stacklevel=3)
+    return agent
+
+
+class Saving(OffPolicyAlgorithm):
+    """The part of :class:`ModelBased` that deals with what comes from outside and outlives the process."""
+
+    observation_space: spaces.Box
+    action_space: spaces.Box
+    replay_buffer: MixedReplayBuffer
+    dynamics: Any
+    dynamics_window: int | None
+    model_train_freq: int
+    retained_rollouts: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.policy_aliases:  # an algorithm, no mixin
+            register(cls)
+
+    @classmethod
+    def load(
+        cls: type[SelfSaving],
+        path: Any,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        safe: bool = False,
+        **kwargs: Any,
+    ) -> SelfSaving:
+        """
+        See SB3. The real transitions are not in the zip: see ``save_replay_buffer``.
+
+        :param safe: ``False``: as SB3 does it, which runs whatever code the author of the file has put into it; ``True``:
+            nothing is unpickled, and only JSON and tensors are read. Arguments that JSON cannot hold (functions, and classes
+            of yours) have to be passed again, and ``tensorboard_log``, too
+        :raises ValueError: the zip is a model-free agent's, or ``kwargs`` has what is no argument of the constructor; or, with
+            ``safe``, the file is not what ``save`` writes
+        """
+        _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
+        if env is not None:
+            check_env(env)
+        # The warning is the constructor's.
+        check_device(device)
+        if safe:
+            if custom_objects is not None:
+                raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
+            return _loaded(load_safely(cls, path, env, device, kwargs))
+        data = _glance(path)
+        if data is None:
+            raise ValueError(
+                f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
+                f"new agent with a policy of the same kind and net_arch and load them into it: agent = {cls.__name__}(...); "
+                "agent.set_parameters(path, exact_match=False)"
+            )
+        if kwargs.get("policy_kwargs") is not None and "use_sde" in (data.get("policy_kwargs") or {}):
+            # SB3 writes this into the dictionary it is given, and then wants an equal one; the caller's stayed as it was.
+            kwargs["policy_kwargs"] = {"use_sde": data.get("use_sde", False), **kwargs["policy_kwargs"]}
+        if "stats_window_size" in kwargs:
+            # SB3 keeps it under another name, and would not find it.
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
+        try:
+            return _loaded(super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs))
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+            shaping = {name: kwargs[name] for name in _SHAPING if name in kwargs}
+            if not shaping:
+                raise
+            passed = ", ".join(f"{name}={shown(value)}" for name, value in shaping.items())
+            raise ValueError(
+                f"load: the networks in {path} do not fit {passed} ({error}). Leave these out: they are in the file"
+            ) from error
+
+    def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads."""
+        whole = io.BytesIO()
+        super().save(whole, exclude, include)
+        with zipfile.ZipFile(whole, "a") as archive:
+            archive.writestr(MEMBER, description_text(self))
+        file = open_path(path, "w", suffix="zip")
+        try:
+            file.write(whole.getbuffer())
+        finally:
+            if file is not path:
+                file.close()
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        optimizer = ["dynamics.optimizer"] if getattr(self.dynamics, "optimizer", None) is not None else []
+        learned = ["learned_reward", "learned_termination", "learned_termination.optimizer"]
+        return [*state_dicts, "dynamics", *optimizer, *learned], variables
+
+    def _kept_refills(self) -> int:
+        """Refills that the model buffer keeps."""
+        if self.dynamics_window is None:
+            return self.retained_rollouts
+        # What an older fit imagined rests on none of the newest transitions.
+        return min(self.retained_rollouts, -(-self.dynamics_window // self.model_train_freq))
+
+    def _make_replay_buffer(self) -> MixedReplayBuffer:
+        try:
+            return MixedReplayBuffer(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                self.device,
+                self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **self.replay_buffer_kwargs,
+                retained_rollouts=self._kept_refills(),
+                **{name: getattr(self, name) for name in ("real_ratio", "model_buffer_size", "seed")},
+            )
+        except MemoryError as error:
+            raise ValueError(f"buffer_size={self.buffer_size} does not fit into memory ({error}). Lower it") from error
+
+    def save_replay_buffer(self, path: Any, imagined: bool = False, safe: bool = False) -> None:
+        """
+        See SB3; the file is as large as what is filled.
+
+        :param path: see SB3; a name that ends in ``.pt`` means ``safe``
+        :param imagined: with the imagined transitions, too; without, a loaded agent imagines new ones before it trains
+        :param safe: tensors instead of a pickle: nobody who loads it has to trust you
+        """
+        buffer, full = self.replay_buffer, self.replay_buffer.model_buffer
+        if safe or str(path).endswith(f".{SUFFIX}"):
+            save_tensors(buffer, path, imagined)
+            return
+        if not imagined:
+            buffer.model_buffer = ModelBuffer(full.widths[0], full.widths[1], full.refills.maxlen or 1, full.max_rows)
+        try:
+            super().save_replay_buffer(path)
+        finally:
+            buffer.model_buffer = full
+
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True, safe: bool = False) -> None:
+        """
+        See SB3; also takes the pickled replay buffer of a model-free agent.
+
+        :param safe: refuse a pickle, which would run whatever code its author has put into it
+        :raises ValueError: with ``safe``, or if it is no pickle: the file is not what ``save_replay_buffer`` writes
+        """
+        mine = self.replay_buffer
+        # It may have been thrown away to make room, or the agent moved to another device.
+        fits = mine is not None and mine.device == self.device
+        file = open_path(path, "r", suffix=SUFFIX if safe else "pkl")
+        with nullcontext() if file is path else file:
+            if safe or starts_as_zip(file):
+                mine = mine if fits else self._make_replay_buffer()
+                load_tensors(mine, file, path)
+                self.replay_buffer = mine
+                return
+            super().load_replay_buffer(file, truncate_last_traj)
+        loaded, self.replay_buffer = self.replay_buffer, mine if fits else self._make_replay_buffer()
+        self.replay_buffer.adopt(loaded)
+        self.replay_buffer.device = self.device
+
+    def prefill(self, data: Any) -> None:
+        """
+        Start from transitions that exist already: they go where real ones go, and so to the dynamics.
+
+        No env transition is counted: the rollout length and all that is due stay where they are. What is there already stays,
+        as far as ``buffer_size`` has room; at ``verbose=1`` a line says how many transitions were added to how many.
+
+        :param data: a Minari dataset, a replay buffer of SB3, or arrays by name, see :func:`.offline_data.read_transitions`
+        :raises ValueError: what does not fit this agent's spaces
+        """
+        transitions = read_transitions(data, self.observation_space, self.action_space)
+        rows = rows_of_steps(transitions, self.n_envs, self.policy.scale_action)
+        if len(rows["rewards"]) > self.replay_buffer.buffer_size:
+            room = self.replay_buffer.buffer_size * self.n_envs
+            given = rows["rewards"].size
+            warnings.warn(f"prefill: of {given} transitions the last {room} are kept; raise buffer_size", stacklevel=2)
+        before = self.replay_buffer.size() * self.n_envs
+        self.replay_buffer.insert(rows)
+        if self.verbose >= 1:
+            there = f" to the {before:,} that were there" if before else ""
+            now = self.replay_buffer.size() * self.n_envs
+            print(f"prefill: added {rows['rewards'].size:,} transitions{there}; the replay buffer holds {now:,}")
+
+    def _model_free(self) -> Any:
+        """
+        :return: an agent of SB3's own class with the same arguments, networks, optimizers and counters, on the same env, and
+            an empty replay buffer
+        """
+        base: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, Saving))
+        assert issubclass(base, OffPolicyAlgorithm)
+        ours = {*inspect.signature(type(self)).parameters, *_COUNTERS} - {*inspect.signature(base).parameters}
+        excluded = {
+            *ours,
+            *self._excluded_save_params(),
+            *(name.split(".")[0] for name in chain(*self._get_torch_save_params())),
+        }
+        data = {name: value for name, value in vars(self).items() if name not in excluded}
+        state_dicts, variables = base._get_torch_save_params(self)
+        parameters = {name: value for name, value in self.get_parameters().items() if name in state_dicts}
+        file = io.BytesIO()
+        save_to_zip_file(
+            file,
+            data | {"replay_buffer_class": ReplayBuffer},
+            parameters,
+            {name: getattr(self, name) for name in variables},
+        )
+        file.seek(0)
+        return base.load(file, env=self.env, device=self.device)
+
+    def check_parameters(self) -> None:
+        """
+        :raises ValueError: parameters of actor or critic are not finite: learning has diverged, and there is no way back
+        """
+        for name, value in self.policy.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"Learning has diverged: after {self.num_timesteps} steps and {self._n_updates} updates, the policy's "
+                    f"{name} is not finite. Lower learning_rate={shown(self.learning_rate)} or gradient_steps="
+                    f"{self.gradient_steps}, and go back to an agent or a checkpoint that was saved before"
+                )

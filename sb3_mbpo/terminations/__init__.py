@@ -1,0 +1,1 @@
+"""When imagined episodes end: known rules, and a learned one."""

@@ -1,0 +1,282 @@
+"""When an imagined episode ends: the rules of known tasks, read from the env, and the audit of a user's own."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import gymnasium as gym
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+
+# (obs, actions, next_obs) -> bool (B,): raw observations, actions in the env's own scale, float32, on the agent's device.
+TerminationFn: TypeAlias = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+
+
+@dataclass(frozen=True)
+class NeverTerminates:
+    """Episodes end by time limits only. A non-finite observation is no end either: that is the env's own answer."""
+
+    def __call__(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        return th.zeros(len(next_obs), dtype=th.bool, device=next_obs.device)
+
+
+class HealthyRange(NamedTuple):
+    """The entries ``first:stop`` of an observation, and the bounds between which they are healthy."""
+
+    first: int
+    stop: int | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LeavesHealthyRange:
+    """
+    Terminated once an entry of ``next_obs`` leaves its range: Hopper, Walker2d, Ant, Humanoid, InvertedPendulum.
+
+    Non-finite entries end an episode where the env says so: any entry with ``finite``, any entry of a range always;
+    a NaN velocity of Walker2d or Humanoid does not, since their rules look at the position alone.
+    What observations cannot show: Hopper ends when a velocity leaves +-100, but shows velocities cut at +-10;
+    and the env compares in float64: a value within float32 rounding of a bound may be judged differently.
+
+    :param closed: the bounds themselves are healthy
+    :param finite: all of ``next_obs`` must be finite (Ant's own rule looks at positions and velocities only)
+    """
+
+    ranges: tuple[HealthyRange, ...]
+    closed: bool = False
+    finite: bool = False
+
+    def __call__(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        healthy = _finite(next_obs) if self.finite else next_obs.new_ones(len(next_obs), dtype=th.bool)
+        for first, stop, low, high in self.ranges:
+            # Both bounds against the signed value: the original's `abs` of a comparison let large negatives live.
+            x = next_obs[:, first:stop]
+            healthy &= ((low <= x) & (x <= high) if self.closed else (low < x) & (x < high)).all(dim=1)
+        return ~healthy
+
+
+@dataclass(frozen=True)
+class TipFalls:
+    """
+    InvertedDoublePendulum: terminated once the tip of the second pole is at ``height`` metres or below.
+
+    ``next_obs`` starts with (cart, sin 1, sin 2, cos 1, cos 2); atan2 makes an angle of an imagined sine and cosine
+    off the unit circle. A NaN angle does not terminate, as in the env. What observations cannot show: the env reads
+    the tip where the last stage of the Runge-Kutta step left it, up to a centimetre from where the observed
+    angles put it.
+
+    :param link: length of either pole in metres, as in Gymnasium's own XML file
+    """
+
+    height: float = 1.0
+    link: float = 0.6
+
+    def __call__(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        first, second = th.atan2(next_obs[:, 1:3], next_obs[:, 3:5]).unbind(dim=1)
+        return self.link * (first.cos() + (first + second).cos()) <= self.height
+
+
+KNOWN_TERMINATIONS = (NeverTerminates, LeavesHealthyRange, TipFalls)
+
+
+def _finite(obs: th.Tensor) -> th.Tensor:
+    return obs.isfinite().flatten(1).all(dim=1)
+
+
+_Read: TypeAlias = Callable[[str], Any]  # the value of a named attribute of the env
+
+
+def _healthy(hidden: int, *entries: tuple[str, int, int | None], closed: bool = False, read: _Read) -> TerminationFn:
+    """
+    :param hidden: leading positions that ``exclude_current_positions_from_observation`` hides
+    :param entries: (attribute with the range, first, stop), counted without the hidden positions
+    """
+    if not read("_terminate_when_unhealthy"):
+        return NeverTerminates()
+    start = 0 if read("_exclude_current_positions_from_observation") else hidden
+    ranges = (HealthyRange(start + i, j and start + j, *map(float, read(name))) for name, i, j in entries)
+    return LeavesHealthyRange(tuple(ranges), closed=closed, finite=closed)
+
+
+def _inverted_pendulum(read: _Read) -> TerminationFn:
+    return LeavesHealthyRange((HealthyRange(1, 2, -0.2, 0.2),), closed=True, finite=True)
+
+
+def _inverted_double_pendulum(read: _Read) -> TerminationFn | None:
+    # The one rule that rests on a body's measures; the others speak of the same coordinates whatever the XML file.
+    shipped = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets", "inverted_double_pendulum.xml")
+    return TipFalls() if os.path.realpath(read("fullpath")) == os.path.realpath(shipped) else None
+
+
+def _never(read: _Read) -> TerminationFn:
+    return NeverTerminates()
+
+
+_Z, _ANGLE, _STATE = ("_healthy_z_range", 0, 1), ("_healthy_angle_range", 1, 2), ("_healthy_state_range", 1, None)
+_MUJOCO: dict[str, tuple[str, Callable[..., TerminationFn | None]]] = {
+    "hopper": ("Hopper", partial(_healthy, 1, _Z, _ANGLE, _STATE)),
+    "walker2d": ("Walker2d", partial(_healthy, 1, _Z, _ANGLE)),
+    "ant": ("Ant", partial(_healthy, 2, _Z, closed=True)),
+    "humanoid": ("Humanoid", partial(_healthy, 2, _Z)),
+    "inverted_pendulum": ("InvertedPendulum", _inverted_pendulum),
+    "inverted_double_pendulum": ("InvertedDoublePendulum", _inverted_double_pendulum),
+    **{task.lower(): (task, _never) for task in ("Swimmer", "Reacher", "Pusher", "HumanoidStandup")},
+    "half_cheetah": ("HalfCheetah", _never),
+}
+# Each of these modules defines one env class, so its name stands for the task.
+_TASKS = {f"gymnasium.envs.mujoco.{k}_{v}": (f"{task}-{v}", rule) for k, (task, rule) in _MUJOCO.items() for v in ("v4", "v5")}
+_TASKS["gymnasium.envs.classic_control.pendulum"] = ("Pendulum-v1", _never)
+
+# Wrappers that change neither the observation nor where an episode terminates. (MBPO stores raw observations.)
+_PLAIN_VEC_WRAPPERS = {"VecNormalize", "VecMonitor", "VecCheckNan", "VecVideoRecorder"}
+_PLAIN_WRAPPERS = {"TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo"}
+_PLAIN_WRAPPERS |= {"HumanRendering", "RenderCollection", "ClipAction", "RescaleAction", "TransformAction"}
+_PLAIN_WRAPPERS |= {"ClipReward", "NormalizeReward", "TransformReward"}
+# The RL Zoo puts its own time limit, which only reports the cut differently, in the place of Gymnasium's.
+_PLAIN_ELSEWHERE = {
+    ("stable_baselines3.common.monitor", "Monitor"),
+    ("rl_zoo3.gym_patches", "PatchedTimeLimit"),
+    ("sb3_mbpo.checkpoints.env_state", "RestorableEnv"),
+}
+
+
+class Asks:
+    """
+    A question put to every wrapper of an env where the env lives, by ``VecEnv.env_is_wrapped``.
+
+    A worker of SubprocVecEnv dies of an answer that cannot be pickled, as a class defined in a function.
+    ``isinstance(wrapper, self)`` is evaluated inside the worker, and only a bool comes back.
+    """
+
+    def __init__(self, question: Callable[[gym.Wrapper], bool]) -> None:
+        self.question = question
+
+    def __instancecheck__(self, wrapper: Any) -> bool:
+        return self.question(wrapper)
+
+    def of(self, env: VecEnv, index: int) -> bool:
+        return env.env_is_wrapped(cast(type[gym.Wrapper], self), indices=index)[0]
+
+
+def _is_patched(thing: Any) -> bool:
+    """Whether a method, or a property, was replaced on this one instance."""
+    of_class = [getattr(type(thing), name, None) for name in vars(thing)]
+    return any(callable(value) or isinstance(value, property) for value in of_class)
+
+
+def _is_strange(wrapper: gym.Wrapper) -> bool:
+    module, name = type(wrapper).__module__, type(wrapper).__name__
+    plain = module.startswith("gymnasium.wrappers.") and name in _PLAIN_WRAPPERS
+    plain |= (module, name) in _PLAIN_ELSEWHERE
+    return not plain or _is_patched(wrapper)
+
+
+def _is_wrapper(wrapper: gym.Wrapper) -> bool:
+    return True
+
+
+def _prints_oddly(wrapper: gym.Wrapper) -> bool:
+    inner = wrapper.env
+    return type(wrapper).__str__ is not gym.Wrapper.__str__ or (
+        not isinstance(inner, gym.Wrapper) and type(inner).__str__ is not gym.Env.__str__
+    )
+
+
+def _obeys(module: str, env: gym.Env) -> bool:
+    """:return: whether the innermost env is of the class in ``module``, or of one that inherits its rule unchanged"""
+    env = env.unwrapped
+    task = next((kind for kind in type(env).__mro__ if kind.__module__ == module), None)
+    methods = ("step", "_get_obs", "is_healthy", "terminated", "state_vector")
+    same = task is not None and all(getattr(type(env), name, None) is getattr(task, name, None) for name in methods)
+    return same and not _is_patched(env)
+
+
+def _task_of(env: VecEnv, index: int) -> str | None:
+    """:return: the module of the known task that an env obeys"""
+
+    def obeys(module: str) -> bool:
+        # An env without any wrapper is not asked by ``env_is_wrapped``, and in another process it cannot be looked at.
+        here = isinstance(env, DummyVecEnv) and _obeys(module, env.envs[index])
+        return here or Asks(partial(_obeys, module)).of(env, index)
+
+    return next(filter(obeys, _TASKS), None)
+
+
+def _known_in_one(env: VecEnv, index: int) -> tuple[TerminationFn | None, str]:
+    strange = Asks(_is_strange).of(env, index)
+    module = None if strange else _task_of(env, index)
+    if module is not None:
+        task, rule = _TASKS[module]
+        known = rule(read=lambda name: env.get_attr(name, indices=index)[0])
+        return known, f"termination: known, {task}, {known}" if known else f"termination: learned, {task} of another xml_file"
+    # A `__str__` of the user's that raises would end a worker, so only Gymnasium's own is called.
+    chain = "the environment" if Asks(_prints_oddly).of(env, index) else env.env_method("__str__", indices=index)[0]
+    if strange:
+        return None, f"termination: learned, a wrapper of {chain} may change what is observed or where episodes end"
+    bare = not isinstance(env, DummyVecEnv) and not Asks(_is_wrapper).of(env, index)
+    if bare and env.get_attr("__module__", indices=index)[0] in _TASKS:
+        return None, f"termination: learned, {chain} in another process cannot be looked at without a wrapper, such as Monitor"
+    return None, f"termination: learned, no rule for {chain}, or a method of it was replaced"
+
+
+def known_termination(env: VecEnv) -> tuple[TerminationFn | None, str]:
+    """
+    The termination rule of a task that is known, with its parameters as they are in this env.
+
+    Known are Gymnasium's MuJoCo tasks, v4 and v5, and Pendulum-v1. Wrappers that may change the observation or the
+    end of an episode, subclasses with another rule and sub-environments that differ make the rule unknown.
+
+    :param env: any VecEnv
+    :return: the function or None, and a sentence for the log
+    """
+    while isinstance(env, VecEnvWrapper):
+        kind = type(env)
+        if kind.__name__ not in _PLAIN_VEC_WRAPPERS or not kind.__module__.startswith("stable_baselines3.common.vec_env."):
+            return None, f"termination: learned, the wrapper {kind.__name__} may change what is observed"
+        if _is_patched(env):
+            return None, f"termination: learned, a method of this {kind.__name__} was replaced"
+        env = env.venv
+    if type(env) not in (DummyVecEnv, SubprocVecEnv):
+        return None, f"termination: learned, {type(env).__name__} is neither DummyVecEnv nor SubprocVecEnv"
+    if _is_patched(env):
+        return None, f"termination: learned, a method of this {type(env).__name__} was replaced"
+    found = [_known_in_one(env, index) for index in range(env.num_envs)]
+    if any(known != found[0][0] for known, _ in found):
+        return None, f"termination: learned, the {env.num_envs} environments do not share one rule"
+    return found[0]
+
+
+def in_env_terms(
+    transition: tuple[th.Tensor, ...], observation_space: spaces.Box, action_space: spaces.Box
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    Flat rows, with actions in [-1, 1], as a ``termination_fn`` wants them: in the env's shapes, actions in its scale.
+
+    :param transition: obs ``(B, obs_dim)``, actions ``(B, action_dim)``, next_obs ``(B, obs_dim)``
+    :return: ``(B, *obs_shape)``, ``(B, *action_shape)``, ``(B, *obs_shape)``
+    """
+    obs, actions, next_obs = transition
+    low, high = (th.as_tensor(bound, dtype=th.float32, device=obs.device) for bound in (action_space.low, action_space.high))
+    scaled = low + 0.5 * (actions.reshape(-1, *low.shape) + 1) * (high - low)
+    return obs.reshape(-1, *observation_space.shape), scaled, next_obs.reshape(-1, *observation_space.shape)
+
+
+def disagreement(predicted: th.Tensor, terminated: th.Tensor) -> str | None:
+    """
+    :param predicted: what ``termination_fn`` says of real transitions, bool ``(N,)``
+    :param terminated: what the env said of them, ``(N,)``, time limits excluded
+    :return: a warning if more than 1 % disagree, or at least 3 and more than 10 % of the real terminations are missed:
+        terminations are so rare that a function that never terminates could stay under 1 %
+    """
+    real = terminated.to(predicted.device) > 0.5
+    missed, invented = int((real & ~predicted).sum()), int((~real & predicted).sum())
+    if missed + invented <= 0.01 * len(real) and (missed < 3 or missed <= 0.1 * int(real.sum())):
+        return None
+    return (
+        f"termination_fn disagrees with the environment on {missed + invented} of {len(real)} real transitions: it misses "
+        f'{missed} of {int(real.sum())} terminations and invents {invented}. Correct it, or pass termination_fn="learned".'
+    )

@@ -1,0 +1,1 @@
+"""How far predictions are used: bounds, filters, rollout length, imagined fraction."""

@@ -1,0 +1,305 @@
+"""What comes from the env is looked at before it is stored, counted or learned from."""
+
+from collections.abc import Callable
+from functools import partial
+from math import hypot
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+    unwrap_vec_normalize,
+)
+
+from sb3_mbpo.validation.faults import (
+    FLAGS,
+    FLOATS,
+    LIMIT,
+    RESET_API,
+    STEP_API,
+    InvalidTransition,
+    fault_of_api,
+    fault_of_arrays,
+    flag_fault,
+    observation_fault,
+    reward_fault,
+)
+
+# What hands on what its envs return, and adds nothing.
+TRANSPARENT = (DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize)
+# What can be taken apart.
+SEVERAL = (tuple, list)
+# Dimensions up to which a look at Python's own numbers is faster than at NumPy's.
+SHORT = 32
+
+
+class _Env:
+    """In the place of one env of a ``DummyVecEnv``."""
+
+    def __init__(self, boundary: "Boundary", base: DummyVecEnv, index: int) -> None:
+        self.boundary, self.index, self.is_last = boundary, index, index == base.num_envs - 1
+        space: Any = base.observation_space
+        self.shape, self.dtype = space.shape, space.dtype
+        # Of few numbers, reward included, the length of their vector is taken fastest; it vouches for each of them.
+        self.is_short = len(self.shape) == 1 and self.shape[0] <= SHORT and self.dtype.kind == "f"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("boundary", "index"):
+            # A copy in the making has none yet.
+            raise AttributeError(name)
+        return getattr(self.boundary.inner[self.index], name)
+
+    def step(self, action: np.ndarray) -> Any:
+        boundary = self.boundary
+        try:
+            answer = boundary.inner[self.index].step(action)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if fault := fault_of_api(error, STEP_API):
+                raise boundary.refusal(fault, self.index) from error
+            raise
+        if self.is_short and type(answer) is tuple and len(answer) == 5:
+            obs, reward, terminated, truncated, _ = answer
+            goes_on = type(terminated) in FLAGS and type(truncated) in FLAGS and not (terminated or truncated)
+            if goes_on and type(obs) is np.ndarray and obs.shape == self.shape and obs.dtype.kind == "f":
+                if type(reward) in FLOATS and hypot(*obs.tolist(), reward) <= LIMIT:
+                    if self.is_last:
+                        boundary.finished()
+                    return answer
+        if not isinstance(answer, SEVERAL) or len(answer) != 5:
+            raise boundary.refusal(STEP_API, self.index)
+        for what, flag in zip(("terminated", "truncated"), answer[2:4], strict=True):
+            if fault := flag_fault(flag):
+                raise boundary.refusal(f"{what} {fault}", self.index)
+        ended = bool(answer[2] or answer[3])
+        if fault := observation_fault(answer[0], self.shape, self.dtype):
+            raise boundary.refusal(f"the {'last ' * ended}observation {fault}", self.index)
+        if fault := reward_fault(answer[1]):
+            raise boundary.refusal(f"the reward {fault}", self.index)
+        if ended:
+            # A reset comes next. DummyVecEnv keeps a reference, and the env may write its next observation to the same array.
+            return (np.array(answer[0]), *answer[1:])
+        if self.is_last:
+            boundary.finished()
+        return answer
+
+    def reset(self, **kwargs: Any) -> Any:
+        try:
+            answer = self.boundary.inner[self.index].reset(**kwargs)
+        except (TypeError, ValueError) as error:
+            if fault := fault_of_api(error, RESET_API):
+                raise self.boundary.refusal(fault, self.index) from error
+            raise
+        if not isinstance(answer, SEVERAL) or len(answer) != 2:
+            raise self.boundary.refusal(RESET_API, self.index)
+        if fault := observation_fault(answer[0], self.shape, self.dtype):
+            raise self.boundary.refusal(f"the observation of reset() {fault}", self.index)
+        if self.is_last:
+            self.boundary.finished()
+        return answer
+
+
+class _Remote:
+    """In the place of the connection to one env of a ``SubprocVecEnv``."""
+
+    def __init__(self, boundary: "Boundary", base: SubprocVecEnv, index: int) -> None:
+        self.boundary, self.base, self.index = boundary, base, index
+        space: Any = base.observation_space
+        self.shape, self.dtype = space.shape, space.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("boundary", "index"):
+            # A copy in the making has none yet.
+            raise AttributeError(name)
+        return getattr(self.boundary.inner[self.index], name)
+
+    def recv(self) -> Any:
+        boundary = self.boundary
+        try:
+            answer = boundary.inner[self.index].recv()
+        except (EOFError, ConnectionError) as error:
+            raise type(error)(
+                f"env {self.index}, after {boundary.at} steps: its process has ended; why is in its own message above"
+            ) from error
+        fault = self._fault(answer)
+        if fault and boundary.pending is None:
+            boundary.pending = boundary.refusal(fault, self.index)
+        # Not before every env has been heard: what is left in a connection would be taken for the answer to the next call.
+        if self.index < self.base.num_envs - 1:
+            return answer
+        if boundary.pending is not None:
+            self.base.waiting = False
+            pending, boundary.pending = boundary.pending, None
+            boundary.release()
+            raise pending
+        boundary.finished()
+        return answer
+
+    def _fault(self, answer: Any) -> str:
+        """:param answer: to ``step``: observation, reward, done, info, reset's info; to ``reset``: first and last of them"""
+        parts = [("observation of reset()", answer[0])]
+        if len(answer) == 5:
+            obs, reward, done, info, _ = answer
+            parts = [("last observation", info["terminal_observation"]), *parts] if done else [("observation", obs)]
+            if fault := reward_fault(reward):
+                return f"the reward {fault}"
+            # What the worker made of terminated and truncated: the first of them that is true, else the last.
+            if fault := flag_fault(done) or flag_fault(info["TimeLimit.truncated"]):
+                return f"terminated or truncated {fault}"
+        faults = ((what, observation_fault(obs, self.shape, self.dtype)) for what, obs in parts)
+        return next((f"the {what} {fault}" for what, fault in faults if fault), "")
+
+
+class _Inner:
+    """In the place of what a ``VecNormalize`` is around."""
+
+    def __init__(self, boundary: "Boundary", venv: VecEnv) -> None:
+        self.boundary, self.venv = boundary, venv
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "venv":
+            raise AttributeError(name)
+        return getattr(self.venv, name)
+
+    def step_wait(self) -> Any:
+        answer = self.venv.step_wait()
+        self.boundary.look_at_arrays(self.venv, *answer)
+        return answer
+
+    def reset(self) -> Any:
+        obs = self.venv.reset()
+        self.boundary.look_at_arrays(self.venv, obs)
+        return obs
+
+
+STAND_INS: dict[type, tuple[str, Callable[..., Any]]] = {DummyVecEnv: ("envs", _Env), SubprocVecEnv: ("remotes", _Remote)}
+
+
+class Boundary:
+    """
+    Stands between an env and an agent for the length of one ``step`` or ``reset``, and leaves no trace on the env.
+
+    A ``VecNormalize`` takes what it gets into its statistics, and a ``DummyVecEnv`` spreads an observation that is too small
+    over its whole row: behind them it is too late to look. So the places where they ask for the next values are exchanged
+    until they have them. Behind vectorised wrappers or envs that are not SB3's own, whose insides are unknown, arrays are
+    looked at.
+
+    :param env: the agent's, with all its wrappers
+    """
+
+    def __init__(self, env: VecEnv) -> None:
+        self.env = env
+        #: The agent's ``num_timesteps`` before the call that is watched.
+        self.at = 0
+        #: Steps are to be watched.
+        self.in_use = False
+        #: A call has begun and has not come to its end: where the envs stand is unknown.
+        self.in_doubt = False
+        #: What is to be raised once every env has been heard.
+        self.pending: InvalidTransition | None = None
+        #: What there are stand-ins for at present: the envs, or the connections to them. Empty: nothing is exchanged.
+        self.inner: Any = ()
+        # The call that is taken over, where arrays are looked at, and what the env's own dictionary had under that name.
+        self._taken: str | None = None
+        self._before: Any = None
+        self._attributes = vars(env)
+        layers: list[Any] = [env]
+        while isinstance(layers[-1], VecEnvWrapper):
+            layers.append(layers[-1].venv)
+        base = layers[-1]
+        # What is exchanged during a call: an attribute of the innermost layer, and what stands there meanwhile.
+        self._of_base, self._place, self._stand_ins = vars(base), "", []
+        if type(base) in STAND_INS and isinstance(base.observation_space, spaces.Box):
+            self._place, stand_in = STAND_INS[type(base)]
+            self._stand_ins = [stand_in(self, base, i) for i in range(base.num_envs)]
+        # What its statistics and the replay buffer take is what comes from under a VecNormalize.
+        normalizer = unwrap_vec_normalize(env)
+        cut = len(layers) if normalizer is None else layers.index(normalizer)
+        self._looks_on_top = any(type(layer) not in TRANSPARENT for layer in layers[:cut])
+        looks_inside = normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:])
+        self._looked_into = normalizer if looks_inside else None
+        self._looks_at_arrays = self._looks_on_top or looks_inside
+        #: The last observation of every episode is copied before the env is reset.
+        self.copies_ends = type(base) is DummyVecEnv and bool(self._stand_ins) and not self._looks_at_arrays
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Copied or pickled it is None: it is about one env, and an agent makes another when it needs one.
+        return type(None), ()
+
+    def watch(self, call: str, at: int) -> None:
+        """
+        Look at what comes of the env's next ``step`` or ``reset``, which is to be the next thing that is done.
+
+        :param call: which of the two
+        :param at: the agent's ``num_timesteps``, for the error
+        """
+        self.at, self.in_doubt = at, True
+        if self._stand_ins and not self.inner:
+            of_base, place = self._of_base, self._place
+            self.inner = of_base[place]
+            of_base[place] = self._stand_ins
+        if self._looks_at_arrays:
+            self._taken, self._before = call, self._attributes.get(call)
+            self._attributes[call] = partial(self._ask, call)
+
+    def release(self) -> None:
+        """Leave the env as it was before ``watch``."""
+        if self.inner:
+            self._of_base[self._place] = self.inner
+            self.inner = ()
+        self._give_back()
+
+    def finished(self) -> None:
+        """Called by the last stand-in that is asked, where all there is between it and the agent are layers of SB3's own."""
+        if not self._looks_at_arrays:
+            self._of_base[self._place] = self.inner
+            self.inner, self.in_doubt = (), False
+
+    def _give_back(self) -> None:
+        if self._taken is not None:
+            del self._attributes[self._taken]
+            if self._before is not None:
+                self._attributes[self._taken] = self._before
+            self._taken = None
+
+    def _ask(self, call: str, *arguments: Any) -> Any:
+        self._give_back()
+        normalizer = self._looked_into
+        try:
+            if normalizer is None:
+                answer = getattr(self.env, call)(*arguments)
+            else:
+                answer = self._ask_inside(normalizer, getattr(self.env, call), *arguments)
+        finally:
+            self.release()
+        if self._looks_on_top:
+            self.look_at_arrays(self.env, *((answer,) if call == "reset" else answer))
+            # SB3 keeps a reference, and the next observations may be written to the same array.
+            answer = np.array(answer) if call == "reset" else (np.array(answer[0]), *answer[1:])
+        self.in_doubt = False
+        return answer
+
+    def _ask_inside(self, normalizer: VecNormalize, call: Callable[..., Any], *arguments: Any) -> Any:
+        venv = normalizer.venv
+        normalizer.venv = _Inner(self, venv)  # type: ignore[assignment]
+        try:
+            return call(*arguments)
+        finally:
+            normalizer.venv = venv
+
+    def refusal(self, fault: str, index: int) -> InvalidTransition:
+        """:return: the error to raise"""
+        return InvalidTransition(fault, index, self.at)
+
+    def look_at_arrays(self, venv: VecEnv, *answer: Any) -> None:
+        """
+        :param answer: what ``step_wait`` or ``reset`` of a vectorised env returned
+        :raises InvalidTransition: see above
+        """
+        if found := fault_of_arrays(venv.num_envs, venv.observation_space, *answer):
+            raise self.refusal(*found)

@@ -1,0 +1,78 @@
+"""What imagined transitions do not go with: some spaces, and some ways to replay."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.preprocessing import is_image_space
+
+from sb3_mbpo.validation.misuse import check_wrappers
+from sb3_mbpo.validation.rules import FLAG, MAPPING, is_flag, is_whole, shown
+
+
+def check_env(env: Any) -> None:
+    """
+    :raises ValueError: ``env`` is not an env, or its wrappers are in an order that does not work
+    """
+    if isinstance(env, type) or not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
+        raise ValueError(f"env={shown(env)} must be an env, a VecEnv, or the name of a registered one, such as 'Pendulum-v1'")
+    if isinstance(env, VectorEnv):
+        raise ValueError(
+            f"env={shown(env)} is a vectorised env of Gymnasium, not of Stable-Baselines3. Make one with "
+            "stable_baselines3.common.env_util.make_vec_env(name_or_function, n_envs)"
+        )
+    check_wrappers(env)
+
+
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :raises ValueError: spaces that MBPO cannot imagine in
+    """
+    if not isinstance(observation_space, spaces.Box) or is_image_space(observation_space):
+        raise ValueError(
+            f"env: the observation space {observation_space} is not supported; MBPO's dynamics needs a Box that is "
+            "no image. Flatten a Dict with gymnasium.wrappers.FlattenObservation, or use SAC or another model-free algorithm"
+        )
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"env: the action space {action_space} is not supported; MBPO needs a Box of continuous actions. "
+            "For discrete actions use DQN or PPO"
+        )
+    if not np.all(np.isfinite(action_space.low) & np.isfinite(action_space.high)):
+        raise ValueError(
+            f"env: the action space {action_space} is unbounded; MBPO scales actions to [-1, 1]. "
+            "Give it bounds with gymnasium.wrappers.RescaleAction or a Box with finite low and high"
+        )
+    if not np.all(action_space.low < action_space.high):
+        raise ValueError(
+            f"env: the action space {action_space} has dimensions with low = high, which no action in [-1, 1] stands for. "
+            "Leave them out with gymnasium.wrappers.TransformAction"
+        )
+
+
+def check_replay(agent: Any, allowed: tuple[type, ...]) -> None:
+    """
+    :param agent: with the replay options that it was given
+    :param allowed: what ``replay_buffer_class`` may be
+    :raises ValueError: a replay option that imagined transitions do not go with
+    """
+    if not any(agent.replay_buffer_class is kind for kind in (None, *allowed)):
+        raise ValueError(
+            f"replay_buffer_class={shown(agent.replay_buffer_class)} is not supported; MBPO mixes real and imagined "
+            "transitions in a buffer of its own (no HER, no n-step, no custom classes). Leave it at None"
+        )
+    if not is_whole(agent.n_steps, 1, 1):
+        raise ValueError(
+            f"n_steps={shown(agent.n_steps)} is not supported; imagined transitions are single steps. Leave it at 1"
+        )
+    if not (is_flag(agent.optimize_memory_usage) and not agent.optimize_memory_usage):
+        raise ValueError(
+            f"optimize_memory_usage={shown(agent.optimize_memory_usage)} is not supported; that buffer loses the last "
+            "observation of an episode, which the dynamics learns from. Leave it at False, or lower buffer_size"
+        )
+    MAPPING.check("replay_buffer_kwargs", agent.replay_buffer_kwargs)
+    for key, value in agent.replay_buffer_kwargs.items():
+        if key != "handle_timeout_termination":
+            raise ValueError(f"replay_buffer_kwargs has no key {key!r}; it takes handle_timeout_termination")
+        FLAG.check(f"replay_buffer_kwargs: {key}", value)

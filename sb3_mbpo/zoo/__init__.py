@@ -1,0 +1,1 @@
+"""The RL Zoo's commands with the algorithms of this package."""

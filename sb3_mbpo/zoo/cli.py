@@ -1,0 +1,213 @@
+"""
+The RL Zoo with MBPO in it: ``python -m sb3_mbpo COMMAND ...``, also installed as the command ``sb3_mbpo``.
+
+COMMAND is a script of the Zoo and takes the Zoo's own options: train, enjoy, record_video, record_training, benchmark,
+push_to_hub, load_from_hub, all_plots (in short: plot), plot_from_file, plot_train. One is ours: --checkpoints FOLDER of
+train, see train --help.
+Algorithms: those of the Zoo and mbpo, dhmbpo, mbtd3, mbtqc, mbcrossq. Settings per task: those of this package, unless
+-conf is given.
+"""
+
+import argparse
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+try:
+    import rl_zoo3.train
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+    from rl_zoo3.utils import ALGOS
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "rl_zoo3":
+        raise
+    MISSING = 'sb3_mbpo.zoo.cli needs the RL Zoo: in the checkout of sb3_mbpo, pip install ".[zoo]"'
+    # With the name, `sb3_mbpo compare` can ask for its own extra.
+    raise (SystemExit(MISSING) if __name__ == "__main__" else ModuleNotFoundError(MISSING, name="rl_zoo3")) from None
+
+from sb3_mbpo.runtime.threads import chosen
+from sb3_mbpo.zoo.experiment import ALGORITHMS, BareWords, Experiment, convert, hyperparams_folder, sample
+
+__all__ = ["ALGORITHMS", "hyperparams_folder", "main", "register"]
+
+SCRIPTS = ("record_video", "record_training", "benchmark", "push_to_hub", "load_from_hub")
+PLOTS = {"plot": "all_plots", "all_plots": "all_plots", "plot_from_file": "plot_from_file", "plot_train": "plot_train"}
+COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
+INSTALL = 'in the checkout of sb3_mbpo, pip install ".[{}]"'
+
+
+def register() -> None:
+    """Enter our algorithms into the Zoo's tables, in place: its modules hold the same dictionaries."""
+    ALGOS.update(ALGORITHMS)
+    HYPERPARAMS_SAMPLER.update({name: partial(sample, algorithm) for name, algorithm in ALGORITHMS.items()})
+    HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert))  # type: ignore[arg-type]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within, the attribute ``name`` of ``owner`` is ``value``."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def call_ours(call: Callable[..., int], command: list[str], *args: Any, **kwargs: Any) -> int:
+    """``subprocess.call`` for the Zoo, which starts scripts of its own that do not know our algorithms."""
+    for theirs in (["python", "enjoy.py"], ["python", "-m", "rl_zoo3.record_video"]):
+        if command[: len(theirs)] == theirs:
+            script = theirs[-1].removesuffix(".py").removeprefix("rl_zoo3.")
+            command = [sys.executable, "-m", "sb3_mbpo.zoo.cli", script, *command[len(theirs) :]]
+    return call(command, *args, **kwargs)
+
+
+def save_card(save: Callable[..., Any], path: Path, metadata: dict[str, Any]) -> Any:
+    """``metadata_save`` of the hub, after correcting the model card: the plain Zoo cannot load our agents."""
+    card = path.read_text(encoding="utf-8")
+    card = card.replace("python -m rl_zoo3.", "python -m sb3_mbpo ").replace(
+        "pip install rl_zoo3", '# in a checkout of sb3_mbpo\npip install ".[zoo]"'
+    )
+    path.write_text(card, encoding="utf-8")
+    return save(path, metadata)
+
+
+def mend_hub() -> None:
+    """The Zoo 2.9 asks the hub's package for a function that has another name there since 3.2, and another result."""
+    # Not by `import ... as`: the package has a function of that name too.
+    hub: Any = import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(hub, "generate_metadata"):
+        hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
+
+
+def our_options() -> argparse.ArgumentParser:
+    """:return: what ``train`` takes besides the Zoo's options"""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("options of sb3_mbpo", f"for the algorithms {', '.join(ALGORITHMS)}")
+    group.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="FOLDER",
+        help="Save everything in FOLDER now and then. The same command resumes the run from there. After SIGTERM, SIGINT or "
+        "SIGUSR1 the run is saved and ends with exit code 75.",
+    )
+    return parser
+
+
+def without_checkpoints(options: list[str]) -> tuple[list[str], Path | None]:
+    """:return: the Zoo's own options, and the folder of ``--checkpoints``, if it was given"""
+    given, others = our_options().parse_known_args(options)
+    return others, given.checkpoints
+
+
+def prepare(
+    command: str, options: list[str], stack: ExitStack, experiment: Callable[..., Experiment] = Experiment
+) -> list[str]:
+    """
+    Set the Zoo up for one command.
+
+    :param options: the user's
+    :param stack: undoes everything afterwards
+    :param experiment: what trains
+    :return: the options for the Zoo
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo")
+    parser.add_argument("--env", default="")
+    parser.add_argument("-f", "--folder")
+    parser.add_argument("--benchmark-dir", default="logs/benchmark/")
+    parser.add_argument("--num-threads", type=int, default=-1)
+    given, _ = parser.parse_known_args(options)
+    register()
+    if command == "train" and given.num_threads > 0:
+        # The Zoo calls torch.set_num_threads; where the number is PyTorch's default, only this shows that it was chosen.
+        stack.enter_context(chosen(given.num_threads))
+    if command == "train":
+        options, checkpoints = without_checkpoints(options)
+        if checkpoints is not None:
+            if given.algo not in ALGORITHMS:
+                raise SystemExit(f"--checkpoints works with {', '.join(ALGORITHMS)}, not with {given.algo}")
+            if {"-optimize", "--optimize-hyperparameters"} & set(options):
+                raise SystemExit("--checkpoints is for one run; a search with -optimize goes on through its --storage")
+            experiment = partial(experiment, checkpoints=checkpoints)
+    if command not in PLOTS and given.env.startswith("dm_control/"):
+        if find_spec("dm_control") is None:
+            raise SystemExit(f'{given.env} needs the DeepMind control suite: {INSTALL.format("dm-control")}')
+        # Registers them; the Zoo's --gym-packages is not an option of every command.
+        import shimmy  # noqa: F401
+    stack.enter_context(replaced(rl_zoo3.train, "ExperimentManager", experiment))
+    stack.enter_context(replaced(rl_zoo3.train, "StoreDict", BareWords))
+    stack.enter_context(replaced(subprocess, "call", partial(call_ours, subprocess.call)))
+    if command == "benchmark" and not {"-h", "--help"} & set(options):
+        Path(given.benchmark_dir).mkdir(parents=True, exist_ok=True)
+    if command == "push_to_hub":
+        mend_hub()
+    if given.algo in ALGORITHMS:
+        if command == "push_to_hub":
+            import huggingface_hub.repocard as repocard
+
+            stack.enter_context(replaced(repocard, "metadata_save", partial(save_card, repocard.metadata_save)))
+        if command in ("enjoy", "record_video"):
+            # Watching needs no room for data, and the Zoo knows this of its own algorithms only. push_to_hub would publish
+            # such an agent; what it does not write to takes no memory anyway.
+            stack.callback(register)
+            ALGOS[given.algo] = SimpleNamespace(load=partial(ALGORITHMS[given.algo].load, buffer_size=1))  # type: ignore[assignment]
+        if command in ("enjoy", "record_video", "record_training") and given.folder is None:
+            # The Zoo's default is its collection of trained agents, which has none of ours.
+            options = [*options, "-f", "logs"]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Experiment] = Experiment) -> None:
+    """
+    Run one command of the Zoo.
+
+    :param arguments: the command and its options; ``None``: those of the process
+    :param experiment: what ``train`` makes of them, with the Zoo's arguments
+    """
+    command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    if command not in COMMANDS:
+        raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {', '.join(COMMANDS)}")
+    with ExitStack() as stack:
+        options = prepare(command, options, stack, experiment)
+        stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo.zoo.cli {command}", *options]))
+        if command == "train":
+            if {"-h", "--help"} & set(options):
+                # After the Zoo's own, which ends the process.
+                stack.callback(print, f"\n{our_options().format_help().strip()}")
+            rl_zoo3.train.train()
+        elif command == "enjoy":
+            from rl_zoo3.enjoy import enjoy
+
+            enjoy()
+        elif command in SCRIPTS:
+            runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
+        else:
+            plot(PLOTS[command])
+
+
+def plot(name: str) -> None:
+    """
+    :param name: a function of ``rl_zoo3.plots``
+    :raises SystemExit: the packages for plots are missing
+    """
+    try:
+        from rl_zoo3 import plots
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'plots need the package {error.name}: {INSTALL.format("zoo")}') from None
+    getattr(plots, name)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from tiny import FAST, equal_agents
+
+from sb3_mbpo import MBPO
+from sb3_mbpo.checkpoints.training_state import all_callbacks, put_agent, put_training, take_agent, take_training
+
+
+def learned(n_steps=40, n_envs=1, **settings):
+    env = make_vec_env("Pendulum-v1", n_envs, seed=0)
+    return MBPO("MlpPolicy", env, **{**FAST, "gradient_steps": 3, **settings}).learn(n_steps)
+
+
+def taken(take, *arguments):
+    """A state that has been through JSON, with tensors that share nothing."""
+    tensors: dict = {}
+    state = json.loads(json.dumps(take(*arguments, tensors), allow_nan=False))
+    return state, {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def test_train_undone_and_repeated():
+    """What train() has changed is set back: repeated, it ends where it ended."""
+    agent = learned()
+    before = taken(take_agent, agent)
+    agent.train(gradient_steps=5, batch_size=16)
+    after, updates = taken(take_agent, agent), agent._n_updates
+    put_agent(agent, *before)
+    assert agent._n_updates == updates - 5
+    agent.train(gradient_steps=5, batch_size=16)
+    (state, tensors), (again, tensors_again) = after, taken(take_agent, agent)
+    del state["elapsed"], again["elapsed"]
+    assert state == again and all(th.equal(tensors[name], tensors_again[name]) for name in tensors)
+
+
+def test_into_another_agent():
+    first, second = learned(40, seed=0), learned(25, seed=1)
+    put_training(second, [], *taken(take_training, first, []))
+    assert equal_agents(first, second) and second.num_timesteps == 40
+    assert second.replay_buffer.size() == 40 and second.replay_buffer.pos == 40
+    assert [space.sample() for space in (first.action_space,)] == [space.sample() for space in (second.action_space,)]
+    # One after the other: they share the global generators.
+    state = taken(take_training, first, [])
+    first.learn(20, reset_num_timesteps=False)
+    put_training(second, [], *state)
+    second.learn(20, reset_num_timesteps=False)
+    assert equal_agents(first, second) and second.num_timesteps == 60
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_action_noise_remembers(n_envs):
+    def noise():
+        one = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))
+        return one if n_envs == 1 else VectorizedActionNoise(one, n_envs)
+
+    first, second = learned(40, n_envs, action_noise=noise()), learned(20, n_envs, action_noise=noise())
+    put_training(second, [], *taken(take_training, first, []))
+    np.random.seed(0)
+    a = first.action_noise()
+    np.random.seed(0)
+    assert np.array_equal(a, second.action_noise()) and np.abs(a).max() > 0
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_a_space_without_a_seed(warm_up):
+    """Once something was drawn from it, it goes on from there; before that, there is nothing to keep."""
+    settings = {"seed": None, "learning_starts": 100 if warm_up else 0}
+    first, second = (MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, **settings}) for _ in range(2))
+    state, tensors = taken(take_training, first.learn(5), [])
+    put_training(second.learn(7), [], state, tensors)
+    assert ("agent.action_space" in json.dumps(state["random"])) == warm_up
+    draws = [agent.action_space.sample() for agent in (first, second)]
+    assert np.array_equal(*draws) == warm_up
+
+
+class Counts(BaseCallback):
+    def __init__(self, first=None):
+        super().__init__()
+        self.first, self.seen, self.stream = first, [first], iter(())
+
+    def _on_step(self):
+        self.seen.append(self.num_timesteps)
+        return True
+
+
+def test_callbacks_by_class_and_order():
+    """Each gets what its like had; one that was not there starts anew; what is not plain is left alone."""
+    agent = learned()
+    ours = all_callbacks(CallbackList([Counts(1), EventCallback(Counts(2))]))
+    theirs = all_callbacks(CallbackList([EventCallback(Counts(7)), Counts(8), Counts(9)]))
+    assert [type(one).__name__ for one in ours] == ["CallbackList", "Counts", "EventCallback", "Counts"]
+    state, tensors = taken(take_training, agent, ours)
+    streams = [one.stream for one in theirs if isinstance(one, Counts)]
+    put_training(agent, theirs, state, tensors)
+    counts = [one for one in theirs if isinstance(one, Counts)]
+    assert [one.seen for one in counts] == [[1], [2], [7]]
+    # Arguments are those of now.
+    assert sorted(one.first for one in counts) == [7, 8, 9]
+    assert streams == [one.stream for one in theirs if isinstance(one, Counts)]
+
+
+def test_networks_stay_where_they_are():
+    """Lists of tensors that belong to networks (SB3 keeps some for batch norm) are no attributes to be replaced."""
+    agent = learned()
+    parameters = [id(parameter) for parameter in agent.policy.parameters()]
+    agent.tensors_of_networks = [next(agent.policy.parameters())]
+    state, tensors = taken(take_training, agent, [])
+    assert "tensors_of_networks" not in state["attributes"]
+    put_training(agent, [], state, tensors)
+    assert [id(parameter) for parameter in agent.policy.parameters()] == parameters

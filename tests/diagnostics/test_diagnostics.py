@@ -1,0 +1,174 @@
+"""The command: a page for what can be looked at, one sentence for what cannot."""
+
+import copy
+import pickle
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+from tiny import FAST, TruePendulum
+
+if find_spec("matplotlib") is None:
+    pytest.skip("needs sb3_mbpo[plots]", allow_module_level=True)
+pytest.importorskip("pygame")
+
+from test_model_error_callback import same, state_of
+
+from sb3_mbpo import MBPO, MBTD3
+from sb3_mbpo.diagnostics.report import main, write_report
+
+
+@pytest.fixture(scope="module")
+def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an agent, another at an earlier time, and one that is none."""
+    folder = tmp_path_factory.mktemp("agents")
+    agent = MBPO("MlpPolicy", "Pendulum-v1", verbose=1, **copy.deepcopy(FAST)).learn(25)
+    agent.save(folder / "early.zip")
+    agent.learn(40, reset_num_timesteps=False).save(folder / "late.zip")
+    MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy({**FAST, "policy_kwargs": {"net_arch": [9]}})).save(folder / "wide.zip")
+    SAC("MlpPolicy", "Pendulum-v1").save(folder / "sac.zip")
+    (folder / "text.zip").write_text("no zip")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_mbpo.diagnostics.report.MOST_FILMED", 20)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+
+
+@pytest.mark.parametrize("safe", [[], ["--safe"]])
+def test_report(agents, tmp_path, capsys, safe):
+    out = tmp_path / "page.html"
+    options = [str(agents / "late.zip"), "--env", "Pendulum-v1", "--earlier", str(agents / "early.zip"), "--out", str(out)]
+    main(["report", *options, "--episodes", "1", "--horizon", "10", *safe])
+    html = out.read_text()
+    assert capsys.readouterr().out.strip() == str(out)
+    assert "MBPO after 65 steps" in html and "1 fresh episode, 200 steps, seed 0" in html
+    assert "Theorem 4.3 asks for rollouts of k*" in html and "python -m sb3_mbpo report" in html
+    assert html.count("data:image/png") == 6 and html.count("data:image/webp") == 1
+    assert not re.search(r'(?:src|href)="(?!data:)', html)
+    assert len(html) < 3_000_000
+
+
+def test_the_same_report_twice_and_another_agent(agents, tmp_path):
+    found = []
+    for _ in range(2):
+        agent = MBTD3("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+        found.append(write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3))
+    assert found[0].diagnosis.numbers(3) == pytest.approx(found[1].diagnosis.numbers(3), nan_ok=True)
+    np.testing.assert_array_equal(found[0].imagined_returns, found[1].imagined_returns)
+    assert found[0].optimal is None
+
+
+def test_the_agent_is_only_looked_at(tmp_path):
+    states = []
+    for look in (True, False):
+        agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+        if look:
+            write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3)
+        states.append(state_of(agent))
+    assert same(*states)
+
+
+def test_the_true_simulator_returns_what_it_promises(tmp_path):
+    """Imagined returns are those of other actions, so they agree in the mean only."""
+    agent = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=TruePendulum, **{**FAST, "dynamics_kwargs": {}}).learn(25)
+    found = write_report(agent, tmp_path / "page.html", n_episodes=4, horizon=5)
+    real = np.mean([episode.rewards.sum() for episode in found.diagnosis.episodes])
+    assert found.imagined_returns.mean() == pytest.approx(real, rel=0.15)
+    assert "explains 100.0 % of what changes" in (tmp_path / "page.html").read_text()
+
+
+def test_statistics_of_vec_normalize(tmp_path):
+    env = VecNormalize(make_vec_env("Pendulum-v1", 1))
+    MBPO("MlpPolicy", env, **FAST).learn(25).save(tmp_path / "agent.zip")
+    env.save(str(tmp_path / "statistics.pkl"))
+    options = ["--env", "Pendulum-v1", "--normalize", str(tmp_path / "statistics.pkl"), "--episodes", "1", "--horizon", "2"]
+    main(["report", str(tmp_path / "agent.zip"), *options])
+    assert (tmp_path / "agent.html").is_file()
+    assert isinstance(pickle.loads((tmp_path / "statistics.pkl").read_bytes()), VecNormalize)
+
+
+def test_env_without_a_spec_gets_no_video(tmp_path):
+    class Bare(gym.Wrapper):
+        spec = None
+
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+    found = write_report(agent, tmp_path / "page.html", env=lambda: Bare(gym.make("Pendulum-v1")), n_episodes=1, horizon=2)
+    assert found.film == "it has no spec of Gymnasium's"
+
+
+def test_imagined_returns_are_as_long_as_real_ones(tmp_path):
+    """Under a time limit that no spec tells of, with the true system, which pays no less than -16.3 a step."""
+
+    class Bare(gym.Wrapper):
+        spec = None
+
+    settings = {**FAST, "dynamics_kwargs": {}}
+    agent = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=TruePendulum, **settings).learn(25)
+    limited = lambda: gym.wrappers.TimeLimit(Bare(gym.make("Pendulum-v1").unwrapped), 7)  # noqa: E731
+    found = write_report(agent, tmp_path / "page.html", env=limited, n_episodes=2, horizon=2)
+    assert [len(episode.rewards) for episode in found.diagnosis.episodes] == [7, 7]
+    assert found.imagined_returns.min() > 7 * -16.3 and found.imagined_returns.max() < 0
+
+
+def test_arguments_of_the_env(agents, tmp_path, capsys):
+    """As those that the agent was trained with."""
+    options = [str(agents / "late.zip"), "--env", "Pendulum-v1", "--episodes", "1", "--horizon", "2"]
+    found = []
+    with mock.patch("sb3_mbpo.diagnostics.report.write_page", lambda path, findings, about: found.append((findings, about))):
+        for more in ([], ["--env-kwargs", "g:0.0"]):
+            main(["report", *options, *more, "--out", str(tmp_path / "page.html")])
+    first, second = (findings.diagnosis.episodes[0] for findings, _ in found)
+    assert np.array_equal(first.obs[0], second.obs[0]) and not np.allclose(first.obs, second.obs)
+    assert found[1][1]["command"].endswith("--env-kwargs g:0.0 --out " + str(tmp_path / "page.html"))
+
+
+@pytest.mark.parametrize(
+    ("agent", "options", "message"),
+    [
+        ("nothing.zip", [], r"there is no file .*nothing\.zip$"),
+        ("sac.zip", [], r"sac\.zip holds no dynamics: it was not saved by an algorithm of sb3_mbpo$"),
+        ("text.zip", [], r"text\.zip is no agent of sb3_mbpo: it is no zip-file, or is cut off$"),
+        (
+            "late.zip",
+            ["--env", "MountainCarContinuous-v0"],
+            r"late\.zip was trained in another env: Observation spaces do not",
+        ),
+        ("late.zip", ["--env", "Pendulun-v1"], r"--env Pendulun-v1: .*; did you mean 'Pendulum-v1'\?$"),
+        ("late.zip", ["--env-kwargs", "g=1"], r"--env-kwargs g=1: write KEY:VALUE, a text as KEY:\"'text'\"$"),
+        (
+            "late.zip",
+            ["--env-kwargs", "gravity:1"],
+            r"--env Pendulum-v1 cannot be made with these --env-kwargs: .*argument 'gravity'",
+        ),
+        ("late.zip", ["--normalize", "none.pkl"], r"there is no file none\.pkl$"),
+        ("late.zip", ["--earlier", "none.zip"], r"there is no file none\.zip$"),
+        ("late.zip", ["--earlier", "wide.zip"], r"an earlier policy has other networks than this one$"),
+    ],
+)
+def test_one_sentence_each(agents, monkeypatch, agent, options, message):
+    monkeypatch.chdir(agents)
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(["report", agent, "--env", "Pendulum-v1", "--episodes", "1", "--horizon", "2", *options])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["episodes", "horizon"])
+def test_options_out_of_range(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "x.zip", "--env", "x", f"--{name}", "0"])
+    assert f"--{name} must be at least 1" in capsys.readouterr().err
+
+
+def test_an_agent_that_has_fitted_nothing(tmp_path):
+    with pytest.raises(ValueError, match="dynamics was never fitted well: there is nothing to look at"):
+        write_report(MBPO("MlpPolicy", "Pendulum-v1", **FAST), tmp_path / "page.html")
