@@ -310,10 +310,10 @@ def table(rows: Sequence[Row], manifest: Iterable[Row], theirs: Mapping[tuple[st
     return "\n".join(lines)
 
 
-def at_steps(curves: Sequence[Curve]) -> list[str]:
-    """:return: for each step of ``AT`` the mean of the curves that came so far, and of how many if not of all"""
+def at_steps(curves: Sequence[Curve], steps: Sequence[int] = AT) -> list[str]:
+    """:return: for each of the steps the mean of the curves that came so far, and of how many if not of all"""
     cells = []
-    for step in AT:
+    for step in steps:
         values = [curve[step] for curve in curves if step in curve]
         cells.append(f"{fmean(values):,.0f}" if values else "")
         cells[-1] += f" (of {len(values)})" if 0 < len(values) < len(curves) else ""
