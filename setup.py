@@ -71,7 +71,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    install_requires=["stable-baselines3>=2.9,<3", "torch>=2.10", "gymnasium"],
+    install_requires=["stable-baselines3>=2.9,<3", "torch>=2.10", "gymnasium", "typing_extensions>=4.1"],
     extras_require=EXTRAS,
     # The settings per task stay a top-level folder, easy to find and edit; a wheel carries them under the import package.
     packages=[*find_packages(include=["sb3_mbpo", "sb3_mbpo.*"]), "sb3_mbpo.hyperparams"],

@@ -1,7 +1,7 @@
 """Model-Based Policy Optimization (Janner et al., 2019) as a Stable-Baselines3 algorithm."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
@@ -42,10 +42,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # MBTQC and MBCrossQ need sb3_contrib, which is optional (so they are not in __all__) and slow to import.
-    if name in ("MBTD3", "MBTQC", "MBCrossQ"):
-        from sb3_mbpo import variants
+if TYPE_CHECKING:
+    from sb3_mbpo.variants import MBTD3
+    from sb3_mbpo.variants import MBTQC as MBTQC
+    from sb3_mbpo.variants import MBCrossQ as MBCrossQ
+else:
 
-        return getattr(variants, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        # MBTQC and MBCrossQ need sb3_contrib, which is optional (so they are not in __all__) and slow to import.
+        if name in ("MBTD3", "MBTQC", "MBCrossQ"):
+            from sb3_mbpo import variants
+
+            return getattr(variants, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,11 +4,14 @@ from typing import Any
 
 from stable_baselines3 import SAC
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.sac.policies import SACPolicy
+from typing_extensions import Unpack
 
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
 from sb3_mbpo.fast_sac import cpu, cuda_graph
 from sb3_mbpo.fast_sac.eligibility import why_not_fast
 from sb3_mbpo.fast_sac.static_memory import why_not_static
+from sb3_mbpo.model_based.constructor_arguments import SACArguments
 from sb3_mbpo.model_based.model_based import ModelBased
 
 
@@ -26,7 +29,12 @@ class MBPO(ModelBased, SAC):
     """
 
     def __init__(
-        self, policy: Any, env: GymEnv | str | None, *args: Any, fast_update: bool | None = None, **kwargs: Any
+        self,
+        policy: str | type[SACPolicy],
+        env: GymEnv | str | None,
+        *args: Any,
+        fast_update: bool | None = None,
+        **kwargs: Unpack[SACArguments],
     ) -> None:
         self.fast_update = fast_update
         super().__init__(policy, env, *args, **kwargs)

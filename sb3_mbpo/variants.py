@@ -4,7 +4,11 @@ from typing import Any
 
 import torch as th
 from stable_baselines3 import TD3
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv
+from typing_extensions import Unpack
 
+from sb3_mbpo.model_based.constructor_arguments import CrossQArguments, TD3Arguments, TQCArguments
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.validation.rules import whole
 
@@ -16,6 +20,11 @@ class MBTD3(ModelBased, TD3):
     TD3's policy is deterministic; imagined actions carry the noise of its target policy smoothing, or the critic would never
     see a slope in the action.
     """
+
+    def __init__(
+        self, policy: str | type[BasePolicy], env: GymEnv | str | None, *args: Any, **kwargs: Unpack[TD3Arguments]
+    ) -> None:
+        super().__init__(policy, env, *args, **kwargs)
 
     def _imagined_actions(self, obs: th.Tensor) -> th.Tensor:
         actions = super()._imagined_actions(obs)
@@ -43,6 +52,11 @@ else:
     class MBTQC(ModelBased, TQC):
         """TQC that also learns from imagined transitions."""
 
+        def __init__(
+            self, policy: str | type[BasePolicy], env: GymEnv | str | None, *args: Any, **kwargs: Unpack[TQCArguments]
+        ) -> None:
+            super().__init__(policy, env, *args, **kwargs)
+
         def _setup_model(self) -> None:
             super()._setup_model()
             # Of a number below zero, TQC would go on with what the wrong end of a slice leaves.
@@ -57,6 +71,11 @@ else:
 
     class MBCrossQ(ModelBased, CrossQ):
         """CrossQ that also learns from imagined transitions."""
+
+        def __init__(
+            self, policy: str | type[BasePolicy], env: GymEnv | str | None, *args: Any, **kwargs: Unpack[CrossQArguments]
+        ) -> None:
+            super().__init__(policy, env, *args, **kwargs)
 
         def _setup_model(self) -> None:
             super()._setup_model()

@@ -12,6 +12,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.type_aliases import GymEnv, ReplayBufferSamples
 from stable_baselines3.common.utils import polyak_update
 from torch import nn
+from typing_extensions import Unpack
 
 from sb3_mbpo.buffers.replay_buffer import normalize_obs, normalize_rewards
 from sb3_mbpo.checkpoints.interrupts import Interrupted
@@ -19,6 +20,7 @@ from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds, with_values_of_ends
 from sb3_mbpo.dynamics.base import Progress
+from sb3_mbpo.model_based.constructor_arguments import SACArguments
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.rollouts import branched_rollout
 from sb3_mbpo.trust.prediction_bounds import Plausible
@@ -73,14 +75,14 @@ class DHMBPO(ModelBased, SAC):
 
     def __init__(
         self,
-        policy: Any,
+        policy: str | type[DHMBPOPolicy],
         env: GymEnv | str | None,
         *args: Any,
         training_horizon: int = 5,
         distribution_freq: int = 20,
         real_roots: float = 0.0,
         value_quantiles: tuple[float, float] = (0.01, 0.99),
-        **kwargs: Any,
+        **kwargs: Unpack[SACArguments],
     ) -> None:
         if isinstance(policy, str) and policy not in self.policy_aliases:
             raise ValueError(f"policy={shown(policy)} must be 'MlpPolicy' or a subclass of DHMBPOPolicy")
