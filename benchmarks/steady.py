@@ -109,7 +109,9 @@ def main() -> None:
     own = dict(settings.get(args.env, settings["default"]))
     options = own.pop("env_kwargs", {})
     del own["n_timesteps"]
-    agent = DHMBPO(own.pop("policy"), gym.make(args.env, **options), seed=args.seed, device="cpu", **own)
+    # The averages are computed here, many at a time.
+    own |= {"seed": args.seed, "device": "cpu", "actor_tau": 1.0}
+    agent = DHMBPO(own.pop("policy"), gym.make(args.env, **options), **own)
     agent.learn(args.steps, callback=Averages(args.env, args.seed, args.out, options))
 
 

@@ -53,6 +53,8 @@ class DHMBPO(ModelBased, SAC):
     :param distribution_freq: updates from one distribution rollout to the next
     :param real_roots: share of the training rollouts that start at real states instead of imagined ones
     :param value_quantiles: quantiles of the soft rewards that bound the values, see :func:`.value_expansion.value_bounds`
+    :param actor_tau: deterministic actions come from an average of the actor's weights, which moves so much of the way to the
+        weights in each update, as ``tau`` says of the target critics; 1: the actor itself
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": DHMBPOPolicy}
@@ -68,6 +70,7 @@ class DHMBPO(ModelBased, SAC):
     # Made of ``prediction_bounds``, which are next to it.
     _bounds: tuple[list[float], Plausible] | None = None
     actor: Any
+    policy: DHMBPOPolicy
     log_ent_coef: Any
     target_entropy: Any
     critic: BoundedCritic
@@ -82,6 +85,7 @@ class DHMBPO(ModelBased, SAC):
         distribution_freq: int = 20,
         real_roots: float = 0.0,
         value_quantiles: tuple[float, float] = (0.01, 0.99),
+        actor_tau: float = 0.001,
         **kwargs: Unpack[SACArguments],
     ) -> None:
         if isinstance(policy, str) and policy not in self.policy_aliases:
@@ -90,6 +94,7 @@ class DHMBPO(ModelBased, SAC):
         self.distribution_freq = distribution_freq
         self.real_roots = real_roots
         self.value_quantiles = value_quantiles
+        self.actor_tau = actor_tau
         mixed = inspect.signature(ModelBased.__init__).parameters
         defaults = {name: value for name, value in self.DEFAULTS.items() if name in mixed}
         super().__init__(policy, env, *args, **{**defaults, **kwargs})
@@ -101,11 +106,14 @@ class DHMBPO(ModelBased, SAC):
         self._check_arguments()
         if not isinstance(self.policy, DHMBPOPolicy):
             raise ValueError(f"policy={shown(self.policy_class)} must be 'MlpPolicy' or a subclass of DHMBPOPolicy")
+        if self.actor_tau < 1 and self.real_ratio < 1:
+            self.policy.begin_average()
 
     def _check_arguments(self) -> None:
         whole(1, 1000).check("training_horizon", self.training_horizon)
         whole(1).check("distribution_freq", self.distribution_freq)
         number(0, 1).check("real_roots", self.real_roots)
+        number(0, 1).check("actor_tau", self.actor_tau)
         # A list is the tuple of YAML, and of JSON.
         quantiles = tuple(self.value_quantiles) if isinstance(self.value_quantiles, list) else self.value_quantiles
         self.value_quantiles = quantiles
@@ -137,7 +145,6 @@ class DHMBPO(ModelBased, SAC):
 
     def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
         """Standardize what policy and critics see by all real observations, and note the range of the rewards."""
-        assert isinstance(self.policy, DHMBPOPolicy)
         rewards = normalize_rewards(transitions.rewards, self._vec_normalize_env)
         self.policy.adapt(self._as_policy_sees(transitions.observations).flatten(1), rewards, trained=self._n_updates > 0)
 
@@ -159,7 +166,9 @@ class DHMBPO(ModelBased, SAC):
         """See SB3."""
         if gradient_steps <= 0 or self.waits_for_transitions or not self.expands_values:
             self.replay_buffer.real_ratio = 1.0
+            before = self._n_updates
             super().train(gradient_steps, batch_size)
+            self._average_actor(before, self._n_updates - before)
             return
         self.policy.set_training_mode(True)
         optimizers = [self.actor.optimizer, self.critic.optimizer]
@@ -173,6 +182,7 @@ class DHMBPO(ModelBased, SAC):
                 if self.real_roots < 1 and (update % self.distribution_freq == 0 or not imagined):
                     self.roll_distribution()
                 logged.append(self._update(self._roots(batch_size)))
+                self._average_actor(update, 1)
                 # Counted in each call, as SB3 does.
                 if (update - self._n_updates) % self.target_update_interval == 0:
                     self._move_targets()
@@ -180,6 +190,16 @@ class DHMBPO(ModelBased, SAC):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name in logged[0]:
             self.logger.record(f"train/{name}", float(np.mean([values[name] for values in logged])))
+
+    def _average_actor(self, before: int, updates: int) -> None:
+        """
+        Move the average of the actor's weights, see ``actor_tau``; at first it is the mean of all of them.
+
+        :param before: updates before these
+        :param updates: how many there were
+        """
+        rate = max(self.actor_tau, 1 / (before + 1))
+        self.policy.average(1 - (1 - rate) ** updates)
 
     @contextmanager
     def _undone_if_interrupted(self, gradient_steps: int) -> Iterator[None]:
@@ -374,8 +394,13 @@ class DHMBPO(ModelBased, SAC):
         return loss.item()
 
     def to_sac(self) -> SAC:
-        """:return: a plain SAC with this policy as trained so far, on the same env, with an empty replay buffer"""
-        return self._model_free()
+        """
+        :return: a plain SAC with this policy as trained so far, on the same env, with an empty replay buffer. Its actor is the
+            average of this one's, see ``actor_tau``
+        """
+        state = {name: value for name, value in self.policy.state_dict().items() if not name.startswith("average_actor.")}
+        actor = self.policy.deterministic_actor.state_dict()
+        return self._model_free(state | {f"actor.{name}": value for name, value in actor.items()})
 
     @th.no_grad()
     def _move_targets(self) -> None:

@@ -1,13 +1,14 @@
 """SAC's policy with what double-horizon learning needs: standardized observations, smooth layers, values within bounds."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.sac.policies import SACPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 
 # Standardized observations are clipped there.
@@ -178,10 +179,13 @@ class DHMBPOPolicy(SACPolicy):
     What differs from ``SACPolicy`` are defaults, the features extractor and
 
     :param layer_norm: normalize what goes into each layer of a critic but the first
+    :param average_actor: keep an average of the actor's weights, and act with it where actions are deterministic, see
+        :meth:`average`
     """
 
     critic: BoundedCritic
     critic_target: BoundedCritic
+    average_actor: Actor | None
 
     def __init__(
         self,
@@ -202,6 +206,7 @@ class DHMBPOPolicy(SACPolicy):
         n_critics: int = 5,
         share_features_extractor: bool = False,
         layer_norm: bool = True,
+        average_actor: bool = False,
     ) -> None:
         if share_features_extractor:
             # SB3 then turns gradients off in the critic's extractor, and dQ/ds would be zero.
@@ -228,6 +233,9 @@ class DHMBPOPolicy(SACPolicy):
             n_critics,
             share_features_extractor,
         )
+        self.average_actor = None
+        if average_actor:
+            self.begin_average()
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> BoundedCritic:
         """See SB3."""
@@ -235,7 +243,40 @@ class DHMBPOPolicy(SACPolicy):
         return BoundedCritic(layer_norm=self.layer_norm, **kwargs).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "layer_norm": self.layer_norm}
+        averages = {"layer_norm": self.layer_norm, "average_actor": self.average_actor is not None}
+        return {**super()._get_constructor_parameters(), **averages}
+
+    def begin_average(self) -> None:
+        """Start the average of the actor's weights at the present ones."""
+        self.average_actor = self.make_actor().requires_grad_(False)
+        self.average_actor.load_state_dict(self.actor.state_dict())
+        self.average_actor.set_training_mode(False)
+
+    @th.no_grad()
+    def average(self, rate: float) -> None:
+        """
+        Move the average towards the actor: average += rate * (actor - average). Without one, nothing happens.
+
+        :param rate: from 0 to 1
+        """
+        if self.average_actor is not None:
+            averages = [parameter.data for parameter in self.average_actor.parameters()]
+            th._foreach_lerp_(averages, [parameter.data for parameter in self.actor.parameters()], rate)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """See PyTorch; the average starts at the actor where there is none, as in a policy of SAC's."""
+        if self.average_actor is not None and not any(name.startswith("average_actor.") for name in state_dict):
+            actor = {f"average_{name}": value for name, value in state_dict.items() if name.startswith("actor.")}
+            state_dict = {**state_dict, **actor}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @property
+    def deterministic_actor(self) -> Actor:
+        """What deterministic actions come from: the average, or the actor where there is none."""
+        return self.actor if self.average_actor is None else self.average_actor
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.deterministic_actor(observation, True) if deterministic else self.actor(observation, False)
 
     @th.no_grad()
     def adapt(self, obs: th.Tensor, rewards: th.Tensor, trained: bool) -> None:
@@ -252,13 +293,14 @@ class DHMBPOPolicy(SACPolicy):
             critic.reward_high.copy_(high)
         mean, std = obs.double().mean(dim=0), obs.double().std(dim=0, correction=0)
         std = th.where(std <= ROUNDING * mean.abs().clamp(min=ROUNDING), CONSTANT_STD, std)
-        for network in (self.actor, self.critic, self.critic_target):
+        averages = [] if self.average_actor is None else [self.average_actor]
+        for network in (self.actor, self.critic, self.critic_target, *averages):
             extractor = network.features_extractor
             if isinstance(extractor, StandardizeExtractor):
                 # Statistics that are not the first ones say that networks were loaded.
                 loaded = bool(extractor.obs_mean.any()) or bool((extractor.obs_std != 1).any())
                 layers = self._first_layers(network) if trained or loaded else []
-                optimizer = None if network is self.critic_target else network.optimizer
+                optimizer = getattr(network, "optimizer", None)
                 extractor.set_statistics(mean.float(), std.float(), layers, optimizer)
 
     def _first_layers(self, network: Any) -> list[nn.Linear]:

@@ -105,7 +105,8 @@ class ExportedPolicy(nn.Module):
     def __init__(self, agent: Any, statistics: Any) -> None:
         super().__init__()
         policy: Any = getattr(agent.policy, "_orig_mod", agent.policy)
-        actor = policy.actor
+        # DHMBPO acts with an average of its weights.
+        actor = getattr(policy, "deterministic_actor", policy.actor)
         if not (isinstance(getattr(actor, "mu", None), nn.Module) and isinstance(actor.features_extractor, nn.Module)):
             raise ValueError(f"export: the actor {type(actor).__name__} has no features_extractor and mu, as SB3's have")
         parts: list[Any] = [] if statistics is None else [Normalizer(statistics)]

@@ -248,8 +248,9 @@ class Saving(OffPolicyAlgorithm):
             now = self.replay_buffer.size() * self.n_envs
             print(f"prefill: added {rows['rewards'].size:,} transitions{there}; the replay buffer holds {now:,}")
 
-    def _model_free(self) -> Any:
+    def _model_free(self, policy: dict[str, th.Tensor] | None = None) -> Any:
         """
+        :param policy: what its policy's state dict is to be; ``None``: that of the agent's policy
         :return: an agent of SB3's own class with the same arguments, networks, optimizers and counters, on the same env, and
             an empty replay buffer
         """
@@ -264,6 +265,7 @@ class Saving(OffPolicyAlgorithm):
         data = {name: value for name, value in vars(self).items() if name not in excluded}
         state_dicts, variables = base._get_torch_save_params(self)
         parameters = {name: value for name, value in self.get_parameters().items() if name in state_dicts}
+        parameters |= {} if policy is None else {"policy": policy}
         file = io.BytesIO()
         save_to_zip_file(
             file,

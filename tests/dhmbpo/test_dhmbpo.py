@@ -359,9 +359,67 @@ def test_networks_that_were_loaded_keep_what_they_learned(tmp_path):
     started.set_parameters(tmp_path / "sac", exact_match=False)
     obs = th.randn(50, 3)
     before = started.actor(obs, deterministic=True)
+    assert th.equal(started.policy.average_actor(obs, deterministic=True), before)
     # The first fit of the new agent, on observations of another kind.
     started.policy.adapt(2 * obs + 1, th.zeros(50, 1), trained=False)
     assert th.allclose(started.actor(obs, deterministic=True), before, atol=1e-4)
+
+
+def test_deterministic_actions_come_from_the_average_of_the_actors_weights():
+    """average += max(actor_tau, 1 / (updates before + 1)) * (actor - average), in updates of either kind."""
+
+    class Noted(DHMBPO):
+        def _average_actor(self, before, updates):
+            noted.append((updates, [parameter.detach().clone() for parameter in self.actor.parameters()]))
+            super()._average_actor(before, updates)
+
+    noted = []
+    model = Noted("MlpPolicy", "Pendulum-v1", actor_tau=0.05, **FAST)
+    expected = [parameter.detach().clone() for parameter in model.actor.parameters()]
+    model.learn(70)
+    assert model.expands_values and len(noted) == 50
+    for before, (updates, weights) in enumerate(noted):
+        assert updates == 1
+        rate = max(0.05, 1 / (before + 1))
+        expected = [average + rate * (weight - average) for average, weight in zip(expected, weights, strict=True)]
+    average = model.policy.average_actor
+    # The first fit came before the first update, and no statistics have changed since.
+    for parameter, value in zip(average.parameters(), expected, strict=True):
+        assert th.allclose(parameter, value, atol=1e-6) and not parameter.requires_grad
+    obs = th.randn(30, 3)
+    acted = model.policy.scale_action(model.predict(obs.numpy(), deterministic=True)[0])
+    assert np.allclose(acted, average(obs, deterministic=True).detach(), atol=1e-5)
+    assert not np.allclose(acted, model.actor(obs, deterministic=True).detach(), atol=1e-3)
+    th.manual_seed(0)
+    sampled = model.predict(obs.numpy())[0]
+    th.manual_seed(0)
+    assert np.allclose(model.policy.scale_action(sampled), model.actor(obs).detach(), atol=1e-5)
+
+
+def test_without_an_average_the_actor_acts():
+    for model in (agent(actor_tau=1).learn(40), agent(real_ratio=1)):
+        assert model.policy.average_actor is None and model.policy.deterministic_actor is model.actor
+
+
+def test_the_average_goes_where_the_policy_goes(tmp_path):
+    model = agent(actor_tau=0.01).learn(60)
+    obs = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    acted = model.predict(obs, deterministic=True)[0]
+    model.save(tmp_path / "agent")
+    for safe in (False, True):
+        assert np.array_equal(DHMBPO.load(tmp_path / "agent", safe=safe).predict(obs, deterministic=True)[0], acted)
+    model.policy.save(tmp_path / "policy")
+    assert np.array_equal(DHMBPOPolicy.load(tmp_path / "policy", device="cpu").predict(obs, deterministic=True)[0], acted)
+    # It is compared with predict, and refused if it differs.
+    model.export(tmp_path / "policy.pt")
+    # New statistics change the first layers, and not the actions.
+    model.policy.adapt(th.as_tensor(1.2 * obs + 0.1), th.zeros(30, 1), trained=True)
+    assert np.allclose(model.predict(obs, deterministic=True)[0], acted, atol=1e-3)
+    sac = model.to_sac()
+    assert sac.policy.average_actor is None and np.allclose(sac.predict(obs, deterministic=True)[0], acted, atol=1e-3)
+    sac.set_env(gym.make("Pendulum-v1"))
+    sac.learn(60)
+    assert not np.allclose(sac.predict(obs, deterministic=True)[0], acted, atol=1e-3)
 
 
 def test_values_stay_where_bounds_jump():
@@ -438,6 +496,7 @@ def test_a_filter_ends_the_branches_of_distribution_rollouts():
         ({"training_horizon": 0}, "training_horizon=0 must be"),
         ({"distribution_freq": 0}, "distribution_freq=0 must be"),
         ({"real_roots": 1.5}, "real_roots=1.5 must be"),
+        ({"actor_tau": -0.1}, "actor_tau=-0.1 must be"),
         ({"value_quantiles": (0.9, 0.1)}, "value_quantiles=.*the lower one first"),
         ({"real_ratio": 0.05}, "real_ratio=0.05 must be 0, or 1.*pass real_roots"),
         ({"use_sde": True}, "use_sde=True must be False"),
