@@ -85,7 +85,7 @@ class DHMBPO(ModelBased, SAC):
         distribution_freq: int = 20,
         real_roots: float = 0.0,
         value_quantiles: tuple[float, float] = (0.01, 0.99),
-        actor_tau: float = 0.001,
+        actor_tau: float = 0.002,
         **kwargs: Unpack[SACArguments],
     ) -> None:
         if isinstance(policy, str) and policy not in self.policy_aliases:
