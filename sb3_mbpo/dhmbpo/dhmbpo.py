@@ -30,6 +30,8 @@ from sb3_mbpo.validation.rules import is_number, number, shown, whole
 TARGET_CRITICS = 2
 # Values of the critics follow the bounds at this rate of an update.
 BOUNDS_RATE = 3e-4
+# Part of the updates so far that the average of the actor's weights spans, until ``actor_tau`` is the larger rate.
+AVERAGED_PART = 0.1
 
 
 class DHMBPO(ModelBased, SAC):
@@ -85,7 +87,7 @@ class DHMBPO(ModelBased, SAC):
         distribution_freq: int = 20,
         real_roots: float = 0.0,
         value_quantiles: tuple[float, float] = (0.01, 0.99),
-        actor_tau: float = 0.002,
+        actor_tau: float = 0.0005,
         **kwargs: Unpack[SACArguments],
     ) -> None:
         if isinstance(policy, str) and policy not in self.policy_aliases:
@@ -193,12 +195,12 @@ class DHMBPO(ModelBased, SAC):
 
     def _average_actor(self, before: int, updates: int) -> None:
         """
-        Move the average of the actor's weights, see ``actor_tau``; at first it is the mean of all of them.
+        Move the average of the actor's weights, see ``actor_tau``; at first it spans about the last tenth of the updates.
 
         :param before: updates before these
         :param updates: how many there were
         """
-        rate = max(self.actor_tau, 1 / (before + 1))
+        rate = max(self.actor_tau, min(1.0, 1 / (AVERAGED_PART * (before + 1))))
         self.policy.average(1 - (1 - rate) ** updates)
 
     @contextmanager

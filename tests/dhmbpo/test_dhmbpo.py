@@ -366,7 +366,7 @@ def test_networks_that_were_loaded_keep_what_they_learned(tmp_path):
 
 
 def test_deterministic_actions_come_from_the_average_of_the_actors_weights():
-    """average += max(actor_tau, 1 / (updates before + 1)) * (actor - average), in updates of either kind."""
+    """average += rate * (actor - average), rate = max(actor_tau, 10 / (updates before + 1)), at most 1."""
 
     class Noted(DHMBPO):
         def _average_actor(self, before, updates):
@@ -374,13 +374,13 @@ def test_deterministic_actions_come_from_the_average_of_the_actors_weights():
             super()._average_actor(before, updates)
 
     noted = []
-    model = Noted("MlpPolicy", "Pendulum-v1", actor_tau=0.05, **FAST)
+    model = Noted("MlpPolicy", "Pendulum-v1", actor_tau=0.3, **FAST)
     expected = [parameter.detach().clone() for parameter in model.actor.parameters()]
     model.learn(70)
     assert model.expands_values and len(noted) == 50
     for before, (updates, weights) in enumerate(noted):
         assert updates == 1
-        rate = max(0.05, 1 / (before + 1))
+        rate = max(0.3, min(1, 10 / (before + 1)))
         expected = [average + rate * (weight - average) for average, weight in zip(expected, weights, strict=True)]
     average = model.policy.average_actor
     # The first fit came before the first update, and no statistics have changed since.
