@@ -2,6 +2,7 @@
 How steady is the policy, and would an average of its weights be steadier?
 
     python benchmarks/steady.py --env Hopper-v5 --seed 1 --steps 30000
+    python benchmarks/steady.py --draw
 
 Trains DHMBPO with the packaged settings. Every 1,000 steps, five deterministic episodes of the policy as it is, and five of
 each average of its weights: after every step, average += rate * (weights - average). The run is what it would be without the
@@ -97,13 +98,64 @@ class Averages(BaseCallback):
             writer.writerows(rows)
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """:return: Markdown: of each rate, the mean and the worst return over the seeds and evaluations in parts of the run"""
+    parts = [(2_000, 10_000), (11_000, 20_000), (21_000, 30_000)]
+    heads = [f"{first:,} to {last:,}: {what}" for first, last in parts for what in ("mean", "worst")]
+    lines = ["| rate of the average | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for rate in RATES:
+        cells = []
+        for first, last in parts:
+            found = [float(r["return"]) for r in rows if float(r["rate"]) == rate and first <= int(r["step"]) <= last]
+            cells += [f"{sum(found) / len(found):,.0f}", f"{min(found):,.0f}"] if found else ["", ""]
+        name = "1: the actor itself" if rate == 1 else f"{rate:g}"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, picture: Path) -> None:
+    """
+    A panel for each seed: the actor itself and the slowest average.
+
+    :param path: the CSV
+    :param picture: PNG that is written
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs = sorted({(row["env"], row["seed"]) for row in rows})
+    figure, panels = plt.subplots(
+        1, len(runs), figsize=(4.5 * len(runs), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (env, seed) in zip(panels.flat, runs, strict=True):
+        for rate, colour, label in ((1.0, "0.6", "actor"), (min(RATES), "tab:red", f"average, rate {min(RATES):g}")):
+            curve = [row for row in rows if (row["env"], row["seed"], float(row["rate"])) == (env, seed, rate)]
+            steps, returns = [int(row["step"]) for row in curve], [float(row["return"]) for row in curve]
+            axes.plot(steps, returns, color=colour, label=label, linewidth=1.8)
+        axes.set(title=f"{env}, seed {seed}", xlabel="env steps")
+        axes.grid(alpha=0.25)
+    panels[0, 0].set_ylabel("return, five deterministic episodes")
+    panels[0, 0].legend(frameon=False)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    print(table(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Hopper-v5")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30_000)
     parser.add_argument("--out", type=Path, default=CSV)
+    parser.add_argument("--draw", action="store_true", help="train nothing: draw the CSV, and print a table of it")
     args = parser.parse_args()
+    if args.draw:
+        draw(args.out, args.out.with_suffix(".png"))
+        return
     th.set_num_threads(1)
     settings = yaml.safe_load((ROOT / "hyperparams" / "dhmbpo.yml").read_text())
     own = dict(settings.get(args.env, settings["default"]))
