@@ -121,10 +121,10 @@ class DHMBPO(ModelBased, SAC):
             raise ValueError("use_sde=True must be False: training rollouts need an independent action in each state")
 
     def fit_dynamics(self, progress: Progress | None = None) -> dict[str, Any]:
-        """See ``ModelLearning.fit_dynamics``; notes the bounds of the real transitions, too, see ``imagined_margin``."""
+        """See ``ModelLearning.fit_dynamics``. Also stores the bounds of ``prediction_clip_margin``."""
         metrics = super().fit_dynamics(progress)
         transitions = self.replay_buffer.real_transitions(self.dynamics_window)
-        self.prediction_bounds = Plausible(transitions, self.imagined_margin).numbers()
+        self.prediction_bounds = Plausible(transitions, self.prediction_clip_margin).numbers()
         return metrics
 
     def forget_transitions(self, keep: int = 0) -> None:
@@ -217,7 +217,7 @@ class DHMBPO(ModelBased, SAC):
 
     @property
     def bounds_of_fit(self) -> Plausible:
-        """Bounds of the real transitions that the dynamics was fitted to, see ``imagined_margin``."""
+        """Bounds of the real transitions that the dynamics was fitted to, see ``prediction_clip_margin``."""
         if self._bounds is None or self._bounds[0] is not self.prediction_bounds:
             self._bounds = self.prediction_bounds, Plausible.of_numbers(self.prediction_bounds, self.device)
         return self._bounds[1]

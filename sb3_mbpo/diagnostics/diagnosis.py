@@ -33,8 +33,8 @@ class Diagnosis:
     Real episodes and what the dynamics predicts. Columns are the reward, then the dimensions of the next observation.
 
     A prediction is the mean of 19 samples of ``DynamicsModel.sample``, each step from that sample's own last one. The dynamics
-    is asked as it is: ``imagined_margin`` does not hold it. A prediction with a sample that is not finite is left out, and
-    counted in ``dropped``.
+    is asked as it is: ``prediction_clip_margin`` does not hold it. A prediction with a sample that is not finite is left out,
+    and counted in ``dropped``.
     """
 
     episodes: list[Episode]

@@ -27,7 +27,7 @@ th:first-child, td:first-child { min-width: 5rem; }
 MOST_ROWS = 40
 LIMITS = """<p class="note">Predictions are means of 19 samples of the dynamics, each step from that sample's own last one,
 with the actions of the real episode. Errors are in standard deviations of each dimension over these episodes; dimensions that
-never move are left out. The range that <code>imagined_margin</code> holds imagined values in is not applied. The states are
+never move are left out. Predictions are not clipped to the range of <code>prediction_clip_margin</code>. The states are
 those of the present policy: nothing is said of others. Neighbouring steps of an episode are alike, so that there are fewer
 independent ones than steps.</p>"""
 LIMITS_OF_K = """<p class="note"><i>&epsilon;<sub>m</sub>&prime;</i> is a proxy. The total variation between a deterministic

@@ -68,8 +68,8 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         ends the episode, unless a ``dynamics_class`` of yours has its own; ``"joint"``: predicted by the dynamics together
         with the next observation (the paper); or a function of the same inputs as ``termination_fn``, ``-> float (B,)`` (or
         its dotted name)
-    :param imagined_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges on
-        either side; ``None``: unbounded. A reward of a ``reward_fn`` is not bounded
+    :param prediction_clip_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges
+        on either side; ``None``: unbounded. A reward of a ``reward_fn`` is not bounded
     :param min_explained_variance: share of the variance of rewards, and of next observations, that the dynamics must explain
         of the steps since its last fit for batches to have all their imagined rows; with less they have fewer, and with half
         of it none. ``None``: all of them always (the paper)
@@ -105,7 +105,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         model_buffer_size: int | None = None,
         termination_fn: str | Callable[..., th.Tensor] | None = None,
         reward_fn: str | Callable[..., th.Tensor] | None = None,
-        imagined_margin: float | None = 1.0,
+        prediction_clip_margin: float | None = 1.0,
         min_explained_variance: float | None = 0.1,
         rollout_filter: str | Rule | None = None,
         dynamics_window: int | None = None,
@@ -133,7 +133,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.model_buffer_size = model_buffer_size
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
-        self.imagined_margin = imagined_margin
+        self.prediction_clip_margin = prediction_clip_margin
         self.min_explained_variance = min_explained_variance
         self.rollout_filter = rollout_filter
         self.dynamics_window = dynamics_window

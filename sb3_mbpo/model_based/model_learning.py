@@ -49,7 +49,7 @@ class ModelLearning(Imagining):
     real_ratio: Any
     rollout_batch_size: int
     rollout_schedule: Any
-    imagined_margin: float | None
+    prediction_clip_margin: float | None
     min_explained_variance: float | None
     termination_fn: Any
     dynamics_fitted_at: int | None
@@ -413,7 +413,7 @@ class ModelLearning(Imagining):
         """
         model_buffer = self.replay_buffer.model_buffer
         model_buffer.begin_refill(n * length)
-        plausible = Plausible(transitions, self.imagined_margin)
+        plausible = Plausible(transitions, self.prediction_clip_margin)
         dynamics, filtering = plausible.within(self.imagined_dynamics), self.filtering(transitions)
         start_obs = self.replay_buffer.start_states(n, self.dynamics_window)
         stored: list[int] = []

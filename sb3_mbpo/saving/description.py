@@ -43,7 +43,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
 _NOTHING = type(None)
 # What a description may say of an argument; of the others, what their default is. Text that `resolve` would import is none.
 _TYPES: dict[str, tuple[type, ...]] = {
-    "imagined_margin": (int, float, type(None)),
+    "prediction_clip_margin": (int, float, type(None)),
     "min_explained_variance": (int, float, type(None)),
     "learning_rate": (int, float, ConstantSchedule, LearningRateSchedule, FloatSchedule),
     "train_freq": (int, tuple),

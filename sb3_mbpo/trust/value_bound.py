@@ -81,9 +81,9 @@ def breach(largest_q: float, bounds: tuple[float, float] | None, input_size: flo
     Whether a critic is beyond what it can be right about.
 
     Beyond the bound by its distance from the smallest return: networks err, and an imagined reward may be a whole range better
-    than any real one (``imagined_margin``). And by the size of what the critics are given, at least 1: fresh networks predict
-    numbers of that order whatever the rewards are. Where these are equal, so that returns span nothing, it takes the critics
-    some 10,000 updates to forget them: the value of a fresh network passes from one target to the next times gamma.
+    than any real one (``prediction_clip_margin``). And by the size of what the critics are given, at least 1: fresh networks
+    predict numbers of that order whatever the rewards are. Where these are equal, so that returns span nothing, it takes the
+    critics some 10,000 updates to forget them: the value of a fresh network passes from one target to the next times gamma.
 
     :param largest_q: the largest of some Q-values
     :param bounds: of :func:`return_bounds`

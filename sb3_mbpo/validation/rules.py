@@ -166,7 +166,7 @@ RULES: dict[str, Rule] = {
     "model_train_freq": whole(1),
     **{name: whole(1, MOST) for name in ("rollout_batch_size", "retained_rollouts")},
     "model_buffer_size": optional(whole(1, sys.maxsize)),
-    "imagined_margin": optional(number(0, LARGEST, "a number of at least 0, in ranges of the real data")),
+    "prediction_clip_margin": optional(number(0, LARGEST, "a number of at least 0, in ranges of the real data")),
     "min_explained_variance": optional(number(1e-6, 1)),
     "dynamics_window": optional(whole(1, MOST)),
     "dynamics_kwargs": optional(MAPPING),

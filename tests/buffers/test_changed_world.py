@@ -88,7 +88,7 @@ def test_forget_keeps_time_limits():
 
 def test_window_is_what_the_model_knows():
     """Fit, bounds and start states are of the newest rows; batches' real rows are of all."""
-    agent = remembering(dynamics_window=25, imagined_margin=0.0).learn(90)
+    agent = remembering(dynamics_window=25, prediction_clip_margin=0.0).learn(90)
     assert [len(data.rewards) for data in agent.dynamics.fits] == [21, 25, 25, 25]
     newest = agent.replay_buffer.newest(25)
     assert th.equal(agent.dynamics.fits[-1].rewards, newest.rewards[:, 0])

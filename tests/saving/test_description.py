@@ -83,7 +83,7 @@ VALUES: dict[str, list[Any]] = {
     "rollout_schedule": [3, {"min_length": 1, "max_length": 4, "start": 10, "end": 20}, LinearSchedule(1, 2, 3, 4)],
     "retained_rollouts": [2],
     "model_buffer_size": [50],
-    "imagined_margin": [None, 0.5],
+    "prediction_clip_margin": [None, 0.5],
     "min_explained_variance": [0.5],
     "dynamics_window": [50],
     "rollout_filter": ["macura", "infoprop", "m2ac", Macura(xi=2, zeta=80.0), Infoprop(0.99, 0.1, 50), M2AC(alpha=0.1)],

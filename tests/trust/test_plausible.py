@@ -79,8 +79,8 @@ def test_observations_before_and_after_count_each_dimension_for_itself():
 
 @pytest.mark.parametrize("margin", [-1, -0.1, INF, NAN, "wide", True])
 def test_refused_margins(margin):
-    with pytest.raises(ValueError, match=r"imagined_margin=.* must be None or a number of at least 0, "):
-        MBPO("MlpPolicy", "Pendulum-v1", imagined_margin=margin)
+    with pytest.raises(ValueError, match=r"prediction_clip_margin=.* must be None or a number of at least 0, "):
+        MBPO("MlpPolicy", "Pendulum-v1", prediction_clip_margin=margin)
 
 
 # ---------------------------------------------------------------------- what is held
@@ -170,7 +170,7 @@ def test_gradients_pass():
 
 def test_the_default_leaves_a_sound_model_alone():
     """No row is clipped on a task where the model is sound, and then the agent is the unbounded one, bit for bit."""
-    agents = [MBPO("MlpPolicy", "Pendulum-v1", imagined_margin=margin, **FAST).learn(60) for margin in (1.0, None)]
+    agents = [MBPO("MlpPolicy", "Pendulum-v1", prediction_clip_margin=margin, **FAST).learn(60) for margin in (1.0, None)]
     assert agents[0].logger.name_to_value["dynamics/clipped"] == 0
     first, second = (agent.replay_buffer.model_buffer.contents()[0] for agent in agents)
     assert th.equal(first, second)
@@ -185,9 +185,9 @@ def test_an_agent_holds_what_it_imagines():
         def sample(self, obs, actions):
             return obs * 1e6, th.full((len(obs),), 1e6)
 
-    settings = {**FAST, "dynamics_class": Explodes, "dynamics_kwargs": None, "imagined_margin": "5e-1"}
+    settings = {**FAST, "dynamics_class": Explodes, "dynamics_kwargs": None, "prediction_clip_margin": "5e-1"}
     agent = MBPO("MlpPolicy", "Pendulum-v1", **settings).learn(25)
-    assert agent.imagined_margin == 0.5 and agent.logger.name_to_value["dynamics/clipped"] == 1
+    assert agent.prediction_clip_margin == 0.5 and agent.logger.name_to_value["dynamics/clipped"] == 1
     real = agent.replay_buffer.real_transitions()
     # The fit was after step 21.
     seen = th.cat([real.observations[:21], real.next_observations[:21]])
@@ -200,6 +200,6 @@ def test_an_agent_holds_what_it_imagines():
 
 
 def test_the_margin_is_saved(tmp_path):
-    MBPO("MlpPolicy", "Pendulum-v1", imagined_margin=None, **FAST).save(tmp_path / "agent")
-    assert MBPO.load(tmp_path / "agent").imagined_margin is None
-    assert MBPO.load(tmp_path / "agent", imagined_margin=2).imagined_margin == 2
+    MBPO("MlpPolicy", "Pendulum-v1", prediction_clip_margin=None, **FAST).save(tmp_path / "agent")
+    assert MBPO.load(tmp_path / "agent").prediction_clip_margin is None
+    assert MBPO.load(tmp_path / "agent", prediction_clip_margin=2).prediction_clip_margin == 2
