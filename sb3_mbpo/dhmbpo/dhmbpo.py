@@ -21,7 +21,7 @@ from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds, with_
 from sb3_mbpo.dynamics.base import Progress
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.rollouts import branched_rollout
-from sb3_mbpo.trust.prediction_bounds import Plausible
+from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.validation.rules import is_number, number, shown, whole
 
 # Target critics that a value is the least of.
@@ -64,7 +64,7 @@ class DHMBPO(ModelBased, SAC):
     uses_partial_trust = False
 
     # Made of ``prediction_bounds``, which are next to it.
-    _bounds: tuple[list[float], Plausible] | None = None
+    _bounds: tuple[list[float], PredictionBounds] | None = None
     actor: Any
     log_ent_coef: Any
     target_entropy: Any
@@ -124,7 +124,7 @@ class DHMBPO(ModelBased, SAC):
         """See ``ModelLearning.fit_dynamics``. Also stores the bounds of ``prediction_clip_margin``."""
         metrics = super().fit_dynamics(progress)
         transitions = self.replay_buffer.real_transitions(self.dynamics_window)
-        self.prediction_bounds = Plausible(transitions, self.prediction_clip_margin).numbers()
+        self.prediction_bounds = PredictionBounds(transitions, self.prediction_clip_margin).numbers()
         return metrics
 
     def forget_transitions(self, keep: int = 0) -> None:
@@ -201,7 +201,7 @@ class DHMBPO(ModelBased, SAC):
             filtering = self.filtering(buffer.real_transitions(self.dynamics_window))
             assert filtering is not None
             self.filter_memory = filtering.memory
-        dynamics = self.bounds_of_fit.within_obs(self.dynamics)
+        dynamics = self.bounds_of_fit.wrap_obs(self.dynamics)
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
         with self.imagining() as policy:
@@ -216,10 +216,10 @@ class DHMBPO(ModelBased, SAC):
                     break
 
     @property
-    def bounds_of_fit(self) -> Plausible:
+    def bounds_of_fit(self) -> PredictionBounds:
         """Bounds of the real transitions that the dynamics was fitted to, see ``prediction_clip_margin``."""
         if self._bounds is None or self._bounds[0] is not self.prediction_bounds:
-            self._bounds = self.prediction_bounds, Plausible.of_numbers(self.prediction_bounds, self.device)
+            self._bounds = self.prediction_bounds, PredictionBounds.of_numbers(self.prediction_bounds, self.device)
         return self._bounds[1]
 
     def _imagine(self, roots: th.Tensor) -> TrainingRollout:
@@ -228,14 +228,14 @@ class DHMBPO(ModelBased, SAC):
         if self.learns_reward:
 
             def reward(*transition: th.Tensor) -> th.Tensor:
-                return bounds.clip_rewards(self.learned_reward(*transition), transition[3])
+                return bounds.clamp_rewards(self.learned_reward(*transition), transition[3])
 
-            return training_rollout(bounds.within_obs(self.dynamics), policy, self.terminates, roots, horizon, reward)
+            return training_rollout(bounds.wrap_obs(self.dynamics), policy, self.terminates, roots, horizon, reward)
         known = self.known_reward
         if known is not None:
-            dynamics = bounds.within_obs(self.dynamics)
+            dynamics = bounds.wrap_obs(self.dynamics)
             return training_rollout(dynamics, policy, self.terminates, roots, horizon, lambda *t: known(*t[:3]))
-        return training_rollout(bounds.within(self.dynamics), policy, self.terminates, roots, horizon)
+        return training_rollout(bounds.wrap(self.dynamics), policy, self.terminates, roots, horizon)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_bounds"]

@@ -19,7 +19,7 @@ from sb3_mbpo.rollouts import LONGEST_AUTO, MOST_STEPS, branched_rollout, rollou
 from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS, disagreement
 from sb3_mbpo.trust.auto_rollout_length import drift, reliable_length
 from sb3_mbpo.trust.imagined_fraction import imagined_share
-from sb3_mbpo.trust.prediction_bounds import Plausible
+from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.trust.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 from sb3_mbpo.validation.episode_ends import endless, lost_ends_warning
 from sb3_mbpo.validation.rules import whole
@@ -413,8 +413,8 @@ class ModelLearning(Imagining):
         """
         model_buffer = self.replay_buffer.model_buffer
         model_buffer.begin_refill(n * length)
-        plausible = Plausible(transitions, self.prediction_clip_margin)
-        dynamics, filtering = plausible.within(self.imagined_dynamics), self.filtering(transitions)
+        bounds = PredictionBounds(transitions, self.prediction_clip_margin)
+        dynamics, filtering = bounds.wrap(self.imagined_dynamics), self.filtering(transitions)
         start_obs = self.replay_buffer.start_states(n, self.dynamics_window)
         stored: list[int] = []
         lost: list[int] = []
@@ -422,7 +422,7 @@ class ModelLearning(Imagining):
         with self.imagining() as policy:
 
             def let_through() -> int:
-                return plausible.rows - (0 if filtering is None else filtering.left_out)
+                return bounds.rows - (0 if filtering is None else filtering.left_out)
 
             def imagine(start_obs: th.Tensor) -> ReplayBufferSamples:
                 before = let_through()
@@ -434,12 +434,12 @@ class ModelLearning(Imagining):
 
             fitted = refill(model_buffer, imagine, start_obs, block, progress or (lambda what: None))
         self._lower_block(min(block, n), fitted)
-        metrics = {"branch_length": sum(stored) / n, "dropped": sum(lost), "clipped": plausible.clipped}
+        metrics = {"branch_length": sum(stored) / n, "dropped": sum(lost), "clipped": bounds.clipped}
         if filtering is not None:
             self.filter_memory = filtering.memory
-            metrics["filtered"] = filtering.left_out / max(plausible.rows, 1)
+            metrics["filtered"] = filtering.left_out / max(bounds.rows, 1)
         if dropped := sum(lost):
-            what = f"{dropped:,} of {plausible.rows:,} imagined transitions were not finite and were left out"
+            what = f"{dropped:,} of {bounds.rows:,} imagined transitions were not finite and were left out"
             rest = "" if model_buffer.refills[-1] else "; nothing new is imagined until the next fit"
             self._warn_once("dropped", f"{what} (dynamics/dropped){rest}. Look at the dynamics, at reward_fn if there is one")
         return metrics

@@ -13,7 +13,7 @@ ROUNDING = 1e-6
 CONSTANT_RANGE = 0.01
 
 
-class Plausible:
+class PredictionBounds:
     """
     Holds what a dynamics model predicts within the range of the real data, and counts.
 
@@ -50,7 +50,7 @@ class Plausible:
         return th.cat(parts).clamp(-largest, largest).tolist()  # type: ignore[no-any-return]
 
     @classmethod
-    def of_numbers(cls, numbers: list[float], device: th.device) -> "Plausible":
+    def of_numbers(cls, numbers: list[float], device: th.device) -> "PredictionBounds":
         """:return: what had these :meth:`numbers`, with nothing counted"""
         made = cls.__new__(cls)
         made.rows, made._clipped, made._moved = 0, 0, None
@@ -60,47 +60,47 @@ class Plausible:
         made.obs_bounds = obs[0], obs[1]
         return made
 
-    def hold(self, next_obs: th.Tensor, rewards: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def clip(self, next_obs: th.Tensor, rewards: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param next_obs: ``(B, obs_dim)``
         :param rewards: ``(B,)``
         :return: both within the bounds
         """
-        return self.hold_obs(next_obs), self._hold_rewards(rewards, rewards.clamp(*self.reward_bounds))
+        return self.clip_obs(next_obs), self._count_clipped_rewards(rewards, rewards.clamp(*self.reward_bounds))
 
-    def hold_obs(self, next_obs: th.Tensor) -> th.Tensor:
+    def clip_obs(self, next_obs: th.Tensor) -> th.Tensor:
         """:return: next observations ``(B, obs_dim)`` within the bounds; a prediction begins with them"""
         self.rows += len(next_obs)
-        held, self._moved = next_obs.clamp(*self.obs_bounds), None
+        clipped, self._moved = next_obs.clamp(*self.obs_bounds), None
         # The usual case must cost next to nothing.
-        if th.equal(held, next_obs):
+        if th.equal(clipped, next_obs):
             return next_obs
-        moved = (held != next_obs) & next_obs.isfinite()
+        moved = (clipped != next_obs) & next_obs.isfinite()
         self._moved = moved.any(dim=1)
         self._clipped += int(self._moved.sum())
-        return th.where(moved, held, next_obs)
+        return th.where(moved, clipped, next_obs)
 
-    def hold_rewards(self, rewards: th.Tensor, ended: th.Tensor) -> th.Tensor:
+    def clip_rewards(self, rewards: th.Tensor, ended: th.Tensor) -> th.Tensor:
         """
         :param rewards: of the latest prediction, ``(B,)``
         :param ended: whether they come with the end of an episode, bool ``(B,)``
         :return: within the bounds of such rewards
         """
-        return self._hold_rewards(rewards, self.clip_rewards(rewards, ended))
+        return self._count_clipped_rewards(rewards, self.clamp_rewards(rewards, ended))
 
-    def _hold_rewards(self, rewards: th.Tensor, held: th.Tensor) -> th.Tensor:
-        if th.equal(held, rewards):
+    def _count_clipped_rewards(self, rewards: th.Tensor, clipped: th.Tensor) -> th.Tensor:
+        if th.equal(clipped, rewards):
             return rewards
-        moved = (held != rewards) & rewards.isfinite()
+        moved = (clipped != rewards) & rewards.isfinite()
         self._clipped += int((moved if self._moved is None else moved & ~self._moved).sum())
-        return th.where(moved, held, rewards)
+        return th.where(moved, clipped, rewards)
 
-    def within_obs(self, dynamics: DynamicsModel) -> DynamicsModel:
-        """:return: the same dynamics, whose observations are held and whose rewards are left as they are"""
-        return _Held(dynamics, self, rewards=False)
+    def wrap_obs(self, dynamics: DynamicsModel) -> DynamicsModel:
+        """:return: the same dynamics, whose observations are clipped and whose rewards are left as they are"""
+        return ClippedDynamics(dynamics, self, rewards=False)
 
-    def clip_rewards(self, rewards: th.Tensor, ended: th.Tensor) -> th.Tensor:
-        """See :meth:`hold_rewards`; without counting, and what is not finite stays."""
+    def clamp_rewards(self, rewards: th.Tensor, ended: th.Tensor) -> th.Tensor:
+        """See :meth:`clip_rewards`; without counting, and what is not finite stays."""
         return th.where(ended, rewards.clamp(*self.ending_bounds), rewards.clamp(*self.going_bounds))
 
     @property
@@ -108,31 +108,31 @@ class Plausible:
         """Share of the rows with a finite value beyond its bounds."""
         return self._clipped / max(self.rows, 1)
 
-    def within(self, dynamics: DynamicsModel) -> DynamicsModel:
+    def wrap(self, dynamics: DynamicsModel) -> DynamicsModel:
         """
         :param dynamics: a reward that is known, or learned as a function of the transition, is asked about the observation as
             it is kept; a known one is not bounded itself
-        :return: the same, held
+        :return: the same, clipped
         """
         if isinstance(dynamics, KnownReward):
-            return KnownReward(_Held(dynamics.dynamics, self, rewards=False), dynamics.reward_fn)
+            return KnownReward(ClippedDynamics(dynamics.dynamics, self, rewards=False), dynamics.reward_fn)
         if isinstance(dynamics, TransitionReward):
-            held = _Held(dynamics.dynamics, self, rewards=False)
-            return TransitionReward(held, dynamics.reward, dynamics.termination, self.hold_rewards)
-        return _Held(dynamics, self)
+            clipped = ClippedDynamics(dynamics.dynamics, self, rewards=False)
+            return TransitionReward(clipped, dynamics.reward, dynamics.termination, self.clip_rewards)
+        return ClippedDynamics(dynamics, self)
 
 
-class _Held(DynamicsWrapper):
-    """Another dynamics model whose predictions go through ``Plausible.hold``, or ``hold_obs`` if its rewards are not used."""
+class ClippedDynamics(DynamicsWrapper):
+    """Another dynamics model with its predictions clipped; without ``rewards``, only its observations."""
 
-    def __init__(self, dynamics: DynamicsModel, plausible: Plausible, rewards: bool = True) -> None:
+    def __init__(self, dynamics: DynamicsModel, bounds: PredictionBounds, rewards: bool = True) -> None:
         super().__init__(dynamics)
-        self.plausible, self.rewards = plausible, rewards
+        self.bounds, self.rewards = bounds, rewards
 
     def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        return self.plausible.hold(next_obs, rewards) if self.rewards else (self.plausible.hold_obs(next_obs), rewards)
+        return self.bounds.clip(next_obs, rewards) if self.rewards else (self.bounds.clip_obs(next_obs), rewards)
 
 
 def bounds(parts: list[th.Tensor], margin: float | None, least_spread: float = 0.0) -> tuple[th.Tensor, th.Tensor]:
@@ -140,7 +140,7 @@ def bounds(parts: list[th.Tensor], margin: float | None, least_spread: float = 0
     Lowest and highest plausible value of each dimension.
 
     :param parts: real values, each ``(N, size)``
-    :param margin: see :class:`Plausible`
+    :param margin: see :class:`PredictionBounds`
     :param least_spread: a range that is assumed at least
     :return: low and high, each ``(size,)``, float32; infinite where the data or float32 know no bound
     """

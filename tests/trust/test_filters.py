@@ -11,7 +11,7 @@ from sb3_mbpo.dynamics.base import KnownReward
 from sb3_mbpo.rollouts import branched_rollout
 from sb3_mbpo.trust.disagreement import geometric_jsd, information_fusion, information_loss, one_vs_rest_kl
 from sb3_mbpo.trust.filters import FILTERS, M2AC, Branches, Filtered, Filtering, Infoprop, Macura
-from sb3_mbpo.trust.prediction_bounds import Plausible
+from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.variants import MBTQC, MBCrossQ
 
 RULES = list(FILTERS)
@@ -337,14 +337,14 @@ def test_bounds_a_known_reward_and_the_penalty_hold_together():
     rewards = {}
     for alpha in (0.0, 100.0):
         dynamics = Members()
-        plausible = Plausible(real(dynamics), 0)
+        bounds = PredictionBounds(real(dynamics), 0)
         data, _ = rolled(
             M2AC(alpha=alpha),
             dynamics,
             th.linspace(-1, 1, 40).unsqueeze(1),
-            wrap=lambda inner, of=plausible: of.within(KnownReward(inner, lambda obs, actions, next_obs: 7 * next_obs[:, 0])),
+            wrap=lambda inner, of=bounds: of.wrap(KnownReward(inner, lambda obs, actions, next_obs: 7 * next_obs[:, 0])),
         )
-        assert data.next_observations.max() == 1 and plausible.clipped > 0
+        assert data.next_observations.max() == 1 and bounds.clipped > 0
         rewards[alpha] = data.rewards
         missing = 7 * data.next_observations - data.rewards
         assert (missing > 0).all() if alpha else not missing.any()
