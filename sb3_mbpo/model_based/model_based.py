@@ -149,7 +149,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         #: ``lifetime_timesteps`` at the last fit.
         self.dynamics_fitted_at: int | None = None
         #: k under ``rollout_schedule="auto"``, measured before each fit but the first.
-        self.trusted_length = 1
+        self.auto_rollout_length = 1
         #: Of the imagined rows that ``real_ratio`` leaves room for, the part that the dynamics has earned, see the gate.
         self.imagined_share = 1.0
         #: Squared errors on the steps after each fit, smoothed over the fits: of the reward and each dimension.
@@ -283,7 +283,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         whole(0).check("forget_transitions: keep", keep)
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
-        self.dynamics_fitted_at, self.trusted_length, self.imagined_share, self.filter_memory = None, 1, 1.0, []
+        self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_share, self.filter_memory = None, 1, 1.0, []
         self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
         self._warned_of_termination = False
         self._warned_of = [what for what in self._warned_of if what != "reward_fn"]

@@ -53,7 +53,7 @@ class ModelLearning(Imagining):
     min_explained_variance: float | None
     termination_fn: Any
     dynamics_fitted_at: int | None
-    trusted_length: int
+    auto_rollout_length: int
     imagined_share: float
     forward_errors: list[float]
     prediction_bounds: list[float]
@@ -89,7 +89,7 @@ class ModelLearning(Imagining):
         :raises ValueError: the schedule is none, or says something else than a whole number of at least 1
         """
         if self.rollout_schedule == "auto":
-            return self.trusted_length
+            return self.auto_rollout_length
         return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
 
     @property
@@ -346,12 +346,12 @@ class ModelLearning(Imagining):
         if max(self.model_train_freq, unseen * self.n_envs) < FEWEST_STARTS + self.n_envs:
             enough = FEWEST_STARTS + (LONGEST_AUTO - 1) * self.n_envs
             what = f'rollout_schedule="auto" has too few steps in a row to measure k, with n_envs={self.n_envs} and'
-            remedy = f"k stays {self.trusted_length}. Raise it, to {enough} for up to {LONGEST_AUTO} steps"
+            remedy = f"k stays {self.auto_rollout_length}. Raise it, to {enough} for up to {LONGEST_AUTO} steps"
             self._warn_once("auto", f"{what} model_train_freq={self.model_train_freq}: {remedy}")
         steps = self.replay_buffer.newest(n := min(unseen, MOST_STARTS))
         errors = drift(self.dynamics, steps, LONGEST_AUTO, FEWEST_STARTS, self.replay_buffer.newest_lost_ends(n))
         if errors:
-            self.trusted_length = reliable_length(errors, obs)
+            self.auto_rollout_length = reliable_length(errors, obs)
 
     def _explained_since_fit(self, transitions: ReplayBufferSamples) -> Explained | None:
         """

@@ -25,7 +25,7 @@ AGENTS: dict[str, type] = {}
 #: What counts the agent's life, and is restored.
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
-    *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share", "filter_memory"),
+    *("_episode_num", "_n_updates", "_current_progress_remaining", "auto_rollout_length", "imagined_share", "filter_memory"),
     *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
 )
 
@@ -256,7 +256,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
         fine = is_a(value, (int, float)) and 0 <= value <= 1
     elif name in ("forgot_transitions", "normalized_observations"):
         fine = isinstance(value, bool)
-    elif name == "trusted_length":
+    elif name == "auto_rollout_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
     elif name in ("filter_memory", "forward_errors", "prediction_bounds"):
         fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)

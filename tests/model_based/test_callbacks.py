@@ -546,8 +546,8 @@ def test_auto_warns_where_it_cannot_measure():
     model = agent(envs, **settings, model_train_freq=20)
     with pytest.warns(UserWarning, match=r"n_envs=4 and model_train_freq=20: k stays 1. Raise it, to 76 for up to 15 steps"):
         model.learn(100)
-    assert agent(envs, **settings, model_train_freq=24).learn(100).trusted_length == 2
-    assert agent(envs, **settings, model_train_freq=76).learn(240).trusted_length == 15
+    assert agent(envs, **settings, model_train_freq=24).learn(100).auto_rollout_length == 2
+    assert agent(envs, **settings, model_train_freq=76).learn(240).auto_rollout_length == 15
 
 
 @pytest.mark.parametrize("most", [1000, 25])

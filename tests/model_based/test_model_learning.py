@@ -81,7 +81,7 @@ def test_defaults_are_those_of_the_run():
 def test_after_learn_nothing_is_logged_and_k_is_measured():
     agent = prefilled(dynamics_class=TruePendulum, dynamics_kwargs=None, rollout_schedule="auto", model_train_freq=60)
     agent.learn(110)
-    agent.trusted_length = 1
+    agent.auto_rollout_length = 1
     log = dict(agent.logger.name_to_value)
     assert agent.fit_dynamics()["explained_obs"] > 0.9999 and agent.dynamics_fitted_at == 110
     assert agent.rollout_length == 15 == agent.generate_rollouts(n=2)["rollout_length"]
