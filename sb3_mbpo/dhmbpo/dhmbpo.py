@@ -142,7 +142,7 @@ class DHMBPO(ModelBased, SAC):
     @property
     def expands_values(self) -> bool:
         """True if updates use the dynamics, which needs an open gate; otherwise SAC's update runs on real transitions."""
-        trusted = self.real_ratio < 1 and self.imagined_share == 1 and self.dynamics_fitted_at is not None
+        trusted = self.real_ratio < 1 and self.imagined_fraction == 1 and self.dynamics_fitted_at is not None
         if not (trusted and self.dynamics.usable and self.prediction_bounds):
             return False
         # An agent that was loaded without its buffer collects first.

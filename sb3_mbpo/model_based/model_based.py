@@ -151,7 +151,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         #: k under ``rollout_schedule="auto"``, measured before each fit but the first.
         self.auto_rollout_length = 1
         #: Of the imagined rows that ``real_ratio`` leaves room for, the part that the dynamics has earned, see the gate.
-        self.imagined_share = 1.0
+        self.imagined_fraction = 1.0
         #: Squared errors on the steps after each fit, smoothed over the fits: of the reward and each dimension.
         self.forward_errors: list[float] = []
         #: Least and largest of real rewards and observations at the last fit, with their margin; kept by DHMBPO alone.
@@ -272,7 +272,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         Networks, optimizers, counters and the schedule of k stay. The agent goes on acting with its policy. It makes no
         updates until there are 200 real transitions (or ``learning_starts``, if that is less); then the dynamics is
         fitted to these, new transitions are imagined, and everything goes on as before. What has been measured of the
-        dynamics (k of "auto", the imagined share, the memory of a ``rollout_filter``) starts anew.
+        dynamics (k of "auto", the imagined fraction, the memory of a ``rollout_filter``) starts anew.
 
         May be called between two calls of ``learn`` (with ``reset_num_timesteps=False`` in the second, or SB3 acts at random
         for ``learning_starts`` steps again), or in a callback.
@@ -283,7 +283,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         whole(0).check("forget_transitions: keep", keep)
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
-        self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_share, self.filter_memory = None, 1, 1.0, []
+        self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_memory = None, 1, 1.0, []
         self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
         self._warned_of_termination = False
         self._warned_of = [what for what in self._warned_of if what != "reward_fn"]

@@ -18,7 +18,7 @@ from sb3_mbpo.rewards.audit import audit_rewards, judged_rows
 from sb3_mbpo.rollouts import LONGEST_AUTO, MOST_STEPS, branched_rollout, rollout_length
 from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS, disagreement
 from sb3_mbpo.trust.auto_rollout_length import drift, reliable_length
-from sb3_mbpo.trust.imagined_fraction import imagined_share
+from sb3_mbpo.trust.imagined_fraction import imagined_fraction
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.trust.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 from sb3_mbpo.validation.episode_ends import endless, lost_ends_warning
@@ -54,7 +54,7 @@ class ModelLearning(Imagining):
     termination_fn: Any
     dynamics_fitted_at: int | None
     auto_rollout_length: int
-    imagined_share: float
+    imagined_fraction: float
     forward_errors: list[float]
     prediction_bounds: list[float]
     unused_fits: int
@@ -179,7 +179,7 @@ class ModelLearning(Imagining):
     @property
     def real_share_of_batches(self) -> float:
         """The gate: a batch has as many imagined rows as the dynamics has earned, at most what ``real_ratio`` leaves."""
-        return float(self.real_ratio + (1 - self.real_ratio) * (1 - self.imagined_share))
+        return float(self.real_ratio + (1 - self.real_ratio) * (1 - self.imagined_fraction))
 
     def _transitions_for(self, caller: str, fewest: int) -> ReplayBufferSamples:
         """
@@ -388,12 +388,12 @@ class ModelLearning(Imagining):
             reward, obs = of_steps.reward, of_steps.obs
         metrics |= {"explained_reward": reward, "explained_obs": obs}
         judged_reward = reward if self.known_reward is None else 1.0
-        self.imagined_share = imagined_share(judged_reward, obs, self.min_explained_variance)
+        self.imagined_fraction = imagined_fraction(judged_reward, obs, self.min_explained_variance)
         to_blame = "reward" if judged_reward < obs else "observation"
         if to_blame == "observation" and of_steps is not None:
             to_blame += f", dimensions {of_steps.worst_dimensions}"
-        metrics["gate"] = "open" if self.imagined_share == 1 else to_blame
-        used = self.imagined_share > 0 if self.uses_partial_trust else self.imagined_share == 1
+        metrics["gate"] = "open" if self.imagined_fraction == 1 else to_blame
+        used = self.imagined_fraction > 0 if self.uses_partial_trust else self.imagined_fraction == 1
         self.unused_fits = 0 if used else self.unused_fits + 1
         if self.unused_fits >= UNUSED_FITS:
             self._warn_once(

@@ -73,7 +73,7 @@ class RolloutCallback(BaseCallback):
         agent = self.model
         with undone_on_error(agent):
             self._log(agent.fit_dynamics(progress=self._say))
-            if agent.dynamics.usable and agent.imagined_share > 0:
+            if agent.dynamics.usable and agent.imagined_fraction > 0:
                 self._log(agent.generate_rollouts(progress=self._say))
             else:
                 # An empty one: the next attempt comes with the next fit, not with the next step.

@@ -25,7 +25,14 @@ AGENTS: dict[str, type] = {}
 #: What counts the agent's life, and is restored.
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
-    *("_episode_num", "_n_updates", "_current_progress_remaining", "auto_rollout_length", "imagined_share", "filter_memory"),
+    *(
+        "_episode_num",
+        "_n_updates",
+        "_current_progress_remaining",
+        "auto_rollout_length",
+        "imagined_fraction",
+        "filter_memory",
+    ),
     *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
 )
 
@@ -252,7 +259,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
     value = decode(encoded[name], name)
     if name == "_current_progress_remaining":
         fine = is_a(value, (int, float))
-    elif name == "imagined_share":
+    elif name == "imagined_fraction":
         fine = is_a(value, (int, float)) and 0 <= value <= 1
     elif name in ("forgot_transitions", "normalized_observations"):
         fine = isinstance(value, bool)

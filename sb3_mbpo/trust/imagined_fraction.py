@@ -3,7 +3,7 @@
 import math
 
 
-def imagined_share(reward: float, obs: float, enough: float | None) -> float:
+def imagined_fraction(reward: float, obs: float, enough: float | None) -> float:
     """
     Which part of the imagined rows a dynamics has earned: 2 explained / enough - 1, within 0 and 1.
 

@@ -492,7 +492,7 @@ def test_a_constant_reward_needs_no_gradient_where_episodes_end():
 
 def test_with_half_of_the_trust_sac_learns_from_real_rows(monkeypatch):
     """Imagined rows have no rewards that it could learn from, and a warning says that the dynamics is not used."""
-    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_share", lambda *args: 0.6)
+    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_fraction", lambda *args: 0.6)
     model = agent(model_train_freq=5)
     with pytest.warns(UserWarning, match="not used after 3 fits in a row"):
         model.learn(40)
