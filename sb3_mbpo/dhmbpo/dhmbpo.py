@@ -200,7 +200,7 @@ class DHMBPO(ModelBased, SAC):
         if self.rollout_filter is not None:
             filtering = self.filtering(buffer.real_transitions(self.dynamics_window))
             assert filtering is not None
-            self.filter_memory = filtering.memory
+            self.filter_state = filtering.memory
         dynamics = self.bounds_of_fit.wrap_obs(self.dynamics)
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length

@@ -24,7 +24,7 @@ class Imagining(Collecting):
     actor: Any
     reward_fn: str | Callable[..., th.Tensor] | None
     rollout_filter: str | Rule | None
-    filter_memory: list[float]
+    filter_state: list[float]
     termination: Any
     learned_termination: Any
     learned_reward: LearnedReward
@@ -98,7 +98,7 @@ class Imagining(Collecting):
             return None
         name = self.rollout_filter if isinstance(self.rollout_filter, str) else ""
         rule = FILTERS.get(name) or resolve(self.rollout_filter, "rollout_filter")
-        return Filtering(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_memory)
+        return Filtering(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_state)
 
     @contextmanager
     def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:

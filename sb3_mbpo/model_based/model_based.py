@@ -159,7 +159,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         #: Fits in a row after which nothing was imagined because too little was explained.
         self.unused_fits = 0
         #: What the rule of ``rollout_filter`` remembers of the refills so far.
-        self.filter_memory: list[float] = []
+        self.filter_state: list[float] = []
         #: Whether :meth:`forget_transitions` was called: the first fit after it needs fewer rows, and updates wait for it.
         self.forgot_transitions = False
         self._earlier_timesteps = 0
@@ -283,7 +283,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         whole(0).check("forget_transitions: keep", keep)
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
-        self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_memory = None, 1, 1.0, []
+        self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_state = None, 1, 1.0, []
         self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
         self._warned_of_termination = False
         self._warned_of = [what for what in self._warned_of if what != "reward_fn"]

@@ -436,7 +436,7 @@ class ModelLearning(Imagining):
         self._lower_block(min(block, n), fitted)
         metrics = {"branch_length": sum(stored) / n, "dropped": sum(lost), "clipped": bounds.clipped}
         if filtering is not None:
-            self.filter_memory = filtering.memory
+            self.filter_state = filtering.memory
             metrics["filtered"] = filtering.left_out / max(bounds.rows, 1)
         if dropped := sum(lost):
             what = f"{dropped:,} of {bounds.rows:,} imagined transitions were not finite and were left out"

@@ -98,7 +98,7 @@ def state(agent: Any) -> dict[str, Any]:
         *(
             "auto_rollout_length",
             "imagined_fraction",
-            "filter_memory",
+            "filter_state",
             "dynamics_fitted_at",
             "num_timesteps",
             "rollout_length",

@@ -377,7 +377,7 @@ def test_all_algorithms_learn_with_all_rules(cls, name):
 def test_the_length_of_branches_is_logged_without_a_rule_too():
     agent = MBPO("MlpPolicy", "Pendulum-v1", rollout_schedule=3, **FAST).learn(25)
     values = agent.logger.name_to_value
-    assert values["dynamics/branch_length"] == 3 and "dynamics/filtered" not in values and agent.filter_memory == []
+    assert values["dynamics/branch_length"] == 3 and "dynamics/filtered" not in values and agent.filter_state == []
 
 
 def settings(**kwargs):
@@ -389,7 +389,7 @@ def test_forms_of_a_rule():
     forms = ["macura", Macura(), "sb3_mbpo.trust.filters.Macura", Macura]
     agents = [MBPO("MlpPolicy", "Pendulum-v1", **settings(rollout_filter=form)).learn(40) for form in forms]
     assert all(equal_agents(agents[0], other) for other in agents[1:])
-    assert agents[0].filter_memory[1] == 3 and all(a.filter_memory == agents[0].filter_memory for a in agents)
+    assert agents[0].filter_state[1] == 3 and all(a.filter_state == agents[0].filter_state for a in agents)
 
 
 def test_construction_draws_nothing():
@@ -404,12 +404,12 @@ def test_saved_and_loaded_with_its_memory(tmp_path, form, safe):
     agent = MBPO("MlpPolicy", "Pendulum-v1", **settings(rollout_filter=form)).learn(40)
     agent.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", safe=safe)
-    assert loaded.rollout_filter == form and loaded.filter_memory == agent.filter_memory and len(agent.filter_memory) == 2
+    assert loaded.rollout_filter == form and loaded.filter_state == agent.filter_state and len(agent.filter_state) == 2
     assert MBPO.load(tmp_path / "agent", safe=safe, rollout_filter=None).rollout_filter is None
     other = MBPO.load(tmp_path / "agent", env=agent.get_env(), safe=safe, rollout_filter="infoprop")
     agent.save_replay_buffer(tmp_path / "buffer")
     other.load_replay_buffer(tmp_path / "buffer")
-    assert other.learn(25).filter_memory == [] and not hasattr(agent.to_sac(), "filter_memory")
+    assert other.learn(25).filter_state == [] and not hasattr(agent.to_sac(), "filter_state")
 
 
 def test_everything_left_out_means_real_batches():

@@ -210,7 +210,7 @@ default:
     assert config["n_timesteps"] == 100 and agent.lr_schedule(1) == 1e-3
     assert agent.model_buffer_size is None and agent.dynamics_kwargs == {"net_arch": [8], "max_updates": 2}
     assert agent.rollout_schedule == {"min_length": 1, "max_length": 2, "start": 10, "end": 30}
-    assert agent.rollout_filter == "macura" and len(agent.filter_memory) == 2
+    assert agent.rollout_filter == "macura" and len(agent.filter_state) == 2
 
 
 def test_bare_words_stand_for_themselves(zoo: ModuleType) -> None:
