@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.dynamics.base import DynamicsModel
-from sb3_mbpo.trust.filters import Filtering
+from sb3_mbpo.trust.filters import RolloutFilter
 from sb3_mbpo.validation.rules import is_number, is_whole, shown, whole
 
 # Longer than any time limit, and a slip.
@@ -25,7 +25,7 @@ def branched_rollout(
     termination: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
     start_obs: th.Tensor,
     length: int,
-    filtering: Filtering | None = None,
+    rollout_filter: RolloutFilter | None = None,
 ) -> ReplayBufferSamples:
     """
     Follow the policy for ``length`` steps in the dynamics from every start state.
@@ -38,22 +38,22 @@ def branched_rollout(
     :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``, same conventions
     :param start_obs: ``(N, obs_dim)``, float32
     :param length: the rollout length k, at least 1
-    :param filtering: a rule of ``trust/filters.py`` at work; ``None``: ``DynamicsModel.sample``, and everything is kept
+    :param rollout_filter: a rule of ``trust/filters.py`` at work; ``None``: ``DynamicsModel.sample``, and everything is kept
     :return: the transitions in order of their step, at most ``N * length`` rows; rewards and dones are ``(rows, 1)``
     """
     obs, state = start_obs, None
     steps: list[tuple[th.Tensor, ...]] = []
     for step in range(length):
         actions, filtered = policy(obs), None
-        if filtering is None:
+        if rollout_filter is None:
             next_obs, rewards = dynamics.sample(obs, actions)
         else:
-            filtered = filtering(obs, actions, step, length, state)
+            filtered = rollout_filter(obs, actions, step, length, state)
             next_obs, rewards = dynamics.finish(obs, actions, filtered.prediction[:, 1:], filtered.prediction[:, 0])
             rewards = rewards if filtered.penalty is None else rewards - filtered.penalty
         going = next_obs.isfinite().all(dim=1) & rewards.isfinite()
         if filtered is not None:
-            going &= filtered.stored | filtered.onward
+            going &= filtered.keep | filtered.proceed
             filtered = filtered.of(going)
         if not going.all():
             obs, actions, next_obs, rewards = (part[going] for part in (obs, actions, next_obs, rewards))
@@ -63,8 +63,8 @@ def branched_rollout(
         rows: tuple[th.Tensor, ...] = (obs, actions, next_obs, dones.float().unsqueeze(1), rewards.unsqueeze(1))
         going = ~dones
         if filtered is not None:
-            rows = tuple(part[filtered.stored] for part in rows)
-            going &= filtered.onward
+            rows = tuple(part[filtered.keep] for part in rows)
+            going &= filtered.proceed
             state = filtered.of(going).state
         steps.append(rows)
         obs = next_obs[going]

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.dynamics.base import DynamicsModel
-from sb3_mbpo.trust.filters import FILTERS, Branches, Filtered
+from sb3_mbpo.trust.filters import FILTERS, FilterResult, RolloutStep
 from sb3_mbpo.validation.rules import RATE, shown
 
 
@@ -148,7 +148,7 @@ def dry_run_filter(begin: Callable[[ReplayBufferSamples], Any], value: Any, dyna
     """
     Let a ``rollout_filter`` judge two steps from made-up observations, by what the dynamics predicts before its first fit.
 
-    :param begin: real transitions -> a :class:`.filters.Filtering`
+    :param begin: real transitions -> a :class:`.filters.RolloutFilter`
     :param value: what the user has passed, for the message
     :param dynamics: nobody's random numbers are used up
     :raises ValueError: the dynamics does not predict as two members or more, the rule raises, or returns what does not fit
@@ -164,17 +164,19 @@ def dry_run_filter(begin: Callable[[ReplayBufferSamples], Any], value: Any, dyna
         for n in (13, 1):
             sizes = (obs_dim, dynamics.action_dim, obs_dim, 1, 1)
             made_up = ReplayBufferSamples(*(th.randn(n, size, generator=generator).clamp(-1, 1).to(device) for size in sizes))
-            filtering, state = begin(made_up), None
+            rollout_filter, state = begin(made_up), None
             for step in range(2):
-                mean, var = filtering.predict(*made_up[:2])
+                mean, var = rollout_filter.predict(*made_up[:2])
                 if len(mean) < 2 or any(part.shape[1:] != (n, 1 + obs_dim) for part in (mean, var)):
                     raise ValueError(f"predict gives {tuple(mean.shape)}, not (2 members or more, {n}, {1 + obs_dim})")
-                filtered = filtering.rule(mean, var, Branches(step, 2, filtering.limits, state, dynamics.generator))
+                filtered = rollout_filter.rule(
+                    mean, var, RolloutStep(step, 2, rollout_filter.limits, state, dynamics.generator)
+                )
                 _check_filtered(filtered, n, 1 + obs_dim)
                 state = filtered.state
     except Exception as error:
         raise ValueError(
-            f"{who} must be None, {', '.join(map(repr, FILTERS))}, or a rule (mean, var, branches) -> Filtered, see "
+            f"{who} must be None, {', '.join(map(repr, FILTERS))}, or a rule (mean, var, rollout_step) -> FilterResult, see "
             f"sb3_mbpo.trust.filters; a dry run said {type(error).__name__}: {error}"
         ) from error
     finally:
@@ -182,13 +184,13 @@ def dry_run_filter(begin: Callable[[ReplayBufferSamples], Any], value: Any, dyna
 
 
 def _check_filtered(filtered: Any, n: int, width: int) -> None:
-    if not isinstance(filtered, Filtered):
+    if not isinstance(filtered, FilterResult):
         raise ValueError(f"it returned {type(filtered).__name__}")
     if filtered.prediction.shape != (n, width):
         raise ValueError(f"its prediction has shape {tuple(filtered.prediction.shape)}, not {(n, width)}")
     if not filtered.prediction.dtype.is_floating_point:
         raise ValueError(f"its prediction is no floating point number, but {filtered.prediction.dtype}")
-    for name in ("stored", "onward"):
+    for name in ("keep", "proceed"):
         mask = getattr(filtered, name)
         if mask.dtype != th.bool or mask.shape != (n,):
             raise ValueError(f"{name} is {mask.dtype} of shape {tuple(mask.shape)}, not bool of shape {(n,)}")

@@ -196,11 +196,11 @@ class DHMBPO(ModelBased, SAC):
     def roll_distribution(self) -> None:
         """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
         buffer = self.replay_buffer
-        length, filtering = self.rollout_length, None
+        length, rollout_filter = self.rollout_length, None
         if self.rollout_filter is not None:
-            filtering = self.filtering(buffer.real_transitions(self.dynamics_window))
-            assert filtering is not None
-            self.filter_state = filtering.memory
+            rollout_filter = self.make_rollout_filter(buffer.real_transitions(self.dynamics_window))
+            assert rollout_filter is not None
+            self.filter_state = rollout_filter.memory
         dynamics = self.bounds_of_fit.wrap_obs(self.dynamics)
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
@@ -208,7 +208,7 @@ class DHMBPO(ModelBased, SAC):
             # Branches that ended early are replaced, up to a point: there may be no other.
             for _ in range(length):
                 starts = buffer.start_states(min(self.rollout_batch_size, missing), self.dynamics_window)
-                rows = branched_rollout(dynamics, policy, self.terminates, starts, length, filtering)
+                rows = branched_rollout(dynamics, policy, self.terminates, starts, length, rollout_filter)
                 kept = ReplayBufferSamples(*(part[:missing] for part in rows[:5]))
                 buffer.model_buffer.add(kept)
                 missing -= len(kept.rewards)

@@ -13,7 +13,7 @@ from sb3_mbpo.dynamics.base import DynamicsModel, KnownReward
 from sb3_mbpo.model_based.collecting import Collecting
 from sb3_mbpo.rewards.learned import LearnedReward, TransitionReward
 from sb3_mbpo.terminations.known import in_env_terms
-from sb3_mbpo.trust.filters import FILTERS, Filtering, Rule
+from sb3_mbpo.trust.filters import FILTERS, RolloutFilter, Rule
 
 
 class Imagining(Collecting):
@@ -89,7 +89,7 @@ class Imagining(Collecting):
         rewards = self.predict_reward(steps.observations, steps.actions, prediction[:, 1:], ended)
         return prediction if rewards is None else th.cat([rewards.unsqueeze(1), prediction[:, 1:]], dim=1)
 
-    def filtering(self, transitions: ReplayBufferSamples) -> Filtering | None:
+    def make_rollout_filter(self, transitions: ReplayBufferSamples) -> RolloutFilter | None:
         """
         :param transitions: all real transitions
         :return: what ``rollout_filter`` stands for, at work in the next refill
@@ -98,7 +98,7 @@ class Imagining(Collecting):
             return None
         name = self.rollout_filter if isinstance(self.rollout_filter, str) else ""
         rule = FILTERS.get(name) or resolve(self.rollout_filter, "rollout_filter")
-        return Filtering(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_state)
+        return RolloutFilter(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_state)
 
     @contextmanager
     def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:

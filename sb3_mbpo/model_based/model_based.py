@@ -202,7 +202,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
         if self.rollout_filter is not None:
-            dry_run_filter(self.filtering, self.rollout_filter, self.dynamics)
+            dry_run_filter(self.make_rollout_filter, self.rollout_filter, self.dynamics)
         if self.verbose >= 1:
             print(estimate(self))
         for warning in too_large(self):

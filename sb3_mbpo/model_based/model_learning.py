@@ -414,7 +414,7 @@ class ModelLearning(Imagining):
         model_buffer = self.replay_buffer.model_buffer
         model_buffer.begin_refill(n * length)
         bounds = PredictionBounds(transitions, self.prediction_clip_margin)
-        dynamics, filtering = bounds.wrap(self.imagined_dynamics), self.filtering(transitions)
+        dynamics, rollout_filter = bounds.wrap(self.imagined_dynamics), self.make_rollout_filter(transitions)
         start_obs = self.replay_buffer.start_states(n, self.dynamics_window)
         stored: list[int] = []
         lost: list[int] = []
@@ -422,11 +422,11 @@ class ModelLearning(Imagining):
         with self.imagining() as policy:
 
             def let_through() -> int:
-                return bounds.rows - (0 if filtering is None else filtering.left_out)
+                return bounds.rows - (0 if rollout_filter is None else rollout_filter.left_out)
 
             def imagine(start_obs: th.Tensor) -> ReplayBufferSamples:
                 before = let_through()
-                imagined = branched_rollout(dynamics, policy, self.terminates, start_obs, length, filtering)
+                imagined = branched_rollout(dynamics, policy, self.terminates, start_obs, length, rollout_filter)
                 # Every predicted row comes back, unless a rule left it out or it is not finite.
                 stored.append(len(imagined.rewards))
                 lost.append(let_through() - before - stored[-1])
@@ -435,9 +435,9 @@ class ModelLearning(Imagining):
             fitted = refill(model_buffer, imagine, start_obs, block, progress or (lambda what: None))
         self._lower_block(min(block, n), fitted)
         metrics = {"branch_length": sum(stored) / n, "dropped": sum(lost), "clipped": bounds.clipped}
-        if filtering is not None:
-            self.filter_state = filtering.memory
-            metrics["filtered"] = filtering.left_out / max(bounds.rows, 1)
+        if rollout_filter is not None:
+            self.filter_state = rollout_filter.memory
+            metrics["filtered"] = rollout_filter.left_out / max(bounds.rows, 1)
         if dropped := sum(lost):
             what = f"{dropped:,} of {bounds.rows:,} imagined transitions were not finite and were left out"
             rest = "" if model_buffer.refills[-1] else "; nothing new is imagined until the next fit"

@@ -19,7 +19,7 @@ PROBED_ROWS = 10_000
 LEAST_VARIANCE = 1e-12
 
 
-class Branches(NamedTuple):
+class RolloutStep(NamedTuple):
     """
     The branches whose next step a rule judges.
 
@@ -37,34 +37,34 @@ class Branches(NamedTuple):
     generator: th.Generator
 
 
-class Filtered(NamedTuple):
+class FilterResult(NamedTuple):
     """
     What a rule makes of a step.
 
     :param prediction: a draw of (reward, change of the observation), ``(B, 1 + obs_dim)``, in the units of ``mean``
-    :param stored: which transitions are learned from, bool ``(B,)``
-    :param onward: which branches go on, unless they terminate, bool ``(B,)``
+    :param keep: which transitions are learned from, bool ``(B,)``
+    :param proceed: which branches go on, unless they terminate, bool ``(B,)``
     :param state: what is to be known of each branch in its next step, ``(B, ...)``, or ``None``
     :param penalty: what the stored reward is less by, wherever that reward comes from, ``(B,)``, in standard deviations of the
         real rewards; ``None``: nothing
     """
 
     prediction: th.Tensor
-    stored: th.Tensor
-    onward: th.Tensor
+    keep: th.Tensor
+    proceed: th.Tensor
     state: th.Tensor | None = None
     penalty: th.Tensor | None = None
 
-    def of(self, rows: th.Tensor) -> "Filtered":
+    def of(self, rows: th.Tensor) -> "FilterResult":
         """:return: the same of some rows, bool ``(B,)``"""
-        return Filtered(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+        return FilterResult(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
 
-#: ``(mean, var, branches) -> Filtered``: the members' means and variances of (reward, change of the observation), each
+#: ``(mean, var, rollout_step) -> FilterResult``: the members' means and variances of (reward, change of the observation), each
 #: ``(members, B, 1 + obs_dim)``, in standard deviations of the real data. A rule may have a method
 #: ``begin(mean, var, memory) -> (limits, memory)``, called before each refill with predictions of real transitions; the
 #: memory is a list of numbers, empty at first, that is handed to the next ``begin`` and saved with the agent.
-Rule = Callable[[th.Tensor, th.Tensor, Branches], Filtered]
+Rule = Callable[[th.Tensor, th.Tensor, RolloutStep], FilterResult]
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Macura:
             kappa += (latest - kappa) / rounds
         return kappa, [kappa, rounds]
 
-    def __call__(self, mean: th.Tensor, var: th.Tensor, branches: Branches) -> Filtered:
+    def __call__(self, mean: th.Tensor, var: th.Tensor, rollout_step: RolloutStep) -> FilterResult:
         """See :data:`Rule`."""
-        certain = geometric_jsd(mean, var) < branches.limits
-        return Filtered(draw(mean, var, branches.generator)[0], certain, certain)
+        certain = geometric_jsd(mean, var) < rollout_step.limits
+        return FilterResult(draw(mean, var, rollout_step.generator)[0], certain, certain)
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,16 @@ class Infoprop:
         at_once, cheapest = (loss.nanquantile(q, dim=0) for q in (self.step_quantile, self.budget_quantile))
         return (at_once, self.horizon * cheapest), []
 
-    def __call__(self, mean: th.Tensor, var: th.Tensor, branches: Branches) -> Filtered:
+    def __call__(self, mean: th.Tensor, var: th.Tensor, rollout_step: RolloutStep) -> FilterResult:
         """See :data:`Rule`; the state is the loss since the start, ``(B, 1 + obs_dim)``."""
         fused_mean, gain, conditional_var = information_fusion(mean, var)
-        value, _ = draw(mean, var, branches.generator)
-        noise = th.randn(value.shape, generator=branches.generator, device=value.device)
+        value, _ = draw(mean, var, rollout_step.generator)
+        noise = th.randn(value.shape, generator=rollout_step.generator, device=value.device)
         loss = information_loss(conditional_var)
-        total = loss if branches.state is None else branches.state + loss
-        at_once, in_all = branches.limits
+        total = loss if rollout_step.state is None else rollout_step.state + loss
+        at_once, in_all = rollout_step.limits
         certain = ((loss <= at_once) & (total <= in_all)).all(dim=1)
-        return Filtered(fused_mean + gain * (value - fused_mean) + noise * conditional_var.sqrt(), certain, certain, total)
+        return FilterResult(fused_mean + gain * (value - fused_mean) + noise * conditional_var.sqrt(), certain, certain, total)
 
 
 @dataclass(frozen=True)
@@ -165,22 +165,22 @@ class M2AC:
     def __post_init__(self) -> None:
         number(0, 1e9).check("M2AC: alpha", self.alpha)
 
-    def __call__(self, mean: th.Tensor, var: th.Tensor, branches: Branches) -> Filtered:
+    def __call__(self, mean: th.Tensor, var: th.Tensor, rollout_step: RolloutStep) -> FilterResult:
         """See :data:`Rule`."""
-        value, chosen = draw(mean, var, branches.generator)
+        value, chosen = draw(mean, var, rollout_step.generator)
         uncertainty = one_vs_rest_kl(mean, var, chosen)
-        k = branches.length
-        share = 0.5 if k == 1 else (k - branches.step) / (2 * (k + 1))
+        k = rollout_step.length
+        share = 0.5 if k == 1 else (k - rollout_step.step) / (2 * (k + 1))
         rank = uncertainty.argsort(stable=True).argsort(stable=True)
         everywhere = th.ones_like(chosen, dtype=th.bool)
-        return Filtered(value, rank < share * len(rank), everywhere, penalty=self.alpha * uncertainty)
+        return FilterResult(value, rank < share * len(rank), everywhere, penalty=self.alpha * uncertainty)
 
 
 #: The rules by the names that ``rollout_filter`` knows.
 FILTERS: dict[str, type] = {"macura": Macura, "infoprop": Infoprop, "m2ac": M2AC}
 
 
-class Filtering:
+class RolloutFilter:
     """
     A rule at work, in one refill: in the units of the environment outside, in standard deviations of the real data inside, so
     that no unit of an observation matters.
@@ -225,19 +225,19 @@ class Filtering:
             change, var = (th.where(self.constant, part.mean(dim=0), part) for part in (change, var))
         return change / self.std, (var / self.std / self.std).clamp(min=LEAST_VARIANCE)
 
-    def __call__(self, obs: th.Tensor, actions: th.Tensor, step: int, length: int, state: th.Tensor | None) -> Filtered:
+    def __call__(self, obs: th.Tensor, actions: th.Tensor, step: int, length: int, state: th.Tensor | None) -> FilterResult:
         """
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
-        :param step: see :class:`Branches`, and so ``length`` and ``state``
+        :param step: see :class:`RolloutStep`, and so ``length`` and ``state``
         :return: with the reward, the next observation and the penalty in the environment's units; what is not finite counts as
             stored, for :func:`.rollouts.branched_rollout` to drop
         """
-        branches = Branches(step, length, self.limits, state, self.dynamics.generator)
-        filtered = self.rule(*self.predict(obs, actions), branches)
+        rollout_step = RolloutStep(step, length, self.limits, state, self.dynamics.generator)
+        filtered = self.rule(*self.predict(obs, actions), rollout_step)
         drawn = filtered.prediction * self.std
         prediction = th.cat([drawn[:, :1], obs + drawn[:, 1:]], dim=1)
         broken = ~prediction.isfinite().all(dim=1)
-        self.left_out += int((~filtered.stored & ~broken).sum())
+        self.left_out += int((~filtered.keep & ~broken).sum())
         penalty = None if filtered.penalty is None else filtered.penalty * self.std[0]
-        return Filtered(prediction, filtered.stored | broken, filtered.onward | broken, filtered.state, penalty)
+        return FilterResult(prediction, filtered.keep | broken, filtered.proceed | broken, filtered.state, penalty)

@@ -12,7 +12,7 @@ from sb3_mbpo.arguments.user_functions import check_device, check_learning_rate,
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.terminations.known import NeverTerminates
-from sb3_mbpo.trust.filters import Filtered, Filtering, Macura
+from sb3_mbpo.trust.filters import FilterResult, Macura, RolloutFilter
 
 OBS = spaces.Box(np.array([-1.0, -np.inf, 0.0]), np.array([1.0, np.inf, np.inf]), dtype=np.float64)
 ACTION = spaces.Box(-2.0, 3.0, (2,))
@@ -155,9 +155,9 @@ def test_noise_that_fits_no_action(noise, words):
 def keeps(**other):
     """A rule that keeps everything, with some of what it returns replaced."""
 
-    def rule(mean, var, branches):
+    def rule(mean, var, rollout_step):
         everything = th.ones(mean.shape[1], dtype=th.bool)
-        return Filtered(mean[0], everything, everything)._replace(
+        return FilterResult(mean[0], everything, everything)._replace(
             **{key: value(mean) if callable(value) else value for key, value in other.items()}
         )
 
@@ -168,7 +168,7 @@ def tried(rule, **kwargs):
     dynamics = ProbabilisticEnsemble(3, 1, seed=0, net_arch=[4], **{"n_members": 3, "n_elites": 2, **kwargs})
     before = dynamics.generator.get_state()
     try:
-        dry_run_filter(lambda transitions: Filtering(rule, dynamics, transitions, []), rule, dynamics)
+        dry_run_filter(lambda transitions: RolloutFilter(rule, dynamics, transitions, []), rule, dynamics)
     finally:
         assert th.equal(dynamics.generator.get_state(), before)
 
@@ -188,11 +188,11 @@ def test_rules_that_fit(rule):
         (lambda mean, var, branches: (mean[0], None, None, None), "it returned tuple"),
         (keeps(prediction=lambda mean: mean[0, :, :1]), r"its prediction has shape \(13, 1\), not \(13, 4\)"),
         (keeps(prediction=lambda mean: mean[0].long()), "its prediction is no floating point"),
-        (keeps(stored=lambda mean: mean[0, :, :1] > 0), r"stored is torch.bool of shape \(13, 1\), not bool of shape \(13,\)"),
-        (keeps(onward=lambda mean: mean[0, :, 0]), "onward is torch.float32"),
-        (keeps(stored=True), "AttributeError"),
+        (keeps(keep=lambda mean: mean[0, :, :1] > 0), r"keep is torch.bool of shape \(13, 1\), not bool of shape \(13,\)"),
+        (keeps(proceed=lambda mean: mean[0, :, 0]), "proceed is torch.float32"),
+        (keeps(keep=True), "AttributeError"),
         # A lone row loses its dimension.
-        (keeps(stored=lambda mean: (mean[0, :, 0] < 9).squeeze()), r"stored is torch.bool of shape \(\)"),
+        (keeps(keep=lambda mean: (mean[0, :, 0] < 9).squeeze()), r"keep is torch.bool of shape \(\)"),
         (keeps(state=th.zeros(2, 3)), "its state has 2 rows, not 13"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
