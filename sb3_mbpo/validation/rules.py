@@ -51,7 +51,7 @@ def is_flag(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ArgumentCheck:
     """
     What is asked of a value.
 
@@ -68,38 +68,40 @@ class Rule:
             raise ValueError(f"{name}={shown(value)} must be {self.expected}{remedy}")
 
 
-def whole(low: int, high: int | None = None) -> Rule:
+def whole(low: int, high: int | None = None) -> ArgumentCheck:
     """A count from ``low`` to ``high``."""
     most = "" if high is None else f" and at most {high:,}"
-    return Rule(
+    return ArgumentCheck(
         lambda value: is_whole(value, low, math.inf if high is None else high), f"a whole number of at least {low}{most}"
     )
 
 
-def number(low: float, high: float, meaning: str = "") -> Rule:
+def number(low: float, high: float, meaning: str = "") -> ArgumentCheck:
     """A number from ``low`` to ``high``."""
-    return Rule(lambda value: is_number(value, low, high), meaning or f"a number from {low:g} to {high:g}")
+    return ArgumentCheck(lambda value: is_number(value, low, high), meaning or f"a number from {low:g} to {high:g}")
 
 
-def optional(rule: Rule) -> Rule:
+def optional(rule: ArgumentCheck) -> ArgumentCheck:
     """The same, or None."""
-    return Rule(lambda value: value is None or rule.holds(value), f"None or {rule.expected}")
+    return ArgumentCheck(lambda value: value is None or rule.holds(value), f"None or {rule.expected}")
 
 
-def unless(text: str, rule: Rule) -> Rule:
+def unless(text: str, rule: ArgumentCheck) -> ArgumentCheck:
     """The same, or one certain text."""
-    return Rule(lambda value: (isinstance(value, str) and value == text) or rule.holds(value), f"{text!r} or {rule.expected}")
+    return ArgumentCheck(
+        lambda value: (isinstance(value, str) and value == text) or rule.holds(value), f"{text!r} or {rule.expected}"
+    )
 
 
-FLAG = Rule(is_flag, "true or false")
-POSITIVE = Rule(lambda value: is_number(value, 0, LARGEST) and value > 0, f"a number above 0 and at most {LARGEST:g}")
+FLAG = ArgumentCheck(is_flag, "true or false")
+POSITIVE = ArgumentCheck(lambda value: is_number(value, 0, LARGEST) and value > 0, f"a number above 0 and at most {LARGEST:g}")
 # Steps of Adam are about as long as the rate: weights of 1000 are none that anybody trains.
 RATE = number(0, 1e3, "a number from 0 to 1000, such as 3e-4")
 RATIO = number(0, 1, "a number between 0 (all imagined) and 1 (plain model-free learning)")
-MAPPING = Rule(lambda value: isinstance(value, Mapping), "a mapping of keyword arguments")
-CALLABLE = Rule(callable, "a class, or its dotted name")
+MAPPING = ArgumentCheck(lambda value: isinstance(value, Mapping), "a mapping of keyword arguments")
+CALLABLE = ArgumentCheck(callable, "a class, or its dotted name")
 # A layer of more units is a slip, and its weights fit nowhere.
-LAYERS = Rule(
+LAYERS = ArgumentCheck(
     lambda value: isinstance(value, list | tuple) and all(is_whole(size, 1, 100_000) for size in value),
     "a list of layer sizes, whole numbers from 1 to 100,000",
 )
@@ -129,38 +131,38 @@ def _is_noise(value: Any) -> bool:
 
 
 # The arguments of SB3's algorithms and of ModelBased. Not here: what is called or built to be checked.
-RULES: dict[str, Rule] = {
+RULES: dict[str, ArgumentCheck] = {
     "buffer_size": whole(1, MOST),
     "learning_starts": whole(0),
     "batch_size": whole(1, MOST),
     # 0 leaves the target networks as they are: SB3's own tests do so.
     "tau": number(0, 1, "a number between 0 and 1, the share of the networks in a target update"),
     "gamma": number(0, 1, "a number between 0 and 1, the discount"),
-    "train_freq": Rule(
+    "train_freq": ArgumentCheck(
         _is_train_freq, f'a whole number of at least 1 and at most {MOST:,}, alone or in a pair with "step" or "episode"'
     ),
-    "gradient_steps": Rule(
+    "gradient_steps": ArgumentCheck(
         lambda value: is_whole(value, -1, MOST),
         f"a whole number of at least 0 and at most {MOST:,}, or -1 for one for each env transition",
     ),
-    "action_noise": Rule(_is_noise, "None or an ActionNoise of Stable-Baselines3"),
+    "action_noise": ArgumentCheck(_is_noise, "None or an ActionNoise of Stable-Baselines3"),
     **{name: whole(1) for name in ("target_update_interval", "policy_delay")},
     "top_quantiles_to_drop_per_net": whole(0),
     "target_policy_noise": number(0, LARGEST),
-    "target_noise_clip": Rule(lambda value: is_number(value, 0, LARGEST) or is_number(value, math.inf), _CLIP),
-    "ent_coef": Rule(
+    "target_noise_clip": ArgumentCheck(lambda value: is_number(value, 0, LARGEST) or is_number(value, math.inf), _CLIP),
+    "ent_coef": ArgumentCheck(
         _is_coefficient, f'"auto", "auto_" and the positive number it starts from ("auto_0.1"), or {_COEFFICIENT.expected}'
     ),
     "target_entropy": unless("auto", number(-LARGEST, LARGEST)),
     **{name: FLAG for name in ("use_sde", "use_sde_at_warmup")},
-    "sde_sample_freq": Rule(
+    "sde_sample_freq": ArgumentCheck(
         lambda value: is_whole(value, 1) or is_whole(value, -1, -1),
         "a whole number of at least 1, or -1 for new noise at the start of each rollout only",
     ),
     "stats_window_size": whole(1, MOST),
-    "tensorboard_log": Rule(lambda value: value is None or isinstance(value, str | os.PathLike), "None or a folder"),
+    "tensorboard_log": ArgumentCheck(lambda value: value is None or isinstance(value, str | os.PathLike), "None or a folder"),
     "seed": optional(whole(0, 2**32 - 1)),
-    "verbose": Rule(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
+    "verbose": ArgumentCheck(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
     "replay_buffer_kwargs": MAPPING,
     "real_ratio": unless("auto", RATIO),
     "model_train_freq": whole(1),
@@ -172,8 +174,8 @@ RULES: dict[str, Rule] = {
     "dynamics_kwargs": optional(MAPPING),
 }
 # What SB3's policies take; the policy's own signature says which.
-_POLICY_RULES: dict[str, Rule] = {
-    "net_arch": Rule(
+_POLICY_RULES: dict[str, ArgumentCheck] = {
+    "net_arch": ArgumentCheck(
         lambda value: value is None
         or (isinstance(value, list) and LAYERS.holds(value))
         or (isinstance(value, dict) and value.keys() == {"pi", "qf"} and all(map(LAYERS.holds, value.values()))),
@@ -188,23 +190,27 @@ _POLICY_RULES: dict[str, Rule] = {
     **{name: FLAG for name in ("use_sde", "use_expln", "normalize_images", "share_features_extractor")},
 }
 _DECAY = number(0, LARGEST)
-ENSEMBLE_RULES: dict[str, Rule] = {
+ENSEMBLE_RULES: dict[str, ArgumentCheck] = {
     "n_members": whole(1, 1000),
     "n_elites": whole(1),
-    "net_arch": Rule(lambda value: LAYERS.holds(value) and len(value) > 0, LAYERS.expected),
-    "learning_rate": Rule(lambda value: RATE.holds(value) and value > 0, "a number above 0 and at most 1000, such as 1e-3"),
-    "weight_decays": Rule(
+    "net_arch": ArgumentCheck(lambda value: LAYERS.holds(value) and len(value) > 0, LAYERS.expected),
+    "learning_rate": ArgumentCheck(
+        lambda value: RATE.holds(value) and value > 0, "a number above 0 and at most 1000, such as 1e-3"
+    ),
+    "weight_decays": ArgumentCheck(
         lambda value: value is None or (isinstance(value, list | tuple) and all(map(_DECAY.holds, value))),
         "None or numbers >= 0, one per layer",
     ),
     "batch_size": whole(1, MOST),
-    "holdout_ratio": Rule(lambda value: is_number(value, 0, 1) and 0 < value < 1, "a number between 0 and 1, both excluded"),
+    "holdout_ratio": ArgumentCheck(
+        lambda value: is_number(value, 0, 1) and 0 < value < 1, "a number between 0 and 1, both excluded"
+    ),
     "max_holdout": whole(1),
     "patience": whole(0),
-    "min_improvement": Rule(lambda value: is_number(value, 0, 1) and value < 1, "a number of at least 0 and below 1"),
+    "min_improvement": ArgumentCheck(lambda value: is_number(value, 0, 1) and value < 1, "a number of at least 0 and below 1"),
     # The first fit takes half as many again, which a float has to hold.
     "max_updates": optional(whole(1, MOST)),
-    "target_mode": Rule(
+    "target_mode": ArgumentCheck(
         lambda value: isinstance(value, str) and value in ("auto", "delta", "next"), "'auto', 'delta' or 'next'"
     ),
     "normalize_targets": FLAG,
@@ -212,13 +218,13 @@ ENSEMBLE_RULES: dict[str, Rule] = {
     "bootstrap": FLAG,
     "beta": number(0, 1),
 }
-_LEARN_RULES: dict[str, Rule] = {
+_LEARN_RULES: dict[str, ArgumentCheck] = {
     "total_timesteps": whole(0),
     "log_interval": optional(whole(1)),
-    "tb_log_name": optional(Rule(lambda value: isinstance(value, str), "a text")),
+    "tb_log_name": optional(ArgumentCheck(lambda value: isinstance(value, str), "a text")),
     "reset_num_timesteps": FLAG,
     "progress_bar": FLAG,
-    "callback": Rule(
+    "callback": ArgumentCheck(
         lambda value: value is None
         or isinstance(value, BaseCallback)
         or (isinstance(value, list) and all(isinstance(item, BaseCallback) for item in value))
