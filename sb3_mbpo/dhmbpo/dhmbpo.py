@@ -184,7 +184,7 @@ class DHMBPO(ModelBased, SAC):
         """What ``ResumeCallback`` does not set back when ``train`` is broken off: the model buffer."""
         buffer = self.replay_buffer.model_buffer
         # A single update is not broken off once it has begun.
-        long = gradient_steps > 1 and self.resumable is not None and self.resumable.can_undo_train
+        long = gradient_steps > 1 and self.resume_callback is not None and self.resume_callback.can_undo_train
         before = buffer.contents() if long else None
         try:
             yield

@@ -59,7 +59,7 @@ class ModelLearning(Imagining):
     prediction_bounds: list[float]
     unused_fits: int
     forgot_transitions: bool
-    resumable: Any
+    resume_callback: Any
     critic: Any
     _earlier_timesteps: int
     _warned_of: list[str]

@@ -19,16 +19,16 @@ class Resuming(Collecting):
     """The part of :class:`ModelBased` that lets a ``ResumeCallback`` in."""
 
     #: The ``ResumeCallback`` of the present ``learn``, if there is one.
-    resumable: ResumeCallback | None = None
+    resume_callback: ResumeCallback | None = None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "resumable"]
+        return [*super()._excluded_save_params(), "resume_callback"]
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         everything = super()._init_callback(callback, progress_bar)
         check_evaluation(self.env, all_callbacks(everything))
-        if self.resumable is not None:
-            self.resumable.begin(everything)
+        if self.resume_callback is not None:
+            self.resume_callback.begin(everything)
         return everything
 
     def learn(
@@ -46,14 +46,14 @@ class Resuming(Collecting):
         try:
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset, progress_bar)
         except Interrupted:
-            assert self.resumable is not None
-            self.resumable.undo_train()
+            assert self.resume_callback is not None
+            self.resume_callback.undo_train()
             return self
         finally:
-            if self.resumable is not None:
-                self.resumable.end()
+            if self.resume_callback is not None:
+                self.resume_callback.end()
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """See SB3; before it is the point at which a run is saved, resumed and left."""
         collect = partial(super().collect_rollouts, *args, **kwargs)
-        return collect() if self.resumable is None else self.resumable.rollout(collect)
+        return collect() if self.resume_callback is None else self.resume_callback.rollout(collect)

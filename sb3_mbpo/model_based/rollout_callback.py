@@ -120,8 +120,8 @@ class RolloutCallback(BaseCallback):
 
         :raises Interrupted: it is to be broken off
         """
-        if self.model.resumable is not None:
-            self.model.resumable.check()
+        if self.model.resume_callback is not None:
+            self.model.resume_callback.check()
         self._show(what)
 
     def _show(self, what: str) -> None:
