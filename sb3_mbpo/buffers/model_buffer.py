@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 
-def grown(capacity: int, needed: int, expected: int | None, max_rows: int | None) -> int:
+def next_capacity(capacity: int, needed: int, expected: int | None, max_rows: int | None) -> int:
     """
     Rows to make room for: half as many again as now, so that growing stays cheap on the whole, but no more than will come.
 
@@ -117,7 +117,7 @@ class ModelBuffer:
 
     def _grow(self, n_rows: int) -> None:
         """Make room for ``n_rows``."""
-        rows = self.rows.new_empty((grown(len(self.rows), n_rows, self.expected, self.max_rows), sum(self.widths)))
+        rows = self.rows.new_empty((next_capacity(len(self.rows), n_rows, self.expected, self.max_rows), sum(self.widths)))
         # The ring's two ends one after the other: gathered by index they would be there a third time meanwhile.
         first = self.rows[self.start : self.start + len(self)]
         rows[: len(first)] = first
@@ -153,7 +153,7 @@ class ModelBuffer:
         ages = th.randint(len(self), (n_rows,), generator=generator, device=self.rows.device)
         return self.rows.index_select(0, self._places(ages))
 
-    def spread(self, n_rows: int) -> th.Tensor:
+    def evenly_spaced(self, n_rows: int) -> th.Tensor:
         """:return: at most ``n_rows`` packed rows at even distances in age, the newest among them; nothing is drawn"""
         n_rows = min(n_rows, len(self))
         # Integers: float32 tells only the first 16 million apart.

@@ -23,7 +23,7 @@ ENDS_LOOKED_AT = 20_000
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
 
-def sent(array: np.ndarray, device: th.device) -> th.Tensor:
+def to_device_async(array: np.ndarray, device: th.device) -> th.Tensor:
     """
     A small array as float32 on a device, for whose copy the host does not wait.
 
@@ -44,7 +44,7 @@ def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
     if env is None or not env.norm_obs:
         return obs
     assert isinstance(env.obs_rms, RunningMeanStd)
-    mean, std = (sent(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
+    mean, std = (to_device_async(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
     return ((obs - mean) / std).clamp(-env.clip_obs, env.clip_obs)
 
 
@@ -240,7 +240,7 @@ class MixedReplayBuffer(ReplayBuffer):
             self._check()
             drawn = min(n, max(1, BLOCK_NUMBERS // (batch_size * sum(widths))))
             rows = np.random.randint(self.size() * self.n_envs, size=drawn * n_real)
-            real = sent(self._real_rows(rows, self.handle_timeout_termination), self.device)
+            real = to_device_async(self._real_rows(rows, self.handle_timeout_termination), self.device)
             imagined = self.model_buffer.sample(drawn * (batch_size - n_real), self.generator)
             mixed = th.cat([real.unflatten(0, (drawn, n_real)), imagined.unflatten(0, (drawn, -1))], dim=1)
             obs, actions, next_obs, dones, rewards = mixed.split(widths, dim=2)

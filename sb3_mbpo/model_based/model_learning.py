@@ -313,7 +313,7 @@ class ModelLearning(Imagining):
         buffer, env = self.replay_buffer.model_buffer, self._vec_normalize_env
         n_real = len(transitions.rewards)
         places = th.arange(min(n_real, VALUED_ROWS), device=self.device) * n_real // min(n_real, VALUED_ROWS)
-        imagined = buffer.spread(VALUED_ROWS)
+        imagined = buffer.evenly_spaced(VALUED_ROWS)
         real = th.cat([transitions.observations[places], transitions.actions[places]], dim=1)
         obs, actions = th.cat([real, imagined[:, : real.shape[1]]]).split(buffer.widths[:2], dim=1)
         obs = normalize_obs(obs.reshape(-1, *self.observation_space.shape), env)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_mbpo.buffers.model_buffer import grown
+from sb3_mbpo.buffers.model_buffer import next_capacity
 from sb3_mbpo.buffers.replay_buffer import ROWS
 from sb3_mbpo.buffers.rollout_blocks import ROLLOUT_BLOCK
 from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule, make_schedule
@@ -120,7 +120,7 @@ def model_buffer_rows(
         for start in range(0, n_branches, block) if min(expected, bound) > capacity else ():
             new = min(block, n_branches - start) * k
             if min(held + new, bound) > capacity:
-                larger = grown(capacity, min(held + new, bound), expected, max_rows)
+                larger = next_capacity(capacity, min(held + new, bound), expected, max_rows)
                 copied, allocated, capacity = capacity + min(held, bound - min(new, bound)), capacity + larger, larger
             held = min(held + new, bound)
         refills.append(n_branches * k)
