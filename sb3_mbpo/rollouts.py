@@ -76,7 +76,7 @@ def branched_rollout(
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearRolloutSchedule:
     """
     The paper's schedule: k grows linearly from ``min_length`` at ``start`` to ``max_length`` at ``end``, rounded down.
 
@@ -120,17 +120,17 @@ def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> Rollout
     """
     The schedule that the argument ``rollout_schedule`` stands for.
 
-    :param spec: a fixed length, the keywords of ``LinearSchedule``, or any callable ``env transitions -> length``
+    :param spec: a fixed length, the keywords of ``LinearRolloutSchedule``, or any callable ``env transitions -> length``
     :raises ValueError: anything else, or lengths below one
     """
     keys = ["min_length", "max_length", "start", "end"]
     if isinstance(spec, dict):
         if set(spec) != set(keys):
             raise ValueError(f"rollout_schedule={shown(spec)} must have exactly the keys {', '.join(keys)}")
-        return LinearSchedule(**spec)
+        return LinearRolloutSchedule(**spec)
     if is_whole(spec, 1, MOST_STEPS):
         assert isinstance(spec, int)
-        return LinearSchedule(spec, spec, 0, 0)
+        return LinearRolloutSchedule(spec, spec, 0, 0)
     if callable(spec):
         return spec
     raise ValueError(

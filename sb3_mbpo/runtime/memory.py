@@ -14,7 +14,7 @@ import torch as th
 from sb3_mbpo.buffers.model_buffer import next_capacity
 from sb3_mbpo.buffers.replay_buffer import ROWS
 from sb3_mbpo.buffers.rollout_blocks import ROLLOUT_BLOCK
-from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule, make_schedule
+from sb3_mbpo.rollouts import LONGEST_AUTO, LinearRolloutSchedule, make_schedule
 
 # Bytes of a float32 and of an index.
 NUMBER, INDEX = 4, 8
@@ -85,12 +85,12 @@ def lengths_of(schedule: Any, first_refill: int, model_train_freq: int, retained
     if schedule == "auto":
         # At the least until the buffer is full, then at the most.
         turn = first_refill + retained_rollouts * model_train_freq
-        schedule = LinearSchedule(1, LONGEST_AUTO, turn, turn)
+        schedule = LinearRolloutSchedule(1, LONGEST_AUTO, turn, turn)
     schedule = make_schedule(schedule)
-    end = schedule.end if isinstance(schedule, LinearSchedule) else first_refill
+    end = schedule.end if isinstance(schedule, LinearRolloutSchedule) else first_refill
     times = [first_refill, *range((first_refill // model_train_freq + 1) * model_train_freq, end, model_train_freq)]
     times += [max(times[-1], end) + i * model_train_freq for i in range(retained_rollouts + 1)]
-    known = isinstance(schedule, LinearSchedule)
+    known = isinstance(schedule, LinearRolloutSchedule)
     for k, run in groupby(int(schedule(time if known else first_refill)) for time in times):
         for _, _ in zip(run, range(retained_rollouts + 1), strict=False):
             yield k
@@ -175,9 +175,9 @@ def most_imagined(agent: Any) -> int:
     :return: bytes of the full model buffer, at the end of the schedule of k
     """
     schedule = agent.rollout_schedule
-    schedule = LinearSchedule(LONGEST_AUTO, LONGEST_AUTO, 0, 0) if schedule == "auto" else make_schedule(schedule)
+    schedule = LinearRolloutSchedule(LONGEST_AUTO, LONGEST_AUTO, 0, 0) if schedule == "auto" else make_schedule(schedule)
     # Of a function nothing is known but its first value.
-    longest = schedule.max_length if isinstance(schedule, LinearSchedule) else int(schedule(0))
+    longest = schedule.max_length if isinstance(schedule, LinearRolloutSchedule) else int(schedule(0))
     rows = agent.rollout_batch_size * agent.retained_rollouts * longest
     return min(rows, agent.model_buffer_size or sys.maxsize) * sum(agent.replay_buffer.model_buffer.widths) * NUMBER
 

@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, chec
 from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedule
 
 from sb3_mbpo.arguments.arguments import resolve
-from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule
+from sb3_mbpo.rollouts import LONGEST_AUTO, LinearRolloutSchedule
 from sb3_mbpo.runtime.provenance import versions
 from sb3_mbpo.saving.plain_values import decode, decode_box, encode, encode_box, is_a
 from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS
@@ -64,7 +64,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "ent_coef": (int, float, str),
     "target_entropy": (int, float, str),
     "real_ratio": (int, float),
-    "rollout_schedule": (int, dict, LinearSchedule, str),
+    "rollout_schedule": (int, dict, LinearRolloutSchedule, str),
     "model_buffer_size": (_NOTHING, int),
     "dynamics_window": (_NOTHING, int),
     "termination_fn": (_NOTHING, str, *KNOWN_TERMINATIONS),

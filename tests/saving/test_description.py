@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedul
 from stable_baselines3.sac.policies import SACPolicy
 from tiny import FAST
 
-from sb3_mbpo import MBPO, MBTD3, DynamicsModel, LinearSchedule
+from sb3_mbpo import MBPO, MBTD3, DynamicsModel, LinearRolloutSchedule
 from sb3_mbpo.saving.description import AGENTS, build, describe
 from sb3_mbpo.saving.plain_values import encode_box
 from sb3_mbpo.terminations.known import TipFalls
@@ -80,7 +80,7 @@ VALUES: dict[str, list[Any]] = {
     "real_ratio": [0.25],
     "model_train_freq": [11],
     "rollout_batch_size": [12],
-    "rollout_schedule": [3, {"min_length": 1, "max_length": 4, "start": 10, "end": 20}, LinearSchedule(1, 2, 3, 4)],
+    "rollout_schedule": [3, {"min_length": 1, "max_length": 4, "start": 10, "end": 20}, LinearRolloutSchedule(1, 2, 3, 4)],
     "retained_rollouts": [2],
     "model_buffer_size": [50],
     "prediction_clip_margin": [None, 0.5],
