@@ -49,7 +49,7 @@ def branched_rollout(
             next_obs, rewards = dynamics.sample(obs, actions)
         else:
             filtered = rollout_filter(obs, actions, step, length, state)
-            next_obs, rewards = dynamics.finish(obs, actions, filtered.prediction[:, 1:], filtered.prediction[:, 0])
+            next_obs, rewards = dynamics.postprocess(obs, actions, filtered.prediction[:, 1:], filtered.prediction[:, 0])
             rewards = rewards if filtered.penalty is None else rewards - filtered.penalty
         going = next_obs.isfinite().all(dim=1) & rewards.isfinite()
         if filtered is not None:

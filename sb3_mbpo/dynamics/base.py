@@ -100,7 +100,7 @@ class DynamicsModel(nn.Module, ABC):
         draws = [self.sample(obs, actions) for _ in range(MEAN_DRAWS)]
         return th.stack([th.cat([rewards.unsqueeze(1), next_obs], dim=1) for next_obs, rewards in draws]).mean(dim=0)
 
-    def finish(
+    def postprocess(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -119,8 +119,8 @@ class DynamicsWrapper(DynamicsModel):
     """
     A dynamics model around another one, to which it forwards everything.
 
-    A subclass overrides ``adjust``, and so changes the predictions of ``sample``, ``predict_mean`` and ``finish`` alike. What
-    ``predict`` returns is the other model's, unchanged. Weights are part of the state dict, under ``dynamics.``.
+    A subclass overrides ``adjust``, and so changes the predictions of ``sample``, ``predict_mean`` and ``postprocess`` alike.
+    What ``predict`` returns is the other model's, unchanged. Weights are part of the state dict, under ``dynamics.``.
 
     :param dynamics: the other model
     """
@@ -185,11 +185,11 @@ class DynamicsWrapper(DynamicsModel):
         next_obs, rewards = self.adjust(obs, actions, mean[:, 1:], mean[:, 0])
         return th.cat([rewards.unsqueeze(1), next_obs], dim=1)
 
-    def finish(
+    def postprocess(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsModel.finish``; adjusted."""
-        return self.adjust(obs, actions, *self.dynamics.finish(obs, actions, next_obs, rewards))
+        """See ``DynamicsModel.postprocess``; adjusted."""
+        return self.adjust(obs, actions, *self.dynamics.postprocess(obs, actions, next_obs, rewards))
 
     def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor

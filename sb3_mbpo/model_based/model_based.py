@@ -116,12 +116,12 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         signature = inspect.signature(super().__init__)
         check_names(kwargs, signature, type(self))
         given = signature.bind_partial(policy, env, *args, **kwargs).arguments
-        as_ever = "gradient_steps" not in given
+        uses_default_gradient_steps = "gradient_steps" not in given
         ours = inspect.signature(ModelBased.__init__).parameters
         kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in ours and name not in given}
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
-        for warning in read_first(policy, env, passed, as_ever):
+        for warning in read_first(policy, env, passed, uses_default_gradient_steps):
             warnings.warn(warning, stacklevel=3)
 
         # A number from _setup_model on.
