@@ -146,7 +146,7 @@ def default_thresholds(rows: pd.DataFrame, baseline: str | None) -> dict[str, fl
     return found
 
 
-def spoken(value: Any) -> str:
+def value_text(value: Any) -> str:
     """:return: a value, or several where runs differ"""
     return " or ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -160,9 +160,9 @@ def origin(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "each run": f"{counted(arguments['steps'], 'env step')}, {counted(arguments['eval_episodes'], 'episode')} every "
         f"{counted(arguments['eval_freq'], 'step')}, {counted(arguments['threads'], 'PyTorch thread')}, "
         f"{'up to ' + counted(arguments['workers'], 'run') if arguments['workers'] else 'as many as fit'} at a time",
-        "versions": escape(", ".join(f"{name} {spoken(version)}" for name, version in versions.items())),
-        "hardware": escape(", ".join(f"{name}: {spoken(value)}" for name, value in hardware.items() if value)),
-        "commit": escape(spoken(manifest["commit"] or "not from a git checkout")),
+        "versions": escape(", ".join(f"{name} {value_text(version)}" for name, version in versions.items())),
+        "hardware": escape(", ".join(f"{name}: {value_text(value)}" for name, value in hardware.items() if value)),
+        "commit": escape(value_text(manifest["commit"] or "not from a git checkout")),
     }
     yield from said.items()
     for env, algorithms in manifest["settings"].items():

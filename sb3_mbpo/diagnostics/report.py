@@ -110,7 +110,7 @@ def make_env(make: Callable[[], gym.Env], name: str, statistics: Path | None) ->
     return env
 
 
-def film(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
+def episode_video(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
     """
     :param longest: an episode
     :return: a video, or why there is none
@@ -176,7 +176,7 @@ def write_report(
             agent.rollout_length,
             agent.gamma,
             [policy_shift(agent, [shot], diagnosis.steps.starts) for shot in shots],
-            film(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
+            episode_video(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
         )
     about = {
         "agent": f"{type(agent).__name__} after {agent.lifetime_timesteps:,} steps",

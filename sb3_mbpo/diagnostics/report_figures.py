@@ -114,7 +114,7 @@ def calibration(of: Diagnosis, horizon: int) -> Figure:
     return figure
 
 
-def telling(of: Diagnosis) -> list[int]:
+def most_informative_columns(of: Diagnosis) -> list[int]:
     """
     The dimensions of the observation along which the error of one step differs most, most first: by the share of the variance
     of its logarithm that is between ten bins of equally many states.
@@ -135,7 +135,7 @@ def where(of: Diagnosis) -> Figure:
     over, *along = figure.subplots(1, 3, width_ratios=(1.35, 1, 1))
     rows = of.known(1)
     error, starts = np.maximum(of.one_step_distance[rows], 1e-8), of.steps.starts[rows]
-    columns = (telling(of) * 2)[:2]
+    columns = (most_informative_columns(of) * 2)[:2]
     # The worst on top.
     order = error.argsort()
     x, y = (starts[order, column] for column in columns)

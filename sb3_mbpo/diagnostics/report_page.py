@@ -49,7 +49,7 @@ class Findings:
     #: eps_pi against each earlier policy; empty: none was given, or the policy is deterministic.
     shifts: Sequence[float]
     #: An animated WebP, or the end of the sentence why there is none.
-    film: bytes | str
+    video: bytes | str
 
     @property
     def shift(self) -> float | None:
@@ -179,7 +179,7 @@ def table(found: Findings) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>{left_out}'
 
 
-def drawn(found: Findings) -> Iterator[str]:
+def figure_sections(found: Findings) -> Iterator[str]:
     of, png = found.diagnosis, figures.png
     yield "<h2>How errors compound</h2>"
     caption = "Median over start states, and bands of 50 and 90 % of them, of the open-loop prediction with the real actions."
@@ -189,11 +189,11 @@ def drawn(found: Findings) -> Iterator[str]:
     caption += "Of many dimensions, the twelve worst predicted."
     yield picture(png(figures.trajectories(of)), "png", "trajectories, predicted and real", caption)
     yield "<h2>A real episode and the imagined one</h2>"
-    if isinstance(found.film, bytes):
+    if isinstance(found.video, bytes):
         caption = "The same start, the same actions. The imagined one is a single sample, each step from its own last one."
-        yield picture(found.film, "webp", "two episodes side by side", caption)
+        yield picture(found.video, "webp", "two episodes side by side", caption)
     else:
-        yield f'<p class="note">No video: {escape(found.film)}.</p>'
+        yield f'<p class="note">No video: {escape(found.video)}.</p>'
     yield "<h2>Does it know what it does not know?</h2>"
     caption = "How often central intervals hold what happened. Thick: mean over the dimensions of the observation. "
     caption += "Thin: each of them, and the reward. Below the diagonal: overconfident."
@@ -224,6 +224,13 @@ def write_page(path: Path, found: Findings, about: Mapping[str, str]) -> None:
         parts = ['<p class="failed">No prediction of this dynamics is finite: there is nothing to show.</p>']
     else:
         says = "".join(f"<li>{one}</li>" for one in (*of_prediction(found), *of_trust(found)))
-        parts = [tiles(found), f'<ul class="says">{says}</ul>', *drawn(found), "<h2>Each dimension</h2>", table(found), LIMITS]
+        parts = [
+            tiles(found),
+            f'<ul class="says">{says}</ul>',
+            *figure_sections(found),
+            "<h2>Each dimension</h2>",
+            table(found),
+            LIMITS,
+        ]
     parts += ["<h2>Where this comes from</h2>", definitions((name, escape(text)) for name, text in about.items())]
     path.write_text(page(f"How far may this model be believed? {about['env']}", parts, STYLE), encoding="utf-8")

@@ -66,7 +66,7 @@ def test_calibration():
 
 
 def test_where_the_error_depends_on_the_state():
-    assert figures.telling(made(n_steps=400))[0] == 0
+    assert figures.most_informative_columns(made(n_steps=400))[0] == 0
     axes = figures.where(made(n_steps=400)).axes
     assert axes[0].get_xlabel() == "obs 0"
     # One dimension that moves is enough.

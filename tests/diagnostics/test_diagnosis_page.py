@@ -23,7 +23,7 @@ def findings(**changes) -> Findings:
             "rollout_length": 3,
             "gamma": 0.99,
             "shifts": [],
-            "film": "the env does not render pictures",
+            "video": "the env does not render pictures",
             **changes,
         }
     )
@@ -37,7 +37,7 @@ def constant(found: Findings, value: float) -> Findings:
 
 
 def test_page_needs_no_other_file(tmp_path):
-    write_page(tmp_path / "page.html", findings(film=b"frames"), {"env": "Walk-v0", "command": "python <x>"})
+    write_page(tmp_path / "page.html", findings(video=b"frames"), {"env": "Walk-v0", "command": "python <x>"})
     html = (tmp_path / "page.html").read_text()
     assert "How far may this model be believed? Walk-v0" in html and "python &lt;x&gt;" in html
     assert len(re.findall(r'src="data:image/png;base64,', html)) == 6

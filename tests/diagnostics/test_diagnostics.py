@@ -103,7 +103,7 @@ def test_env_without_a_spec_gets_no_video(tmp_path):
 
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
     found = write_report(agent, tmp_path / "page.html", env=lambda: Bare(gym.make("Pendulum-v1")), n_episodes=1, horizon=2)
-    assert found.film == "it has no spec of Gymnasium's"
+    assert found.video == "it has no spec of Gymnasium's"
 
 
 def test_imagined_returns_are_as_long_as_real_ones(tmp_path):
