@@ -1,4 +1,4 @@
-"""How a model-based agent's `learn` is saved, left and resumed, if it has a ResumeCallback."""
+"""Hooks in ``learn`` and ``collect_rollouts`` that let a ResumeCallback save, stop and resume a run."""
 
 from functools import partial
 from typing import Any, TypeVar
@@ -16,9 +16,9 @@ SelfResuming = TypeVar("SelfResuming", bound="Resuming")
 
 
 class Resuming(Collecting):
-    """The part of :class:`ModelBased` that lets a ``ResumeCallback`` in."""
+    """The part of :class:`ModelBased` that calls a ``ResumeCallback``, if there is one."""
 
-    #: The ``ResumeCallback`` of the present ``learn``, if there is one.
+    #: The ``ResumeCallback`` of the current ``learn``, if there is one.
     resume_callback: ResumeCallback | None = None
 
     def _excluded_save_params(self) -> list[str]:
@@ -40,8 +40,8 @@ class Resuming(Collecting):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfResuming:
-        """See SB3."""
-        # A run that goes on also goes on with its log.
+        """See SB3 and :meth:`.ModelBased.learn`."""
+        # A resumed run also continues its log.
         reset = reset_num_timesteps and not (self.num_timesteps == 0 and will_resume(callback))
         try:
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset, progress_bar)
@@ -54,6 +54,6 @@ class Resuming(Collecting):
                 self.resume_callback.end()
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
-        """See SB3; before it is the point at which a run is saved, resumed and left."""
+        """See SB3. A run is saved, resumed and stopped right before it."""
         collect = partial(super().collect_rollouts, *args, **kwargs)
         return collect() if self.resume_callback is None else self.resume_callback.rollout(collect)

@@ -113,7 +113,7 @@ REFUSED = [
         (MBPO, {"rollout_schedule": value}, "rollout_schedule=.* must be a length, .*'auto'")
         for value in (0, -1, NAN, 1.5, True, None, 10**12, "long", [1])
     ),
-    (MBPO, {"rollout_schedule": lambda step: None}, "rollout_schedule=.* gives None at step 0"),
+    (MBPO, {"rollout_schedule": lambda step: None}, "rollout_schedule=.* returns None at step 0"),
     (MBPO, {"rollout_schedule": lambda step: [][step]}, "rollout_schedule=.* raises IndexError"),
     (MBPO, {"rollout_schedule": {"min_length": 1, 2: 3}}, "rollout_schedule=.* must have exactly the keys min_length"),
     *(
