@@ -143,7 +143,7 @@ def test_layers_are_as_they_were_trained(tmp_path, safe):
     """Weights of the same shapes, with another layer normalization, would predict something else."""
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).save(tmp_path / "agent")
     other = {"dynamics_kwargs": {**FAST["dynamics_kwargs"], "layer_norm": True}}
-    with pytest.raises(ValueError, match="layer_norm is True, that of the file is False"):
+    with pytest.raises(ValueError, match="layer_norm is True, but False in the file"):
         MBPO.load(tmp_path / "agent", safe=safe, **other)
 
 
