@@ -259,7 +259,7 @@ def test_callbacks(callback):
 
 def test_batches_larger_than_the_buffer():
     agent = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "buffer_size": 12, "real_ratio": 0.9})
-    with pytest.warns(UserWarning, match="batch_size=16 wants 14 real transitions; of 12, it repeats some") as caught:
+    with pytest.warns(UserWarning, match="batch_size=16 needs 14 real transitions; with 12, some are repeated") as caught:
         agent.learn(25)
     assert len(caught) == 1 and caught[0].filename == __file__ and agent._n_updates > 0
 
@@ -303,7 +303,7 @@ def test_episodes_of_several_envs(tmp_path):
     agent.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", env=make_vec_env("Pendulum-v1", 2))
     assert loaded.predict(loaded.observation_space.sample())[0].shape == (1,)
-    with pytest.raises(ValueError, match=r"train_freq=.* one env only; here are 2"):
+    with pytest.raises(ValueError, match=r"train_freq=.* only with one env, but there are 2"):
         loaded.learn(5)
 
 

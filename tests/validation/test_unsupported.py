@@ -81,5 +81,5 @@ def test_refused_replay_options(changed, message):
 def test_vectorised_envs_of_gymnasium_are_refused(mode):
     """They reset in ways of their own, and SB3 does not take them either."""
     env = gym.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})
-    with pytest.raises(ValueError, match=r"vectorised env of Gymnasium, .*make_vec_env"):
+    with pytest.raises(ValueError, match=r"vectorized env of Gymnasium, .*make_vec_env"):
         unsupported.check_env(env)
