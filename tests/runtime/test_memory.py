@@ -28,10 +28,10 @@ def test_line():
     assert grows.peak == 100
     assert str(grows) == (
         "memory: at most 100 B: real buffer 10 B; model buffer 20 B (k = 1) to 40 B (k = 8), 70 B while it grows; "
-        "refills 5 B; networks and optimizers 15 B"
+        "model rollouts 5 B; networks and optimizers 15 B"
     )
     stays = MemoryEstimate(10, 40, 40, 30, 5, 15, (2, 2))
-    assert stays.peak == 70 and "; model buffer 40 B; refills" in str(stays)
+    assert stays.peak == 70 and "; model buffer 40 B; model rollouts" in str(stays)
 
 
 @pytest.mark.parametrize(
