@@ -138,10 +138,10 @@ def test_noise_is_tried_on_a_copy():
 @pytest.mark.parametrize(
     ("noise", "words"),
     [
-        (NormalActionNoise(np.zeros(3), np.ones(3)), "gives"),
+        (NormalActionNoise(np.zeros(3), np.ones(3)), "returned"),
         (NormalActionNoise(np.zeros(2), np.full(2, np.nan)), "finite noise of shape"),
         (NormalActionNoise(np.zeros(2), -np.ones(2)), "raised ValueError"),
-        (VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), 3), "gives"),
+        (VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), 3), "returned"),
     ],
 )
 def test_noise_that_fits_no_action(noise, words):

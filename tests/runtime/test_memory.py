@@ -103,7 +103,7 @@ def test_estimate_of_an_agent(capsys):
         (
             {"buffer_size": 10_000},
             300_000,
-            r"buffer_size=10000: full replay buffers take 4\d\d kB, and this machine has 300 kB",
+            r"buffer_size=10000: full replay buffers take 4\d\d kB, but this machine has 300 kB",
         ),
         ({"buffer_size": 10_000}, None, None),
         ({"buffer_size": 10_000}, 500_000, None),

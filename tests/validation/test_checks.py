@@ -71,7 +71,7 @@ REFUSED = [
     *((MBPO, {"ent_coef": value}, "ent_coef=") for value in ("auto_nan", "auto_inf", "on", None, True, 1e16, [0.1])),
     *((MBPO, {"target_entropy": value}, "target_entropy=.* must be 'auto' or a number") for value in (NAN, INF, "low", None)),
     *((MBPO, {"learning_rate": value}, "learning_rate=.* must be") for value in (-1, NAN, INF, 1e4, None, True, "3e-4x")),
-    (MBPO, {"learning_rate": lambda progress: -progress}, "learning_rate=.* gives -1.0 at progress_remaining=1"),
+    (MBPO, {"learning_rate": lambda progress: -progress}, "learning_rate=.* returned -1.0 at progress_remaining=1"),
     *(
         (MBPO, {"batch_size": value}, "batch_size=.* must be a whole number of at least 1")
         for value in (0, -4, 32.5, "b", None)
@@ -94,7 +94,7 @@ REFUSED = [
     *((MBPO, {"device": value}, 'device=.* must be "auto"') for value in ("gpu", "meta", None, 0.5)),
     *((MBPO, {"tensorboard_log": value}, "tensorboard_log=.* must be None or a folder") for value in (3, True, [1])),
     *((MBPO, {"action_noise": value}, "action_noise=.* must be None or") for value in (0.1, "normal", NormalActionNoise)),
-    (MBPO, {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}, "action_noise=.* gives"),
+    (MBPO, {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}, "action_noise=.* returned"),
     *((MBPO, {"policy_kwargs": value}, "policy_kwargs=.* must be None or a mapping") for value in (3, "x", [1])),
     (MBPO, {"policy_kwargs": {"net_archs": [8]}}, "policy_kwargs has no key 'net_archs'; .*did you mean 'net_arch'"),
     *(

@@ -18,7 +18,7 @@ BOX = spaces.Box(-1, 1, (3,), np.float32)
         (spaces.Dict({"a": BOX}), BOX, "Dict.*FlattenObservation"),
         (spaces.Discrete(3), BOX, "observation space Discrete"),
         (spaces.MultiBinary(3), BOX, "observation space MultiBinary"),
-        (spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, "no image"),
+        (spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, "not an image"),
         (BOX, spaces.Discrete(2), "action space Discrete.*use DQN or PPO"),
         (BOX, spaces.MultiDiscrete([2, 3]), "action space MultiDiscrete"),
         (BOX, spaces.Box(-np.inf, np.inf, (2,)), "unbounded.*finite low and high"),
