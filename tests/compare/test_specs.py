@@ -60,8 +60,8 @@ def test_spec() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sca", "no algorithm 'sca'; you maybe meant sac. There are mbpo, sac, tqc"),
-        ("sac:", "'' is no setting; write sac:key=value"),
+        ("sca", "no algorithm 'sca'; did you mean sac\? Known are mbpo, sac, tqc"),
+        ("sac:", "'' is not a setting; write sac:key=value"),
         ("sac:gamma", "'gamma' is no setting"),
         ("sac:gamma=", "'gamma=' is no setting"),
         ("sac:=3", "'=3' is no setting"),
