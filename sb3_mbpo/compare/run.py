@@ -26,7 +26,10 @@ CHECKPOINTS = "checkpoints"
 
 
 def as_file_name(text: str) -> str:
-    """:return: ``text`` as a valid file name: special characters are replaced, and long names are shortened"""
+    """
+    :param text: any text
+    :return: a valid file name: special characters are replaced, and long names are shortened
+    """
     name = re.sub(r"[^\w.=,+-]+", "_", text)
     return name if len(name) <= 80 else f"{name[:70]}_{hashlib.sha1(text.encode()).hexdigest()[:8]}"
 
@@ -138,12 +141,20 @@ class Run:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """:return: content of ``run.json`` of a finished run"""
+    """
+    :param folder: folder of a finished run
+    :return: content of its ``run.json``
+    """
     return json.loads((folder / FINISHED).read_text(encoding="utf-8"))
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
+    """
+    Write a file atomically.
+
+    :param path: the file
+    :param content: its content
+    """
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)

@@ -99,7 +99,13 @@ def trajectories(of: Diagnosis) -> Figure:
 
 
 def calibration(of: Diagnosis, horizon: int) -> Figure:
-    """Plot the observed against the nominal coverage of intervals, after one step and after ``horizon`` steps."""
+    """
+    Plot the observed against the nominal coverage of intervals, after one step and after ``horizon`` steps.
+
+    :param of: the diagnosis
+    :param horizon: number of steps
+    :return: the figure
+    """
     figure = Figure(figsize=(4.8, 4.5), layout="constrained")
     axes = figure.subplots()
     nominal = [(N_SAMPLES + 1 - 2 * i) / (N_SAMPLES + 1) for i in range(N_SAMPLES // 2, 0, -1)]

@@ -33,11 +33,18 @@ class EnsembleLinear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """:return: ``(members, B, out_size)`` of ``x (members, B, in_size)``"""
+        """
+        :param x: inputs of each member ``(members, B, in_size)``
+        :return: outputs ``(members, B, out_size)``
+        """
         return th.baddbmm(self.bias, x, self.weight)
 
     def member(self, i: int, x: th.Tensor) -> th.Tensor:
-        """:return: output ``(B, out_size)`` of member ``i`` for ``x (B, in_size)``"""
+        """
+        :param i: index of a member
+        :param x: its inputs ``(B, in_size)``
+        :return: its outputs ``(B, out_size)``
+        """
         return th.addmm(self.bias[i], x, self.weight[i])
 
 
@@ -83,7 +90,10 @@ class EnsembleMLP(nn.Module):
             )
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """:return: ``(members, B, out_size)`` of ``x (members, B, in_size)``"""
+        """
+        :param x: inputs of each member ``(members, B, in_size)``
+        :return: outputs ``(members, B, out_size)``
+        """
         *hidden, last = self.layers
         for layer in hidden:
             x = self._normalize(nn.functional.silu(layer(x)))
@@ -93,7 +103,11 @@ class EnsembleMLP(nn.Module):
         return nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) if self.layer_norm else x
 
     def member(self, i: int, x: th.Tensor) -> th.Tensor:
-        """:return: output ``(B, out_size)`` of member ``i`` for ``x (B, in_size)``"""
+        """
+        :param i: index of a member
+        :param x: its inputs ``(B, in_size)``
+        :return: its outputs ``(B, out_size)``
+        """
         *hidden, last = self.layers
         for layer in hidden:
             # In place: allocating memory for every layer costs as much as the function itself.
@@ -140,9 +154,15 @@ class Standardizer(nn.Module):
         self.std.copy_(th.where(negligible, self.constant_std, std))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """:return: ``(x - mean) / std``, clipped to ``limit``; shape of ``x``, ``(..., size)``"""
+        """
+        :param x: ``(..., size)``
+        :return: ``(x - mean) / std``, clipped to ``limit``, same shape
+        """
         return ((x - self.mean) / self.std).clamp(-self.limit, self.limit)
 
     def inverse(self, z: th.Tensor) -> th.Tensor:
-        """:return: ``z * std + mean``; shape of ``z``, ``(..., size)``"""
+        """
+        :param z: standardized values ``(..., size)``
+        :return: ``z * std + mean``, same shape
+        """
         return z * self.std + self.mean

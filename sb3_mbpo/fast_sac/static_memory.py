@@ -27,7 +27,10 @@ def counts_of(agent: SAC) -> list[set[float]]:
 
 
 def why_not_static(agent: SAC) -> str | None:
-    """:return: why :class:`SACMemory` cannot replace an agent's optimizers, as a short phrase; ``None`` if it can"""
+    """
+    :param agent: the agent in its current state
+    :return: why :class:`SACMemory` cannot replace its optimizers, as a short phrase; ``None`` if it can
+    """
     if any(len(counts) > 1 for counts in counts_of(agent)):
         return "on a GPU, unequal numbers of steps of one optimizer's parameters"
     # The values between the parameters would not stay zero.

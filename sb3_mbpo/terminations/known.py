@@ -166,7 +166,11 @@ class Asks:
         return self.question(wrapper)
 
     def of(self, env: VecEnv, index: int) -> bool:
-        """:return: whether the predicate is true for any wrapper of the env with this index"""
+        """
+        :param env: a VecEnv
+        :param index: index of one of its envs
+        :return: whether the predicate is true for any wrapper of this env
+        """
         return env.env_is_wrapped(cast(type[gym.Wrapper], self), indices=index)[0]
 
 

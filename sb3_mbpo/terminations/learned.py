@@ -253,7 +253,10 @@ class Surface(nn.Module):
         return th.cat([z, z[:, i] * z[:, j]], dim=1)
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
-        """:return: logits ``(B,)``; larger means more likely in the first class"""
+        """
+        :param inputs: ``(B, size or more)``
+        :return: logits ``(B,)``; larger means more likely in the first class
+        """
         return self.features(self._expand(inputs)) @ self.weight + self.bias
 
     def fit(self, positives: th.Tensor, negatives: th.Tensor) -> None:

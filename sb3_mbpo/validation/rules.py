@@ -42,18 +42,31 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 
 
 def is_whole(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
-    """:return: whether ``value`` is an integer in [low, high]; a bool or a float such as 1.0 is not"""
+    """
+    :param value: any value
+    :param low: minimum
+    :param high: maximum
+    :return: whether it is an integer in [low, high]; a bool or a float such as 1.0 is not
+    """
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
-    """:return: whether ``value`` is a number in [low, high]; a bool or NaN is not"""
+    """
+    :param value: any value
+    :param low: minimum
+    :param high: maximum
+    :return: whether it is a number in [low, high]; a bool or NaN is not
+    """
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return real and bool(low <= value <= high)
 
 
 def is_flag(value: Any) -> bool:
-    """:return: whether ``value`` is a bool, 0 or 1; text is not, because Python would treat "false" as true"""
+    """
+    :param value: any value
+    :return: whether it is a bool, 0 or 1; a string is not, because Python would treat "false" as true
+    """
     return isinstance(value, bool | np.bool_) or is_whole(value, 0, 1)
 
 
@@ -81,7 +94,11 @@ class ArgumentCheck:
 
 
 def whole(low: int, high: int | None = None) -> ArgumentCheck:
-    """:return: check for a whole number from ``low`` to ``high``; ``None``: no maximum"""
+    """
+    :param low: minimum
+    :param high: maximum; ``None``: no maximum
+    :return: check for a whole number in this range
+    """
     most = "" if high is None else f" and at most {high:,}"
     return ArgumentCheck(
         lambda value: is_whole(value, low, math.inf if high is None else high), f"a whole number of at least {low}{most}"
@@ -89,17 +106,29 @@ def whole(low: int, high: int | None = None) -> ArgumentCheck:
 
 
 def number(low: float, high: float, meaning: str = "") -> ArgumentCheck:
-    """:return: check for a number from ``low`` to ``high``; ``meaning`` replaces the end of the message"""
+    """
+    :param low: minimum
+    :param high: maximum
+    :param meaning: end of the message "must be ..."; empty: the range
+    :return: check for a number in this range
+    """
     return ArgumentCheck(lambda value: is_number(value, low, high), meaning or f"a number from {low:g} to {high:g}")
 
 
 def optional(rule: ArgumentCheck) -> ArgumentCheck:
-    """:return: check that also accepts ``None``"""
+    """
+    :param rule: a check
+    :return: check that also accepts ``None``
+    """
     return ArgumentCheck(lambda value: value is None or rule.holds(value), f"None or {rule.expected}")
 
 
 def unless(text: str, rule: ArgumentCheck) -> ArgumentCheck:
-    """:return: check that also accepts the string ``text``"""
+    """
+    :param text: a string
+    :param rule: a check
+    :return: check that also accepts the string
+    """
     return ArgumentCheck(
         lambda value: (isinstance(value, str) and value == text) or rule.holds(value), f"{text!r} or {rule.expected}"
     )
