@@ -37,7 +37,7 @@ def as_file_name(text: str) -> str:
 @dataclass(frozen=True)
 class Run:
     """
-    Arguments of a run. Runs with equal arguments have the same result.
+    Arguments of a run. A finished run with equal arguments is not repeated.
 
     :param env: environment id
     :param label: the algorithm as written by the user, with settings
