@@ -23,15 +23,15 @@ import torch as th
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.trust.disagreement import draw
-from sb3_mbpo.trust.filters import M2AC, Branches, Filtered, Filtering, Infoprop, Macura
+from sb3_mbpo.trust.filters import M2AC, FilterResult, Infoprop, Macura, RolloutFilter, RolloutStep
 
 STEPS, BRANCHES = 10, 1000
 SIZES = {"Pendulum-v1": (500, 2_000), "Hopper-v5": (2_000, 10_000)}
 
 
-def keep_all(mean: th.Tensor, var: th.Tensor, branches: Branches) -> Filtered:
+def keep_all(mean: th.Tensor, var: th.Tensor, rollout_step: RolloutStep) -> FilterResult:
     everything = th.ones(mean.shape[1], dtype=th.bool)
-    return Filtered(draw(mean, var, branches.generator)[0], everything, everything)
+    return FilterResult(draw(mean, var, rollout_step.generator)[0], everything, everything)
 
 
 RULES: dict[str, Any] = {
@@ -73,21 +73,21 @@ def follow(agent: MBPO, rule: Any, simulator: Simulator, seed: int) -> Iterator[
     transitions = agent.replay_buffer.real_transitions()
     agent.dynamics.seed(seed)
     th.manual_seed(seed)
-    filtering = Filtering(rule, agent.dynamics, transitions, [])
+    rollout_filter = RolloutFilter(rule, agent.dynamics, transitions, [])
     rows = th.randint(len(transitions.rewards), (BRANCHES,), generator=th.Generator().manual_seed(seed))
     obs, state = transitions.observations[rows], None
     true_obs, obs_std = obs, transitions.observations.std(dim=0)
     for step in range(STEPS):
         with agent.imagining() as policy, th.no_grad():
             actions = policy(obs)
-            filtered = filtering(obs, actions, step, STEPS, state)
+            filtered = rollout_filter(obs, actions, step, STEPS, state)
         next_obs = filtered.prediction[:, 1:]
         true_next = th.as_tensor(simulator(true_obs.numpy(), actions.numpy()), dtype=th.float32)
         from_here = th.as_tensor(simulator(obs.numpy(), actions.numpy()), dtype=th.float32)
-        errors = rms(next_obs - from_here, filtering.std[1:]), rms(next_obs - true_next, obs_std)
-        for stored, *error in zip(filtered.stored.tolist(), *(error.tolist() for error in errors), strict=True):
+        errors = rms(next_obs - from_here, rollout_filter.std[1:]), rms(next_obs - true_next, obs_std)
+        for stored, *error in zip(filtered.keep.tolist(), *(error.tolist() for error in errors), strict=True):
             yield step, stored, *error
-        going = filtered.onward & ~agent.terminates(obs, actions, next_obs)
+        going = filtered.proceed & ~agent.terminates(obs, actions, next_obs)
         obs, true_obs, state = next_obs[going], true_next[going], filtered.of(going).state
         if len(obs) == 0:
             break

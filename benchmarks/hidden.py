@@ -62,14 +62,14 @@ def branch_length(agent: MBPO, name: str) -> float:
     """:return: transitions that a filter stores per branch of at most ``LENGTH`` steps"""
     agent.rollout_filter = name
     transitions = agent.replay_buffer.real_transitions()
-    filtering = agent.filtering(transitions)
-    assert filtering is not None and name in FILTERS
+    rollout_filter = agent.make_rollout_filter(transitions)
+    assert rollout_filter is not None and name in FILTERS
     obs, state, stored = agent.replay_buffer.start_states(BRANCHES), None, 0
     with agent.imagining() as policy, th.no_grad():
         for step in range(LENGTH):
-            filtered = filtering(obs, policy(obs), step, LENGTH, state)
-            stored += int(filtered.stored.sum())
-            obs, state = filtered.prediction[:, 1:][filtered.onward], filtered.of(filtered.onward).state
+            filtered = rollout_filter(obs, policy(obs), step, LENGTH, state)
+            stored += int(filtered.keep.sum())
+            obs, state = filtered.prediction[:, 1:][filtered.proceed], filtered.of(filtered.proceed).state
             if len(obs) == 0:
                 break
     return stored / BRANCHES

@@ -262,7 +262,7 @@ class PlainDHMBPO(DHMBPO):
     """DHMBPO as it is written down: every member's rows and every step's rewards one after the other, all by autograd."""
 
     def _imagine(self, roots: th.Tensor) -> TrainingRollout:
-        dynamics = self.bounds_of_fit.within(self.imagined_dynamics)
+        dynamics = self.bounds_of_fit.wrap(self.imagined_dynamics)
         with mock.patch.object(InputGradient, "covers", return_value=False):
             return training_rollout(dynamics, self._action_and_log_prob, self.terminates, roots, self.training_horizon)
 

@@ -14,7 +14,7 @@ from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.model_based.rollout_callback import RolloutCallback
-from sb3_mbpo.rollouts import LinearSchedule, branched_rollout
+from sb3_mbpo.rollouts import LinearRolloutSchedule, branched_rollout
 from sb3_mbpo.terminations.learned import LearnedTermination
 from sb3_mbpo.validation.faults import InvalidTransition
 
@@ -28,7 +28,7 @@ __all__ = [
     "DynamicsWrapper",
     "InvalidTransition",
     "LearnedTermination",
-    "LinearSchedule",
+    "LinearRolloutSchedule",
     "MixedReplayBuffer",
     "ModelBased",
     "ModelBuffer",

@@ -1,4 +1,4 @@
-"""The command ``sb3_mbpo``: those of the RL Zoo (zoo/cli.py), ``compare`` and ``report``."""
+"""The command ``sb3_mbpo``: commands of the RL Zoo (zoo/cli.py), ``compare`` and ``report``."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,16 +6,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# Commands of ours, and the modules that have them.
+# Commands of this package, and their modules.
 OURS = {"compare": "sb3_mbpo.compare.cli", "report": "sb3_mbpo.diagnostics.report"}
 HELP = """compare trains several algorithms with several seeds and reports: sb3_mbpo compare --help
-report shows how far an agent's dynamics may be believed: sb3_mbpo report --help
+report shows the accuracy of an agent's dynamics: sb3_mbpo report --help
 --version prints the version of sb3_mbpo"""
 
 
 def needed(module: str) -> Any:
     """
-    :param module: one that needs packages of an extra; none of them is loaded for a command that does without
+    Import a module that needs an extra. Commands that do not need it do not import it.
+
+    :param module: name of the module
+    :return: the module
     :raises SystemExit: a package is missing; the message names the extra
     """
     try:
@@ -25,7 +28,7 @@ def needed(module: str) -> Any:
 
 
 def zoo_help() -> str:
-    """:return: the Zoo's commands, or how to get them"""
+    """:return: help on the Zoo's commands, or how to install them"""
     try:
         from sb3_mbpo.zoo import cli as zoo
     except ImportError as error:
@@ -35,7 +38,10 @@ def zoo_help() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: the command and its options; ``None``: those of the process
+    Run a command.
+
+    :param arguments: the command and its options; ``None``: the command-line arguments of the process
+    :raises SystemExit: there is no such command, or it failed
     """
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "--version":

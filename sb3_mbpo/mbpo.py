@@ -21,11 +21,12 @@ class MBPO(ModelBased, SAC):
 
     Paper: https://arxiv.org/abs/1906.08253
 
-    Arguments: those of ``stable_baselines3.SAC`` (``gradient_steps`` is 20), then those of :class:`ModelBased`, then
+    The arguments are those of ``stable_baselines3.SAC`` (``gradient_steps`` defaults to 20), those of :class:`ModelBased`, and
 
-    :param fast_update: which code does SAC's update: ``False``: SB3's own; ``True``: ours, the same equations faster, and a
-        ``ValueError`` where it does not cover the agent; ``None``: ours where it does and ``real_ratio`` is below 1. On a GPU,
-        ours is captured as a CUDA graph, and SB3's is used, with a warning, where that fails
+    :param fast_update: Which code runs SAC's update. ``False``: SB3's own. ``True``: the faster code of this package, which
+        uses the same equations; raises a ``ValueError`` if it does not support the agent. ``None``: the faster code if it
+        supports the agent and ``real_ratio`` is below 1. On a GPU, the faster code is captured as a CUDA graph; if the capture
+        fails, a warning is issued and SB3's update is used
     """
 
     def __init__(
@@ -51,25 +52,28 @@ class MBPO(ModelBased, SAC):
 
     def _why_not_fast(self) -> str | None:
         """
-        Why SB3's own update is the one to run; ``None``: ours is.
-
-        :raises ValueError: ``fast_update=True`` for what ours does not cover
+        :return: why SB3's own update must run; ``None`` if the fast update can run
+        :raises ValueError: ``fast_update=True``, but the fast update does not support the agent
         """
         if self.fast_update is False:
             return "fast_update=False"
         if self.fast_update is None and self.real_ratio == 1:
             return "real_ratio=1"
-        # Ours draws many batches at once, and does not ask sample().
+        # The fast update draws many batches at once and does not call sample().
         usual = type(self.replay_buffer) is MixedReplayBuffer and "sample" not in vars(self.replay_buffer)
-        reason = why_not_fast(self, MBPO, ModelBased) if usual else "a replay buffer that draws in its own way"
+        reason = why_not_fast(self, MBPO, ModelBased) if usual else "a replay buffer with its own sample()"
         if reason is None and self.device.type == "cuda":
             reason = why_not_static(self)
         if self.fast_update and reason is not None:
-            raise ValueError(f"fast_update=True does not cover this agent: {reason}. Leave it at None, or set it to False")
+            raise ValueError(f"fast_update=True does not support this agent: {reason}. Leave it at None, or set it to False")
         return reason
 
     def _is_fast(self) -> bool:
-        """Asked before every ``train``, and said when it changes: networks and optimizers are the user's to replace."""
+        """
+        Checked before every ``train``, since users may replace networks and optimizers. The choice is printed when it changes.
+
+        :return: whether the fast update runs
+        """
         reason = self._why_not_fast()
         line = "SAC update: " + ("fast" if reason is None else f"Stable-Baselines3's own ({reason})")
         if self.verbose >= 1 and line != self._said_update:
@@ -78,7 +82,12 @@ class MBPO(ModelBased, SAC):
         return reason is None
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
-        """See SB3."""
+        """
+        Do gradient updates, with the fast update if it supports this agent.
+
+        :param gradient_steps: number of updates
+        :param batch_size: rows per batch, real and imagined together
+        """
         if gradient_steps <= 0 or self.waits_for_transitions or not self._is_fast():
             super().train(gradient_steps, batch_size)
             return
@@ -89,5 +98,5 @@ class MBPO(ModelBased, SAC):
             super().train(gradient_steps, batch_size)
 
     def to_sac(self) -> SAC:
-        """:return: a plain SAC as trained so far, on the same env, with an empty replay buffer"""
+        """:return: a plain SAC agent with the trained networks and the same env; its replay buffer is empty"""
         return self._model_free()

@@ -1,4 +1,4 @@
-"""Branched rollouts: imagined trajectories of k steps from real states, and the schedules that set k."""
+"""Branched rollouts: imagined trajectories of k steps from real states, and the schedules of k."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.dynamics.base import DynamicsModel
-from sb3_mbpo.trust.filters import Filtering
+from sb3_mbpo.trust.filters import RolloutFilter
 from sb3_mbpo.validation.rules import is_number, is_whole, shown, whole
 
-# Longer than any time limit, and a slip.
+# Maximum k. Larger values are longer than any time limit and almost certainly typos.
 MOST_STEPS = 10_000
-# k of ``rollout_schedule="auto"``, at most: the end of the paper's schedule for Hopper.
+# Maximum k of ``rollout_schedule="auto"``: the final k of the paper's schedule for Hopper.
 LONGEST_AUTO = 15
 
 RolloutSchedule = Callable[[int], int]
@@ -25,35 +25,37 @@ def branched_rollout(
     termination: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
     start_obs: th.Tensor,
     length: int,
-    filtering: Filtering | None = None,
+    rollout_filter: RolloutFilter | None = None,
 ) -> ReplayBufferSamples:
     """
-    Follow the policy for ``length`` steps in the dynamics from every start state.
+    Follow the policy in the dynamics for ``length`` steps from every start state.
 
-    A terminal transition is kept and ends its branch. A transition with a non-finite number is left out and ends its branch.
-    With a rule, transitions come from ``DynamicsModel.predict``, and the rule says which are kept and which branches go on.
+    A terminal transition is kept and ends its branch. A transition with a non-finite number is dropped and ends its branch.
+    With a filter, transitions come from ``DynamicsModel.predict``, and the filter decides which transitions are kept and which
+    branches continue.
 
-    :param dynamics: see ``DynamicsModel.sample``
-    :param policy: raw observations ``(B, obs_dim)`` -> actions in [-1, 1] ``(B, action_dim)``
-    :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``, same conventions
-    :param start_obs: ``(N, obs_dim)``, float32
+    :param dynamics: the dynamics, see ``DynamicsModel.sample``
+    :param policy: maps raw observations ``(B, obs_dim)`` to actions in [-1, 1] ``(B, action_dim)``
+    :param termination: maps ``(obs, actions, next_obs)``, with the same conventions, to bool ``(B,)``
+    :param start_obs: start states ``(N, obs_dim)``, float32
     :param length: the rollout length k, at least 1
-    :param filtering: a rule of ``trust/filters.py`` at work; ``None``: ``DynamicsModel.sample``, and everything is kept
-    :return: the transitions in order of their step, at most ``N * length`` rows; rewards and dones are ``(rows, 1)``
+    :param rollout_filter: applies a rule of ``trust/filters.py``; ``None``: transitions come from ``DynamicsModel.sample``,
+        and all are kept
+    :return: the transitions ordered by step, at most ``N * length`` rows; rewards and dones are ``(rows, 1)``
     """
     obs, state = start_obs, None
     steps: list[tuple[th.Tensor, ...]] = []
     for step in range(length):
         actions, filtered = policy(obs), None
-        if filtering is None:
+        if rollout_filter is None:
             next_obs, rewards = dynamics.sample(obs, actions)
         else:
-            filtered = filtering(obs, actions, step, length, state)
-            next_obs, rewards = dynamics.finish(obs, actions, filtered.prediction[:, 1:], filtered.prediction[:, 0])
+            filtered = rollout_filter(obs, actions, step, length, state)
+            next_obs, rewards = dynamics.postprocess(obs, actions, filtered.prediction[:, 1:], filtered.prediction[:, 0])
             rewards = rewards if filtered.penalty is None else rewards - filtered.penalty
         going = next_obs.isfinite().all(dim=1) & rewards.isfinite()
         if filtered is not None:
-            going &= filtered.stored | filtered.onward
+            going &= filtered.keep | filtered.proceed
             filtered = filtered.of(going)
         if not going.all():
             obs, actions, next_obs, rewards = (part[going] for part in (obs, actions, next_obs, rewards))
@@ -63,8 +65,8 @@ def branched_rollout(
         rows: tuple[th.Tensor, ...] = (obs, actions, next_obs, dones.float().unsqueeze(1), rewards.unsqueeze(1))
         going = ~dones
         if filtered is not None:
-            rows = tuple(part[filtered.stored] for part in rows)
-            going &= filtered.onward
+            rows = tuple(part[filtered.keep] for part in rows)
+            going &= filtered.proceed
             state = filtered.of(going).state
         steps.append(rows)
         obs = next_obs[going]
@@ -76,14 +78,14 @@ def branched_rollout(
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearRolloutSchedule:
     """
     The paper's schedule: k grows linearly from ``min_length`` at ``start`` to ``max_length`` at ``end``, rounded down.
 
     :param min_length: k until ``start``
     :param max_length: k from ``end`` on
-    :param start: env transitions, random ones included, when k begins to grow
-    :param end: env transitions when k is full
+    :param start: number of env transitions, random ones included, at which k starts to grow
+    :param end: number of env transitions at which k reaches ``max_length``
     """
 
     min_length: int
@@ -107,30 +109,32 @@ class LinearSchedule:
         """
         k = floor(k0 + clip((t - t0) / (t1 - t0), 0, 1) (k1 - k0))
 
-        :param num_timesteps: env transitions of the agent's life
+        :param num_timesteps: t, the agent's total env transitions
+        :return: k
         """
         if num_timesteps >= self.end:
             return self.max_length
         grown = max(num_timesteps - self.start, 0) * (self.max_length - self.min_length)
-        # In integers: a float quotient just under a whole number would hold k back.
+        # In integers: a float quotient just below a whole number would be rounded down.
         return self.min_length + grown // max(self.end - self.start, 1)
 
 
 def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> RolloutSchedule:
     """
-    The schedule that the argument ``rollout_schedule`` stands for.
+    Make a schedule from the argument ``rollout_schedule``.
 
-    :param spec: a fixed length, the keywords of ``LinearSchedule``, or any callable ``env transitions -> length``
-    :raises ValueError: anything else, or lengths below one
+    :param spec: a fixed length, the keywords of ``LinearRolloutSchedule``, or any callable from env transitions to a length
+    :return: callable from env transitions to k
+    :raises ValueError: ``spec`` is none of these, or a length is below 1
     """
     keys = ["min_length", "max_length", "start", "end"]
     if isinstance(spec, dict):
         if set(spec) != set(keys):
             raise ValueError(f"rollout_schedule={shown(spec)} must have exactly the keys {', '.join(keys)}")
-        return LinearSchedule(**spec)
+        return LinearRolloutSchedule(**spec)
     if is_whole(spec, 1, MOST_STEPS):
         assert isinstance(spec, int)
-        return LinearSchedule(spec, spec, 0, 0)
+        return LinearRolloutSchedule(spec, spec, 0, 0)
     if callable(spec):
         return spec
     raise ValueError(
@@ -141,11 +145,12 @@ def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> Rollout
 
 def rollout_length(spec: int | str | dict[str, int] | RolloutSchedule, num_timesteps: int) -> int:
     """
-    The rollout length k after so many env transitions.
+    The rollout length k after ``num_timesteps`` env transitions.
 
     :param spec: see ``make_schedule``
-    :param num_timesteps: env transitions of the agent's life
-    :raises ValueError: the schedule is none, or says something else than a whole number of at least 1
+    :param num_timesteps: the agent's total env transitions
+    :return: k
+    :raises ValueError: the schedule is invalid, or returns something other than a whole number of at least 1
     """
     schedule = make_schedule(spec)
     expected = f"not a whole number >= 1 and at most {MOST_STEPS:,}"
@@ -156,5 +161,5 @@ def rollout_length(spec: int | str | dict[str, int] | RolloutSchedule, num_times
             f"rollout_schedule={shown(spec)} raises {type(error).__name__}: {error} at step {num_timesteps}, {expected}"
         ) from error
     if not is_number(length, 1, MOST_STEPS) or int(length) != length:
-        raise ValueError(f"rollout_schedule={shown(spec)} gives {shown(length)} at step {num_timesteps}, {expected}")
+        raise ValueError(f"rollout_schedule={shown(spec)} returns {shown(length)} at step {num_timesteps}, {expected}")
     return int(length)

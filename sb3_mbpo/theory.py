@@ -1,25 +1,25 @@
 """
-How far a model may be believed: the bounds of Janner et al., 2019 (arXiv 1906.08253), as functions.
+The return bounds of Janner et al., 2019 (arXiv 1906.08253), as functions.
 
-All compare discounted returns, eta = E sum over t of gamma^t r_t, from the same distribution of first states: eta[pi] of the
-policy in the true MDP, eta_hat[pi] in the model, and eta_k, what k-branched rollouts predict: steps of the data's policy pi_D
-in the true MDP, then the last k of pi in the model.
+All bounds compare discounted returns, eta = E sum over t of gamma^t r_t, with the same distribution of first states: eta[pi]
+is the return of the policy in the true MDP, eta_hat[pi] that in the model, and eta_k that of k-branched rollouts, which follow
+the data's policy pi_D in the true MDP and then pi in the model for the last k steps.
 
 ``k``
-    steps in the model
+    number of steps in the model
 ``model_error``
-    eps_m, the total variation (half the L1 distance) between true and predicted outcomes of a state and action, in the mean
-    over what the policy named with the theorem meets at a time t of the true MDP, at the worst t. The maximum over all states
-    and actions is never less, so it may be passed instead.
+    eps_m, the total variation (half the L1 distance) between true and predicted outcomes of a state and action: the mean over
+    the states and actions of a policy at time t of the true MDP, for the worst t. Each theorem names the policy. The maximum
+    over all states and actions is never smaller, so it may be passed instead.
 ``policy_shift``
     eps_pi = max over s of TV(pi(.|s), pi_D(.|s))
 ``gamma``
     the discount factor, below 1
 ``r_max``
-    no reward is larger in size
+    the maximum absolute reward
 
-Plain numbers go in, and one comes out; with fractions the result is exact. An argument out of range is a ``ValueError``.
-docs/theory puts each bound to the test, and shows what two of them need beyond what they are printed with.
+Arguments and results are plain numbers. With fractions, the result is exact. A ``ValueError`` is raised for an argument out of
+range. docs/theory tests each bound, and shows which additional conditions two of them need.
 """
 
 import math
@@ -28,15 +28,15 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-# Beyond any horizon, and as a float still exact.
+# Larger than any horizon, and exact as a float.
 MOST_STEPS = 10**9
 
-# Argument -> its kind, what holds of it, what it must be
+# Argument -> type, condition, end of the error message
 _VALID: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "k": (Integral, lambda value: 0 <= value <= MOST_STEPS, f"a whole number from 0 to {MOST_STEPS:,}"),
     "model_error": (Real, lambda value: 0 <= value <= 1, "a number from 0 to 1, a total variation: half the L1 distance"),
     "gamma": (Real, lambda value: 0 <= value < 1, "a number from 0 to below 1: without discount no bound is finite"),
-    "r_max": (Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0, the largest size of a reward"),
+    "r_max": (Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0, the maximum absolute reward"),
 }
 _VALID |= {"longest": _VALID["k"], "policy_shift": _VALID["model_error"]}
 
@@ -50,13 +50,14 @@ def _check(**arguments: Any) -> None:
 
 def visitation_gap(*, model_error: float, gamma: float) -> float:
     """
-    The simulation lemma. Total variation between the discounted visits of states, sum over t of gamma^t d_t, of one policy
-    in the true MDP and in the model::
+    The simulation lemma: a bound of the total variation between the discounted state visitations, sum over t of gamma^t d_t,
+    of one policy in the true MDP and in the model::
 
         1/2 || sum over t of gamma^t (d_t - d_hat_t) ||_1  <=  gamma eps_m / (1 - gamma)^2
 
-    :param model_error: of next states, under that policy
+    :param model_error: error of next states, under that policy
     :param gamma: discount factor
+    :return: the bound
     """
     _check(model_error=model_error, gamma=gamma)
     return gamma * model_error / (1 - gamma) ** 2
@@ -64,17 +65,18 @@ def visitation_gap(*, model_error: float, gamma: float) -> float:
 
 def return_gap(*, model_error: float, policy_shift: float = 0, gamma: float, r_max: float) -> float:
     """
-    Theorem 4.1, full rollouts. If true MDP and model share the rewards r(s, a)::
+    Theorem 4.1, full rollouts. If the true MDP and the model have the same rewards r(s, a)::
 
         |eta[pi] - eta_hat[pi]|  <=  2 r_max gamma (eps_m + 2 eps_pi) / (1 - gamma)^2  +  4 r_max eps_pi / (1 - gamma)
 
-    Without policy shift this is 2 r_max times :func:`visitation_gap`. Rewards that depend on the next state, or that the model
-    predicts, need 2 r_max eps_m / (1 - gamma) more.
+    Without policy shift, this is 2 r_max times :func:`visitation_gap`. If rewards depend on the next state, or are predicted
+    by the model, 2 r_max eps_m / (1 - gamma) must be added.
 
-    :param model_error: under the data's policy
-    :param policy_shift: 0: the policy is the data's
+    :param model_error: error under the data's policy
+    :param policy_shift: shift between the policy and the data's policy
     :param gamma: discount factor
-    :param r_max: largest size of a reward
+    :param r_max: maximum absolute reward
+    :return: the bound
     """
     _check(model_error=model_error, policy_shift=policy_shift, gamma=gamma, r_max=r_max)
     ahead = gamma * (model_error + 2 * policy_shift) / (1 - gamma) ** 2
@@ -83,19 +85,20 @@ def return_gap(*, model_error: float, policy_shift: float = 0, gamma: float, r_m
 
 def branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
     """
-    Theorem 4.2, branched rollouts, with the model's error where the data are::
+    Theorem 4.2, branched rollouts, with the model error under the data's policy::
 
         |eta[pi] - eta_k|  <=  2 r_max [  gamma^(k+1) eps_pi / (1 - gamma)^2
                                         + (gamma^k + 2) eps_pi / (1 - gamma)
                                         + k (eps_m + 2 eps_pi) / (1 - gamma) ]
 
-    It never falls with k: by this bound no model is worth using.
+    The bound never decreases with k, so it does not justify using a model.
 
-    :param k: steps in the model
-    :param model_error: under the data's policy
-    :param policy_shift: between the policy and the data's
+    :param k: number of steps in the model
+    :param model_error: error under the data's policy
+    :param policy_shift: shift between the policy and the data's policy
     :param gamma: discount factor
-    :param r_max: largest size of a reward
+    :param r_max: maximum absolute reward
+    :return: the bound
     """
     _check(k=k, model_error=model_error, policy_shift=policy_shift, gamma=gamma, r_max=r_max)
     before = gamma ** (k + 1) * policy_shift / (1 - gamma) ** 2 + (gamma**k + 2) * policy_shift / (1 - gamma)
@@ -104,19 +107,20 @@ def branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamm
 
 def branched_return_gap_on_policy(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
     """
-    Theorem 4.3, branched rollouts, with the model's error where the current policy goes::
+    Theorem 4.3, branched rollouts, with the model error under the current policy::
 
         |eta[pi] - eta_k|  <=  2 r_max [  gamma^(k+1) eps_pi / (1 - gamma)^2
                                         + gamma^k eps_pi / (1 - gamma)
                                         + k eps_m / (1 - gamma) ]
 
-    The first two terms together are gamma^k eps_pi / (1 - gamma)^2.
+    The sum of the first two terms is gamma^k eps_pi / (1 - gamma)^2.
 
-    :param k: steps in the model
-    :param model_error: under the current policy
-    :param policy_shift: between the policy and the data's
+    :param k: number of steps in the model
+    :param model_error: error under the current policy
+    :param policy_shift: shift between the policy and the data's policy
     :param gamma: discount factor
-    :param r_max: largest size of a reward
+    :param r_max: maximum absolute reward
+    :return: the bound
     """
     _check(k=k, model_error=model_error, policy_shift=policy_shift, gamma=gamma, r_max=r_max)
     before = gamma ** (k + 1) * policy_shift / (1 - gamma) ** 2 + gamma**k * policy_shift / (1 - gamma)
@@ -125,20 +129,21 @@ def branched_return_gap_on_policy(*, k: int, model_error: float, policy_shift: f
 
 def quoted_branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
     """
-    Theorem 4.3 as it is often quoted, with the model's error in the second term as well::
+    Theorem 4.3 as it is often quoted, with the model error in the second term as well::
 
         2 r_max [  gamma^(k+1) eps_pi / (1 - gamma)^2
                  + gamma^k eps_m / (1 - gamma)
                  + k eps_m / (1 - gamma) ]
 
-    **No bound** where eps_m < eps_pi: docs/theory has an MDP of one state. Where the model errs no less than the policy has
-    moved, it is one, and looser than Theorem 4.3.
+    This is **not a bound** if eps_m < eps_pi: docs/theory has a counterexample with one state. If eps_m >= eps_pi, it is a
+    bound, and looser than Theorem 4.3.
 
-    :param k: steps in the model
-    :param model_error: under the current policy
-    :param policy_shift: between the policy and the data's
+    :param k: number of steps in the model
+    :param model_error: error under the current policy
+    :param policy_shift: shift between the policy and the data's policy
     :param gamma: discount factor
-    :param r_max: largest size of a reward
+    :param r_max: maximum absolute reward
+    :return: the quoted value
     """
     _check(k=k, model_error=model_error, policy_shift=policy_shift, gamma=gamma, r_max=r_max)
     before = gamma ** (k + 1) * policy_shift / (1 - gamma) ** 2 + gamma**k * model_error / (1 - gamma)
@@ -147,19 +152,21 @@ def quoted_branched_return_gap(*, k: int, model_error: float, policy_shift: floa
 
 def sharp_branched_return_gap(*, k: int, model_error: float, policy_shift: float, gamma: float, r_max: float) -> float:
     """
-    What the proof of Theorem 4.3 gives before it is rounded up; shown in docs/theory, where an MDP of two states attains it to
-    first order::
+    The bound in the proof of Theorem 4.3 before it is simplified. It is derived in docs/theory, where an MDP with two states
+    attains it to first order::
 
         |eta[pi] - eta_k|  <=  2 r_max [gamma^k eps_pi + (1 - gamma^k) eps_m] / (1 - gamma)^2
 
-    k counts imagined transitions, rewards included. From k = 0, the data's own return, it goes evenly to full rollouts, so it
-    is least at one of these ends, whichever error is smaller: an optimum between them comes of the rounding.
+    k counts imagined transitions, including their rewards. The bound interpolates between k = 0, the return of the data, and
+    full rollouts. So its minimum is at one of these ends, depending on which error is smaller. An optimum in between only
+    results from the simplification.
 
-    :param k: steps in the model
-    :param model_error: under the current policy
-    :param policy_shift: between the policy and the data's
+    :param k: number of steps in the model
+    :param model_error: error under the current policy
+    :param policy_shift: shift between the policy and the data's policy
     :param gamma: discount factor
-    :param r_max: largest size of a reward
+    :param r_max: maximum absolute reward
+    :return: the bound
     """
     _check(k=k, model_error=model_error, policy_shift=policy_shift, gamma=gamma, r_max=r_max)
     return 2 * r_max * (gamma**k * policy_shift + (1 - gamma**k) * model_error) / (1 - gamma) ** 2
@@ -167,22 +174,23 @@ def sharp_branched_return_gap(*, k: int, model_error: float, policy_shift: float
 
 def optimal_rollout_length(*, model_error: float, policy_shift: float, gamma: float, longest: int = 10_000) -> int:
     """
-    k*: the rollout length for which :func:`branched_return_gap_on_policy` is least.
+    k*: the rollout length that minimizes :func:`branched_return_gap_on_policy`.
 
-    One step more changes that bound by 2 r_max (eps_m - gamma^k eps_pi) / (1 - gamma), so k* is the smallest k for which
-    gamma^k eps_pi <= eps_m. With k continuous it would be::
+    One more step changes that bound by 2 r_max (eps_m - gamma^k eps_pi) / (1 - gamma), so k* is the smallest k with
+    gamma^k eps_pi <= eps_m. For continuous k, it would be::
 
         k* = ln( eps_m (1 - gamma) / (eps_pi ln(1 / gamma)) ) / ln(gamma)  ~  ln(eps_pi / eps_m) / (1 - gamma)
 
-    0 where the model errs no less than the policy has moved, also if both are 0: by this bound nothing is gained from it.
+    k* is 0 if eps_m >= eps_pi, also if both are 0: then the model does not improve the bound.
 
-    :param model_error: under the current policy
-    :param policy_shift: between the policy and the data's
+    :param model_error: error under the current policy
+    :param policy_shift: shift between the policy and the data's policy
     :param gamma: discount factor
-    :param longest: what is returned at most, and for a model without error, whose k* is infinite
+    :param longest: maximum return value, also returned for a model without error, whose k* is infinite
+    :return: k*
     """
     _check(model_error=model_error, policy_shift=policy_shift, gamma=gamma, longest=longest)
     if model_error == 0 < policy_shift and gamma > 0:
-        # Whose power is 0 in floating point, sooner or later.
+        # In floating point, gamma^k would become 0 for large k.
         return longest
     return bisect_left(range(longest), True, key=lambda k: gamma**k * policy_shift <= model_error)

@@ -1,4 +1,4 @@
-"""The same conductor over other off-policy algorithms."""
+"""Model-based variants of other off-policy algorithms: TD3, TQC and CrossQ."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ class MBTD3(ModelBased, TD3):
     """
     TD3 that also learns from imagined transitions.
 
-    TD3's policy is deterministic; imagined actions carry the noise of its target policy smoothing, or the critic would never
-    see a slope in the action.
+    TD3's policy is deterministic. Imagined actions get the noise of TD3's target policy smoothing; without it, the critic
+    would see only one action per state and could not learn a gradient in the action.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MBTD3(ModelBased, TD3):
         return (actions + noise).clamp(-1, 1)
 
     def to_td3(self) -> TD3:
-        """:return: a plain TD3 as trained so far, on the same env, with an empty replay buffer"""
+        """:return: a plain TD3 agent with the trained networks and the same env; its replay buffer is empty"""
         return self._model_free()
 
 
@@ -59,14 +59,14 @@ else:
 
         def _setup_model(self) -> None:
             super()._setup_model()
-            # Of a number below zero, TQC would go on with what the wrong end of a slice leaves.
+            # A negative number would make TQC slice from the wrong end.
             rule = whole(0, self.critic.n_quantiles - 1)
             rule.check(
                 "top_quantiles_to_drop_per_net", self.top_quantiles_to_drop_per_net, ", below n_quantiles of policy_kwargs"
             )
 
         def to_tqc(self) -> TQC:
-            """:return: a plain TQC as trained so far, on the same env, with an empty replay buffer"""
+            """:return: a plain TQC agent with the trained networks and the same env; its replay buffer is empty"""
             return self._model_free()
 
     class MBCrossQ(ModelBased, CrossQ):
@@ -80,9 +80,9 @@ else:
         def _setup_model(self) -> None:
             super()._setup_model()
             if self.policy_kwargs.get("batch_norm", True):
-                # One row has no variance: every parameter would be NaN after the first update.
+                # The variance of a single row is undefined: every parameter would be NaN after the first update.
                 whole(2).check("batch_size", self.batch_size, ", where batch_norm of policy_kwargs is true")
 
         def to_crossq(self) -> CrossQ:
-            """:return: a plain CrossQ as trained so far, on the same env, with an empty replay buffer"""
+            """:return: a plain CrossQ agent with the trained networks and the same env; its replay buffer is empty"""
             return self._model_free()

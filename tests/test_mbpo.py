@@ -96,7 +96,7 @@ def test_which_update_runs(kwargs, fast, capsys, monkeypatch):
 
 
 def test_fast_update_that_does_not_cover_the_agent():
-    with pytest.raises(ValueError, match=r"fast_update=True does not cover this agent: gSDE. Leave it at None"):
+    with pytest.raises(ValueError, match=r"fast_update=True does not support this agent: gSDE. Leave it at None"):
         MBPO("MlpPolicy", "Pendulum-v1", use_sde=True, fast_update=True)
 
 
@@ -156,7 +156,7 @@ def test_networks_changed_after_construction(fast_update):
     bias = next(model.critic.parameters()).requires_grad_(False)
     before = bias.detach().clone()
     if fast_update:
-        with pytest.raises(ValueError, match="fast_update=True does not cover this agent: parameters frozen"):
+        with pytest.raises(ValueError, match="fast_update=True does not support this agent: parameters frozen"):
             model.train(2, 16)
     else:
         model.train(2, 16)
@@ -189,7 +189,7 @@ def test_what_a_gpu_has_no_place_for(monkeypatch, capsys):
         "Stable-Baselines3's own (on a GPU, unequal numbers of steps of one optimizer's parameters)" in capsys.readouterr().out
     )
     agent.fast_update = True
-    with pytest.raises(ValueError, match="fast_update=True does not cover this agent: on a GPU, unequal"):
+    with pytest.raises(ValueError, match="fast_update=True does not support this agent: on a GPU, unequal"):
         agent._is_fast()
     counter -= 30
     assert agent._is_fast()

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from sb3_mbpo.dynamics.base import DynamicsModel
-from sb3_mbpo.rollouts import LinearSchedule, branched_rollout, make_schedule, rollout_length
+from sb3_mbpo.rollouts import LinearRolloutSchedule, branched_rollout, make_schedule, rollout_length
 
 
 class Counter(DynamicsModel):
@@ -137,11 +137,14 @@ def test_oracle_equals_the_true_system():
     ("schedule", "table"),
     [
         # The paper's tables in epochs of 1,000 steps (facts of the original code), warm-up not counted.
-        (LinearSchedule(1, 15, 20_000, 150_000), {0: 1, 20_000: 1, 29_000: 1, 30_000: 2, 124_000: 12, 150_000: 15, 10**7: 15}),
-        (LinearSchedule(1, 25, 20_000, 100_000), {0: 1, 24_000: 2, 99_000: 24, 100_000: 25}),
-        (LinearSchedule(1, 25, 20_000, 300_000), {31_000: 1, 32_000: 2, 299_000: 24, 300_000: 25}),
-        (LinearSchedule(1, 1, 20_000, 150_000), {0: 1, 10**6: 1}),
-        (LinearSchedule(2, 4, 100, 100), {99: 2, 100: 4}),
+        (
+            LinearRolloutSchedule(1, 15, 20_000, 150_000),
+            {0: 1, 20_000: 1, 29_000: 1, 30_000: 2, 124_000: 12, 150_000: 15, 10**7: 15},
+        ),
+        (LinearRolloutSchedule(1, 25, 20_000, 100_000), {0: 1, 24_000: 2, 99_000: 24, 100_000: 25}),
+        (LinearRolloutSchedule(1, 25, 20_000, 300_000), {31_000: 1, 32_000: 2, 299_000: 24, 300_000: 25}),
+        (LinearRolloutSchedule(1, 1, 20_000, 150_000), {0: 1, 10**6: 1}),
+        (LinearRolloutSchedule(2, 4, 100, 100), {99: 2, 100: 4}),
     ],
 )
 def test_linear_schedule(schedule, table):
@@ -150,7 +153,7 @@ def test_linear_schedule(schedule, table):
 
 @pytest.mark.parametrize("end", [103, 1_000, 130_000])
 def test_linear_schedule_is_the_formula(end):
-    schedule = LinearSchedule(1, 15, 100, end)
+    schedule = LinearRolloutSchedule(1, 15, 100, end)
     for step in range(0, end + 200, max(end // 1000, 1)):
         fraction = min(max((step - 100) / (end - 100), 0), 1)
         # A float quotient may fall just short of a whole number.

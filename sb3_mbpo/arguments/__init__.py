@@ -1,1 +1,1 @@
-"""What users pass to an algorithm: arguments, functions, wrapped envs; checked at construction."""
+"""Reads and checks at construction what users pass to an algorithm: arguments, functions, wrapped envs."""

@@ -1,4 +1,4 @@
-"""What users may pass: strings from YAML become numbers and objects, and everything is put to the rules."""
+"""Reads the arguments: strings from YAML become numbers and objects, and all values are checked."""
 
 import importlib
 import inspect
@@ -14,17 +14,18 @@ from sb3_mbpo.validation import rules
 from sb3_mbpo.validation.rules import did_you_mean, shown
 from sb3_mbpo.validation.unsupported import check_env, check_replay, check_spaces
 
-# SB3 keeps this one under another name.
+# SB3 stores this argument under another name.
 KEPT_AS = {"stats_window_size": "_stats_window_size"}
 
 
 def resolve(value: Any, name: str) -> Any:
     """
-    The object behind a dotted name; anything but a string comes back as it is.
+    Import the object with a dotted name. Other values are returned unchanged.
 
     :param value: ``"package.module.attribute"``, or an object
-    :param name: the argument, for the error
-    :raises ValueError: the name leads nowhere
+    :param name: name of the argument, for the error
+    :return: the object
+    :raises ValueError: there is no object with this name
     """
     if not isinstance(value, str):
         return value
@@ -36,7 +37,10 @@ def resolve(value: Any, name: str) -> Any:
 
 
 def numeric_defaults(*functions: Any) -> dict[str, int | float]:
-    """The parameters of some functions whose default is a number, with that default."""
+    """
+    :param functions: any functions
+    :return: defaults of all parameters whose default is a number, by name
+    """
     parameters = (item for function in functions for item in inspect.signature(function).parameters.items())
     return {
         name: parameter.default
@@ -47,12 +51,13 @@ def numeric_defaults(*functions: Any) -> dict[str, int | float]:
 
 def as_number(value: Any, name: str, default: int | float) -> Any:
     """
-    A number that arrived as a string (YAML reads ``1e-3`` as one), or as a float where a count is meant (``1e6``).
+    Convert a number that is given as a string (YAML reads ``1e-3`` as one), or as a float instead of a count (``1e6``).
 
-    :param value: anything; what is neither a string, a float nor a scalar of NumPy comes back as it is
-    :param name: the argument, for the error
-    :param default: its default, whose type says what is meant
-    :raises ValueError: a string that is no number, or a count with a fraction
+    :param value: any value; other types than strings, floats and NumPy scalars are returned unchanged
+    :param name: name of the argument, for the error
+    :param default: default of the argument; if it is an int, a whole number is expected
+    :return: the number
+    :raises ValueError: a string is not a number, or a count is not a whole number
     """
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str):
@@ -69,9 +74,10 @@ def as_number(value: Any, name: str, default: int | float) -> Any:
 
 def numbers_in(value: Any) -> Any:
     """
-    The same, with every string or scalar of NumPy that is a number turned into one, also inside lists, tuples and mappings.
+    Convert strings and NumPy scalars that are numbers, also inside lists, tuples and mappings.
 
-    :param value: anything that YAML can say
+    :param value: any value from YAML
+    :return: the value with numbers converted
     """
     if isinstance(value, Mapping):
         return {key: numbers_in(item) for key, item in value.items()}
@@ -87,18 +93,19 @@ def numbers_in(value: Any) -> Any:
 
 
 def _as_count(value: Any) -> Any:
-    """A whole number for a float that is one."""
+    """:return: an int if ``value`` is a float without a fraction, otherwise ``value``"""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[str, Any]:
     """
-    Keyword arguments for ``function``, with numbers read from strings.
+    Check the keyword arguments of ``function`` and convert numbers from strings.
 
-    :param kwargs: what the user passed
-    :param function: what ``dynamics_class`` stands for
-    :param name: the argument that holds ``kwargs``, for the error
-    :raises ValueError: a key that ``function`` does not take
+    :param kwargs: keyword arguments that the user passed
+    :param function: the ``dynamics_class``, or a function that creates a dynamics
+    :param name: name of the argument with ``kwargs``, for the error
+    :return: converted keyword arguments
+    :raises ValueError: ``function`` does not take a key
     """
     rules.MAPPING.check(name, kwargs)
     parameters = inspect.signature(function).parameters
@@ -114,22 +121,22 @@ def check_keywords(kwargs: Mapping[str, Any], function: Any, name: str) -> dict[
     defaults = numeric_defaults(function)
     for key, value in kwargs.items():
         if not isinstance(key, str):
-            raise ValueError(f"{name} has no key {key!r}: keys are names")
+            raise ValueError(f"{name} has no key {key!r}: keys must be strings")
         if key in parameters and isinstance(parameters[key].default, bool):
             rules.FLAG.check(f"{name}: {key}", value)
     read = {key: as_number(value, f"{name}: {key}", defaults[key]) for key, value in kwargs.items() if key in defaults}
-    # Text stays text; numbers in lists, and where the default says nothing, may have come as text.
+    # Strings stay strings if the default is not a number. Numbers in lists may be strings.
     return {key: read.get(key, value if isinstance(value, str) else numbers_in(value)) for key, value in kwargs.items()}
 
 
 def joined_signature(cls: type, mixin: type, **defaults: Any) -> inspect.Signature:
     """
-    The constructor of a class that mixes keyword arguments into another one's.
+    The full signature of the constructor of an algorithm with a mixin.
 
-    :param cls: a subclass of ``mixin`` and, after it, of the class whose arguments it takes
-    :param mixin: passes on ``*args`` and ``**kwargs``
-    :param defaults: arguments whose default differs
-    :return: that other class's parameters, then the keyword-only ones of ``mixin`` and of what derives from it
+    :param cls: a subclass of ``mixin`` and, after it, of an SB3 algorithm
+    :param mixin: a class whose constructor passes on ``*args`` and ``**kwargs``
+    :param defaults: new defaults by argument name
+    :return: the parameters of the SB3 algorithm, then the keyword-only ones of ``mixin`` and its subclasses
     """
     mro: list[Any] = list(cls.__mro__)
     position = mro.index(mixin)
@@ -142,10 +149,12 @@ def joined_signature(cls: type, mixin: type, **defaults: Any) -> inspect.Signatu
 
 def check_names(kwargs: Mapping[str, Any], signature: inspect.Signature, cls: type) -> None:
     """
-    :param kwargs: what is to be passed on
-    :param signature: of what it is passed on to
-    :param cls: what the user is making
-    :raises TypeError: a keyword that is no argument
+    Check the names of keyword arguments.
+
+    :param kwargs: keyword arguments
+    :param signature: signature of the function that gets them
+    :param cls: the algorithm, for the error
+    :raises TypeError: a keyword is not an argument
     """
     takes = signature.parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
@@ -158,10 +167,12 @@ def check_names(kwargs: Mapping[str, Any], signature: inspect.Signature, cls: ty
 
 def read_learn(total_timesteps: Any, *rest: Any) -> Any:
     """
-    :param total_timesteps: of ``learn``, a whole number or a float that is one
-    :param rest: the other arguments of ``learn``, in its order
-    :return: ``total_timesteps``, read
-    :raises ValueError: one that is out of range
+    Read and check the arguments of ``learn``.
+
+    :param total_timesteps: a whole number, or a float or string of one
+    :param rest: the other arguments of ``learn``, in the same order
+    :return: ``total_timesteps`` as an int
+    :raises ValueError: an argument is out of range
     """
     total_timesteps = _as_count(numbers_in(total_timesteps))
     names = ("callback", "log_interval", "tb_log_name", "reset_num_timesteps", "progress_bar")
@@ -171,17 +182,17 @@ def read_learn(total_timesteps: Any, *rest: Any) -> Any:
 
 def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: bool) -> list[str]:
     """
-    What SB3's constructor uses at once, read and checked in place, before it can stumble over it.
+    Read and check, in place, the arguments that SB3's constructor uses immediately.
 
     :param policy: the first argument of the constructor
-    :param env: the second; ``None`` is for ``load`` alone
-    :param passed: all of them, by name
+    :param env: the second argument of the constructor; only ``load`` passes ``None``
+    :param passed: all arguments by name
     :param default_steps: whether ``gradient_steps`` was left at its default
     :return: warnings
-    :raises ValueError: one that is out of range
+    :raises ValueError: an argument is invalid
     """
     if env is None and passed.get("_init_setup_model", True):
-        raise ValueError("env=None must be an env, or the name of one; only load does without")
+        raise ValueError("env=None must be an env, or the name of one; only load does not need one")
     if env is not None and not isinstance(env, str):
         check_env(env)
     if not (isinstance(policy, str) or callable(policy)):
@@ -193,16 +204,16 @@ def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: boo
     for name in ("policy_kwargs", "replay_buffer_kwargs"):
         rules.optional(rules.MAPPING).check(name, passed.get(name))
         if passed.get(name) is not None:
-            # SB3 writes into these dictionaries; the caller's stay as they are.
+            # SB3 modifies these dictionaries, so pass copies.
             passed[name] = dict(passed[name])
     warning = check_device(passed.get("device", "auto"))
     found = [] if warning is None else [warning]
     if env is not None:
-        # Before SB3 looks at the spaces: its assertions do not say what to do instead.
+        # Check the spaces before SB3, whose assertions do not say what to do instead.
         passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
         check_spaces(env.observation_space, env.action_space)
         n_envs = getattr(env, "num_envs", 1)
-        # ``load`` gets its gradient_steps from the file.
+        # ``load`` reads gradient_steps from the file.
         if default_steps and n_envs > 1 and passed.get("_init_setup_model", True):
             found.append(rules.updates_are_few(passed["gradient_steps"], n_envs))
     return found
@@ -210,15 +221,15 @@ def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: boo
 
 def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     """
-    Turn the arguments that an agent keeps under their names into what they mean, in place, and check them.
+    Read and check, in place, the arguments that an agent stores as attributes.
 
-    :param agent: a ModelBased algorithm, before its parts are built; also one that is being loaded
-    :param replay_buffer_classes: what ``replay_buffer_class`` may be
-    :raises ValueError: an argument that cannot be read or is out of range
+    :param agent: a ModelBased algorithm, new or being loaded, before its parts are built
+    :param replay_buffer_classes: allowed values of ``replay_buffer_class``
+    :raises ValueError: an argument cannot be read or is out of range
     """
     parameters = inspect.signature(type(agent)).parameters
     empty = inspect.Parameter.empty
-    # A base that takes what it passes on as ``**kwargs`` has no defaults to show, and its arguments have rules all the same.
+    # Arguments that are passed on in ``**kwargs`` are not in the signature, but are checked, too.
     for name in dict.fromkeys([*parameters, *rules.RULES]):
         attribute = KEPT_AS.get(name, name)
         if name == "policy" or not hasattr(agent, attribute):
@@ -235,16 +246,16 @@ def read_arguments(agent: Any, replay_buffer_classes: tuple[type, ...]) -> None:
     rules.check_policy_kwargs(agent.policy_kwargs, _taken_by(agent.policy_class))
     check_learning_rate(agent.learning_rate)
     if agent.action_noise is not None:
-        # An agent may be loaded for another number of envs.
+        # An agent may be loaded with another number of envs.
         if isinstance(agent.action_noise, VectorizedActionNoise) and agent.action_noise.n_envs != agent.n_envs:
             agent.action_noise = VectorizedActionNoise(agent.action_noise.base_noise, agent.n_envs)
         check_noise(agent.action_noise, agent.n_envs, agent.action_space.shape)
 
 
 def _read(name: str, value: Any, default: Any) -> Any:
-    """What an argument means. What means nothing comes back as it is where there is a rule for it, which says more."""
+    """:return: the converted value; unchanged if it is invalid and has a check, whose error message is more specific"""
     if name == "rollout_schedule" and isinstance(numbers_in(value), str) and "." not in value:
-        # "auto", or a word for nothing: `make_schedule` says what there is.
+        # "auto", or an invalid word, for which `make_schedule` raises.
         return value
     if name in ("learning_rate", "rollout_schedule", "replay_buffer_class"):
         value = resolve(numbers_in(value), name)
@@ -255,7 +266,7 @@ def _read(name: str, value: Any, default: Any) -> Any:
     if name in ("policy_kwargs", "ent_coef", "target_entropy", "real_ratio"):
         return numbers_in(value)
     if name == "train_freq":
-        # SB3 refuses text here, even where it is a number; a list is YAML's tuple.
+        # SB3 does not accept strings here, even if they are numbers. YAML has lists instead of tuples.
         value = tuple(numbers_in(value)) if isinstance(value, list) else value
         if type(value) is tuple:
             return tuple(item if isinstance(item, str) else _as_count(numbers_in(item)) for item in value)
@@ -271,10 +282,10 @@ def _read(name: str, value: Any, default: Any) -> Any:
 
 
 def _taken_by(policy_class: Any) -> list[str] | None:
-    """The keyword arguments of a policy, beside those that the agent itself passes; ``None``: any."""
+    """:return: keyword arguments of a policy, without those that the agent itself passes; ``None``: any"""
     try:
         parameters = list(inspect.signature(policy_class).parameters.values())
-    except (TypeError, ValueError):  # of a class that is written in C
+    except (TypeError, ValueError):  # for a class written in C
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None

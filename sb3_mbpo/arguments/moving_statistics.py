@@ -1,4 +1,4 @@
-"""Wrappers that normalize with statistics that move: the same transition gets another reward or observation later."""
+"""Finds wrappers that normalize with changing statistics: they change the reward or observation of equal transitions."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_mbpo.terminations.known import Asks
 
-# By the name of its class: Gymnasium has its own, SB3 another, and many copies of either are about.
+# Found by the name of the class: Gymnasium and SB3 have their own, and there are many copies.
 _STATISTICS = "RunningMeanStd"
 
 
 def _moves(wrapper: Any) -> bool:
     """
-    :param wrapper: of an env or a VecEnv
-    :return: whether it keeps running statistics, and goes on updating them (Gymnasium's wrappers can be told not to)
+    :param wrapper: wrapper of an env or a VecEnv
+    :return: whether it has running statistics and updates them (Gymnasium's wrappers can disable updates)
     """
     own = vars(wrapper)
     has = any(kind.__name__ == _STATISTICS for value in own.values() for kind in type(value).__mro__)
@@ -22,7 +22,7 @@ def _moves(wrapper: Any) -> bool:
 
 
 class _IsNamed:
-    """``_moves``, of wrappers whose class has a certain name. It is sent to the workers of a SubprocVecEnv."""
+    """``_moves`` for wrappers whose class has a given name. Picklable, for the workers of a SubprocVecEnv."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -32,7 +32,7 @@ class _IsNamed:
 
 
 def _in_envs(env: VecEnv) -> str | None:
-    """:return: the name of such a wrapper in one of the envs"""
+    """:return: name of a wrapper with changing statistics in one of the envs, or ``None``"""
     if not any(Asks(_moves).of(env, index) for index in range(env.num_envs)):
         return None
     for name in ("NormalizeReward", "NormalizeObservation"):
@@ -43,14 +43,14 @@ def _in_envs(env: VecEnv) -> str | None:
 
 def moving_statistics(env: VecEnv) -> str | None:
     """
-    Look for wrappers whose normalization changes with every step.
+    Find wrappers whose normalization changes with every step.
 
-    What they return is stored in the replay buffer as it was at that time, so rewards and observations of earlier and of later
-    transitions are in different units, and no dynamics fits both. SB3's ``VecNormalize`` does no harm: the buffer holds raw
+    The replay buffer stores their normalized outputs. So rewards and observations of earlier and later transitions are in
+    different units, and the dynamics cannot fit both. SB3's ``VecNormalize`` is not a problem, because the buffer stores raw
     values.
 
-    :param env: any VecEnv; the envs inside are asked where they live if they are in a DummyVecEnv or a SubprocVecEnv
-    :return: a warning, if there is one
+    :param env: any VecEnv; the envs inside are checked if it is a DummyVecEnv or a SubprocVecEnv
+    :return: a warning, or ``None``
     """
     name = None
     while isinstance(env, VecEnvWrapper):
@@ -63,6 +63,6 @@ def moving_statistics(env: VecEnv) -> str | None:
         return None
     return (
         f"env: {name} normalizes with statistics that change with every step: equal transitions get different rewards or "
-        "observations over time, and the dynamics cannot fit them. Take it off, and normalize with "
-        "stable_baselines3.common.vec_env.VecNormalize instead: with it, the replay buffer and the dynamics get raw values"
+        "observations over time, and the dynamics cannot fit them. Remove it, and normalize with "
+        "stable_baselines3.common.vec_env.VecNormalize instead, with which replay buffer and dynamics get raw values"
     )

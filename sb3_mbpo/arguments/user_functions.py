@@ -1,4 +1,4 @@
-"""Dry runs: what can only be judged by trying it is tried at construction, and not hours later."""
+"""Dry runs: user functions are called once at construction, so that errors are not raised hours later."""
 
 import copy
 from collections.abc import Callable
@@ -10,44 +10,48 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.dynamics.base import DynamicsModel
-from sb3_mbpo.trust.filters import FILTERS, Branches, Filtered
+from sb3_mbpo.trust.filters import FILTERS, FilterResult, RolloutStep
 from sb3_mbpo.validation.rules import RATE, shown
 
 
 def check_learning_rate(value: Any) -> None:
     """
-    :param value: a number, or a schedule, which is called at both ends of a run
-    :raises ValueError: a rate out of range
+    Check a learning rate.
+
+    :param value: a number, or a schedule, which is called with the progress at both ends of a run
+    :raises ValueError: a learning rate is out of range
     """
     if not callable(value):
         RATE.check("learning_rate", value, ", or a function of the remaining progress")
         return
     for progress in (1.0, 0.0):
-        when = f"at progress_remaining={progress:g}, where it must give {RATE.expected}"
+        when = f"at progress_remaining={progress:g}, where it must return {RATE.expected}"
         try:
             rate = float(value(progress))
         except Exception as error:
             raise ValueError(f"learning_rate={shown(value)} raised {type(error).__name__}: {error} {when}") from error
         if not RATE.holds(rate):
-            raise ValueError(f"learning_rate={shown(value)} gives {rate!r} {when}")
+            raise ValueError(f"learning_rate={shown(value)} returned {rate!r} {when}")
 
 
 def check_device(value: Any) -> str | None:
     """
-    :param value: what SB3 may be told to work on
-    :return: a warning, if SB3 will take another device without a word
-    :raises ValueError: a device that is none, or that does not work here
+    Check the argument ``device``.
+
+    :param value: the device
+    :return: a warning if SB3 would silently use another device, or ``None``
+    :raises ValueError: the device does not exist, or does not work here
     """
     if isinstance(value, str) and value == "auto":
         return None
     try:
         if isinstance(value, bool) or not isinstance(value, str | int | th.device):
-            raise TypeError(f"{type(value).__name__} is no device")
+            raise TypeError(f"{type(value).__name__} is not a device")
         device = th.device(value)
         if device.type == "cuda" and not th.cuda.is_available():
-            return f"device={value!r}: PyTorch finds no GPU here, the agent works on the CPU. Pass device='cpu' or 'auto'"
+            return f"device={value!r}: PyTorch finds no GPU here, the agent uses the CPU. Pass device='cpu' or 'auto'"
         th.zeros(1, device=device).item()
-    except Exception as error:  # of whatever kind: each backend has its own
+    except Exception as error:  # every backend has its own kind of exception
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f'device={shown(value)} must be "auto", "cpu", "cuda", or "cuda:0" for the first GPU, ... ({reason})'
@@ -57,16 +61,19 @@ def check_device(value: Any) -> str | None:
 
 def check_noise(noise: Any, n_envs: int, action_shape: tuple[int, ...]) -> None:
     """
-    Draw once from a copy of an ``action_noise``; nobody's random numbers are used up.
+    Draw once from a copy of an ``action_noise``. The states of random generators are not changed.
 
-    :raises ValueError: what comes is not what can be added to actions ``(n_envs, *action_shape)``
+    :param noise: the action noise
+    :param n_envs: number of envs
+    :param action_shape: shape of one action
+    :raises ValueError: the noise cannot be added to actions ``(n_envs, *action_shape)``
     """
     state = np.random.get_state()
     try:
         sample = np.asarray(copy.deepcopy(noise)(), dtype=np.float64)
     except Exception as error:
         raise ValueError(
-            f"action_noise={shown(noise)} raised {type(error).__name__}: {error}; it must give noise of shape {action_shape}"
+            f"action_noise={shown(noise)} raised {type(error).__name__}: {error}; it must return noise of shape {action_shape}"
         ) from error
     finally:
         np.random.set_state(state)
@@ -77,11 +84,11 @@ def check_noise(noise: Any, n_envs: int, action_shape: tuple[int, ...]) -> None:
     else:
         fits = bool(np.isfinite(sample).all())
     if not fits:
-        raise ValueError(f"action_noise={shown(noise)} gives {sample}; it must give finite noise of shape {action_shape}")
+        raise ValueError(f"action_noise={shown(noise)} returned {sample}; it must return finite noise of shape {action_shape}")
 
 
 def _made_up(space: spaces.Box, n: int, generator: th.Generator, device: th.device | str) -> th.Tensor:
-    """:return: ``(n, *space.shape)``: uniform where the bounds are near, else standard normal, inside the bounds"""
+    """:return: samples ``(n, *space.shape)``: uniform between close bounds, otherwise standard normal, within the bounds"""
     low, high = (th.as_tensor(bound, dtype=th.float64) for bound in (space.low, space.high))
     wide = (high - low > 1e6) | ~(high - low).isfinite()
     uniform = low.nan_to_num() + (high - low).nan_to_num() * th.rand(n, *space.shape, dtype=th.float64, generator=generator)
@@ -98,16 +105,19 @@ def dry_run(
     returns: Literal["bool", "float"] = "bool",
 ) -> None:
     """
-    Call a user's ``termination_fn`` or ``reward_fn`` on made-up transitions and check what comes back.
+    Call a user's ``termination_fn`` or ``reward_fn`` with made-up transitions and check the result.
 
-    :param name: the argument of MBPO, for the message
-    :param device: where the transitions are
-    :param returns: the dtype that is asked for; a float may be of any precision and must be finite
-    :raises ValueError: if the function raises, writes into what it is given, or returns anything but a tensor ``(B,)`` of
-        that dtype on that device
+    :param fn: the function
+    :param name: name of the argument, for the error
+    :param observation_space: the env's observation space
+    :param action_space: the env's action space
+    :param device: device of the transitions
+    :param returns: expected dtype; a float may have any precision and must be finite
+    :raises ValueError: the function raises, modifies its inputs, or does not return a tensor ``(B,)`` of that dtype on that
+        device
     """
     generator = th.Generator().manual_seed(0)
-    # A lone row as well: the last branch of a rollout is one, and ``squeeze()`` takes its dimension away.
+    # Also with a single row, as the last branch of a rollout has: ``squeeze()`` would remove its dimension.
     for n in (13, 1):
         obs, next_obs = (_made_up(observation_space, n, generator, device) for _ in range(2))
         transition = obs, _made_up(action_space, n, generator, device), next_obs
@@ -131,13 +141,13 @@ def _dry_run_on(
     except Exception as error:
         raise ValueError(f"{who} raised {type(error).__name__}: {error} in a dry run; {expected}") from error
     if not all(map(th.equal, before, transition)):
-        raise ValueError(f"{who} writes into what it is given, which is learned from afterwards; {expected}")
+        raise ValueError(f"{who} modifies its inputs, which are used for learning afterwards; {expected}")
     if not isinstance(result, th.Tensor):
         raise ValueError(f"{who} returned {type(result).__name__}; {expected}")
     fits = result.dtype == th.bool if returns == "bool" else result.dtype.is_floating_point
     if not fits or result.shape != (n,) or result.device != device:
         raise ValueError(f"{who} returned {result.dtype} of shape {tuple(result.shape)} on {result.device}; {expected}")
-    # Made-up observations of an unbounded space may be none that a function is made for.
+    # Made-up observations of an unbounded space may be outside the domain of the function.
     bounded = bool(np.isfinite(observation_space.low).all() and np.isfinite(observation_space.high).all())
     if bounded and not result.isfinite().all():
         raise ValueError(f"{who} returned non-finite values for observations and actions inside the spaces; {expected}")
@@ -146,49 +156,51 @@ def _dry_run_on(
 @th.no_grad()
 def dry_run_filter(begin: Callable[[ReplayBufferSamples], Any], value: Any, dynamics: DynamicsModel) -> None:
     """
-    Let a ``rollout_filter`` judge two steps from made-up observations, by what the dynamics predicts before its first fit.
+    Apply a ``rollout_filter`` to two steps from made-up observations, with the untrained dynamics.
 
-    :param begin: real transitions -> a :class:`.filters.Filtering`
-    :param value: what the user has passed, for the message
-    :param dynamics: nobody's random numbers are used up
-    :raises ValueError: the dynamics does not predict as two members or more, the rule raises, or returns what does not fit
+    :param begin: maps real transitions to a :class:`.filters.RolloutFilter`
+    :param value: the argument, for the error
+    :param dynamics: the dynamics; the state of its random generator is restored
+    :raises ValueError: the dynamics does not predict with two or more members, or the rule raises or returns an invalid result
     """
     who = f"rollout_filter={shown(value)}"
     if not dynamics.offers_predict:
         kind = type(dynamics).__name__
-        raise ValueError(f"{who} goes by what members predict, and {kind} has no method predict. Give it one, or pass None")
+        raise ValueError(f"{who} needs the predictions of members, but {kind} has no method predict. Add one, or pass None")
     before, generator = dynamics.generator.get_state(), th.Generator().manual_seed(0)
     obs_dim, device = dynamics.obs_dim, dynamics.generator.device
     try:
-        # A lone row as well, as above.
+        # Also with a single row, as above.
         for n in (13, 1):
             sizes = (obs_dim, dynamics.action_dim, obs_dim, 1, 1)
             made_up = ReplayBufferSamples(*(th.randn(n, size, generator=generator).clamp(-1, 1).to(device) for size in sizes))
-            filtering, state = begin(made_up), None
+            rollout_filter, state = begin(made_up), None
             for step in range(2):
-                mean, var = filtering.predict(*made_up[:2])
+                mean, var = rollout_filter.predict(*made_up[:2])
                 if len(mean) < 2 or any(part.shape[1:] != (n, 1 + obs_dim) for part in (mean, var)):
-                    raise ValueError(f"predict gives {tuple(mean.shape)}, not (2 members or more, {n}, {1 + obs_dim})")
-                filtered = filtering.rule(mean, var, Branches(step, 2, filtering.limits, state, dynamics.generator))
+                    raise ValueError(f"predict returned {tuple(mean.shape)}, not (2 members or more, {n}, {1 + obs_dim})")
+                filtered = rollout_filter.rule(
+                    mean, var, RolloutStep(step, 2, rollout_filter.limits, state, dynamics.generator)
+                )
                 _check_filtered(filtered, n, 1 + obs_dim)
                 state = filtered.state
     except Exception as error:
         raise ValueError(
-            f"{who} must be None, {', '.join(map(repr, FILTERS))}, or a rule (mean, var, branches) -> Filtered, see "
-            f"sb3_mbpo.trust.filters; a dry run said {type(error).__name__}: {error}"
+            f"{who} must be None, {', '.join(map(repr, FILTERS))}, or a rule (mean, var, rollout_step) -> FilterResult, see "
+            f"sb3_mbpo.trust.filters; a dry run raised {type(error).__name__}: {error}"
         ) from error
     finally:
         dynamics.generator.set_state(before)
 
 
 def _check_filtered(filtered: Any, n: int, width: int) -> None:
-    if not isinstance(filtered, Filtered):
+    if not isinstance(filtered, FilterResult):
         raise ValueError(f"it returned {type(filtered).__name__}")
     if filtered.prediction.shape != (n, width):
         raise ValueError(f"its prediction has shape {tuple(filtered.prediction.shape)}, not {(n, width)}")
     if not filtered.prediction.dtype.is_floating_point:
-        raise ValueError(f"its prediction is no floating point number, but {filtered.prediction.dtype}")
-    for name in ("stored", "onward"):
+        raise ValueError(f"its prediction is not floating point, but {filtered.prediction.dtype}")
+    for name in ("keep", "proceed"):
         mask = getattr(filtered, name)
         if mask.dtype != th.bool or mask.shape != (n,):
             raise ValueError(f"{name} is {mask.dtype} of shape {tuple(mask.shape)}, not bool of shape {(n,)}")

@@ -1,1 +1,1 @@
-"""The replay buffer of real transitions, and the model buffer of imagined ones."""
+"""Replay buffer of real transitions and model buffer of imagined ones."""

@@ -1,4 +1,4 @@
-"""Where imagined transitions wait."""
+"""The model buffer: it stores imagined transitions."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,14 +7,15 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 
-def grown(capacity: int, needed: int, expected: int | None, max_rows: int | None) -> int:
+def next_capacity(capacity: int, needed: int, expected: int | None, max_rows: int | None) -> int:
     """
-    Rows to make room for: half as many again as now, so that growing stays cheap on the whole, but no more than will come.
+    The capacity to grow to: 1.5 times the current one, so that copying stays cheap overall, but not more than needed.
 
-    :param capacity: rows there is room for now
-    :param needed: rows there must be room for, at most ``max_rows``
-    :param expected: rows at the end of the present refill, at most; ``None``: unknown
-    :param max_rows: most rows kept; ``None``: no bound
+    :param capacity: current capacity, in rows
+    :param needed: number of rows that must fit, at most ``max_rows``
+    :param expected: maximum number of rows at the end of the current model rollout; ``None``: unknown
+    :param max_rows: maximum number of rows kept; ``None``: no limit
+    :return: new capacity, in rows
     """
     bounds = [bound for bound in (capacity * 3 // 2, expected, max_rows) if bound is not None]
     return max(needed, min(bounds))
@@ -22,16 +23,17 @@ def grown(capacity: int, needed: int, expected: int | None, max_rows: int | None
 
 class ModelBuffer:
     """
-    The imagined transitions of the last ``retained_rollouts`` refills, on the training device.
+    Imagined transitions of the last ``retained_rollouts`` model rollouts, on the training device.
 
-    Rows are packed side by side in one tensor that grows with its content and is used as a ring: the oldest refill leaves as a
-    whole when a new one begins; within ``max_rows`` the oldest rows leave as new ones come.
+    Rows are stored in one tensor that grows with its content and is used as a ring. A refill is the content of one model
+    rollout. When a new one begins, the oldest one leaves completely. With ``max_rows``, the oldest rows leave as new ones are
+    added.
 
-    :param obs_dim: size of a flat observation
-    :param action_dim: size of a flat action
-    :param retained_rollouts: refills kept
-    :param max_rows: most rows kept; ``None``: as many as the retained refills bring
-    :param device: where the rows live
+    :param obs_dim: Size of a flat observation
+    :param action_dim: Size of a flat action
+    :param retained_rollouts: Number of model rollouts kept
+    :param max_rows: Maximum number of rows kept; ``None``: all rows of the retained model rollouts
+    :param device: Device of the rows
     """
 
     def __init__(
@@ -47,13 +49,13 @@ class ModelBuffer:
         self.max_rows = max_rows
         self.rows = th.empty((0, sum(self.widths)), device=device)
         self.start = 0
-        #: Rows at the end of the present refill, at most; ``None``: unknown.
+        #: Maximum number of rows at the end of the current model rollout; ``None``: unknown.
         self.expected: int | None = None
-        #: Number of rows of each retained refill, oldest first.
+        #: Number of rows of each retained model rollout, oldest first.
         self.refills: deque[int] = deque(maxlen=retained_rollouts)
-        #: How many refills were begun and not dropped.
+        #: Number of model rollouts that were begun and not dropped.
         self.begun = 0
-        # Where the rows of before the present refill stand, and how many; None once it has overwritten some of them.
+        # Start and sizes of the rows before the current model rollout; None once some of them may be overwritten.
         self._earlier: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -61,9 +63,9 @@ class ModelBuffer:
 
     def begin_refill(self, n_rows: int | None = None) -> None:
         """
-        Open a new refill; the oldest leaves if ``retained_rollouts`` are there already.
+        Begin a new model rollout. The oldest one leaves if there are ``retained_rollouts`` already.
 
-        :param n_rows: most rows that it will bring, if that is known: no room is made for more
+        :param n_rows: maximum number of its rows, which limits the capacity; ``None``: unknown
         """
         self.begun, self._earlier = self.begun + 1, (self.start, list(self.refills))
         if len(self.refills) == self.refills.maxlen:
@@ -74,8 +76,7 @@ class ModelBuffer:
 
     def drop_refill(self) -> None:
         """
-        Discard the refill that was begun last. As long as nothing was added to it, all is as before; after that, what was
-        evicted for it is not restored.
+        Discard the current, unfinished model rollout. Evicted rows are not restored, unless nothing was added to it yet.
         """
         self.begun -= 1
         if self._earlier is not None:
@@ -84,14 +85,14 @@ class ModelBuffer:
             self.refills.clear()
             self.refills.extend(refills)
         elif self.refills:
-            # Of several that are dropped, the first may have made room for the last.
+            # If several are dropped in a row, the list may be empty already.
             self.refills.pop()
 
     def add(self, transitions: ReplayBufferSamples) -> None:
         """
-        Put transitions into the refill that was begun last.
+        Add transitions to the current model rollout.
 
-        :param transitions: raw, flat, on this buffer's device; rewards and dones ``(N, 1)``
+        :param transitions: raw and flat, on this buffer's device; rewards and dones are ``(N, 1)``
         """
         self._append(th.cat(list(transitions[:5]), dim=1).to(self.rows.dtype))
 
@@ -117,27 +118,27 @@ class ModelBuffer:
 
     def _grow(self, n_rows: int) -> None:
         """Make room for ``n_rows``."""
-        rows = self.rows.new_empty((grown(len(self.rows), n_rows, self.expected, self.max_rows), sum(self.widths)))
-        # The ring's two ends one after the other: gathered by index they would be there a third time meanwhile.
+        rows = self.rows.new_empty((next_capacity(len(self.rows), n_rows, self.expected, self.max_rows), sum(self.widths)))
+        # Copy the two ends of the ring one after the other: gathering them by index would need a third copy in memory.
         first = self.rows[self.start : self.start + len(self)]
         rows[: len(first)] = first
         rows[len(first) : len(self)] = self.rows[: len(self) - len(first)]
         self.rows, self.start = rows, 0
 
     def _places(self, ages: th.Tensor) -> th.Tensor:
-        """Where the rows with these ages (0 is the oldest) stand in the ring."""
+        """:return: indices in the ring of the rows with these ages (0 is the oldest)"""
         return (self.start + ages) % max(len(self.rows), 1)
 
     def contents(self) -> tuple[th.Tensor, list[int]]:
-        """:return: packed rows, oldest first, and how many of them each refill has"""
+        """:return: packed rows, oldest first, and the number of rows of each model rollout"""
         return self.rows[self._places(th.arange(len(self), device=self.rows.device))], list(self.refills)
 
     def restore(self, rows: th.Tensor, refills: list[int]) -> None:
         """
-        Hold what another buffer held, as far as this one's limits go.
+        Replace the content by that of another buffer, within the limits of this one.
 
-        :param rows: packed, oldest first
-        :param refills: how many of them each refill has
+        :param rows: packed rows, oldest first
+        :param refills: number of rows of each model rollout
         """
         self.refills.clear()
         for refill in rows.to(self.rows.device).split(refills) if refills else ():
@@ -146,17 +147,22 @@ class ModelBuffer:
 
     def sample(self, n_rows: int, generator: th.Generator) -> th.Tensor:
         """
-        :param n_rows: drawn uniformly with replacement
-        :param generator: source of the draw, on this buffer's device
+        Draw rows uniformly with replacement.
+
+        :param n_rows: number of rows
+        :param generator: random generator on this buffer's device
         :return: packed rows ``(n_rows, sum(widths))``, raw, float32
         """
         ages = th.randint(len(self), (n_rows,), generator=generator, device=self.rows.device)
         return self.rows.index_select(0, self._places(ages))
 
-    def spread(self, n_rows: int) -> th.Tensor:
-        """:return: at most ``n_rows`` packed rows at even distances in age, the newest among them; nothing is drawn"""
+    def evenly_spaced(self, n_rows: int) -> th.Tensor:
+        """
+        :param n_rows: maximum number of rows
+        :return: packed rows, evenly spaced by age, including the newest; no random numbers are drawn
+        """
         n_rows = min(n_rows, len(self))
-        # Integers: float32 tells only the first 16 million apart.
+        # Integers, because float32 is exact only up to 16 million.
         ages = (th.arange(1, n_rows + 1, device=self.rows.device) * len(self)) // max(n_rows, 1) - 1
         return self.rows.index_select(0, self._places(ages))
 
@@ -164,13 +170,13 @@ class ModelBuffer:
         self, terminates: Callable[..., th.Tensor], reward: Callable[..., th.Tensor] | None, block: int = 10_000
     ) -> int:
         """
-        Let rows end where an episode ends by another rule now.
+        Set the dones of all rows by a new termination rule.
 
-        :param terminates: ``(obs, actions, next_obs)`` -> bool ``(B,)``
-        :param reward: ``(obs, actions, next_obs, terminated)`` -> ``(B,)``; what it changes with ``terminated`` is added to
-            the rewards of these rows; ``None``: nothing
-        :param block: rows that are looked at together
-        :return: number of rows that have changed
+        :param terminates: maps ``(obs, actions, next_obs)`` to bool ``(B,)``
+        :param reward: maps ``(obs, actions, next_obs, terminated)`` to ``(B,)``; for rows whose done changes, the difference
+            between both values of ``terminated`` is added to the reward; ``None``: rewards are not changed
+        :param block: number of rows processed at once
+        :return: number of changed rows
         """
         changed = 0
         for ages in th.arange(len(self), device=self.rows.device).split(block):
@@ -187,5 +193,5 @@ class ModelBuffer:
         return changed
 
     def rewards(self) -> th.Tensor:
-        """:return: those of all rows ``(N, 1)``, oldest first"""
+        """:return: rewards of all rows ``(N, 1)``, oldest first"""
         return self.rows[:, -1:].index_select(0, self._places(th.arange(len(self), device=self.rows.device)))

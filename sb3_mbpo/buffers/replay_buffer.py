@@ -1,4 +1,4 @@
-"""Where transitions wait for SAC: the real ones, mixed with the imagined ones of a ModelBuffer."""
+"""The replay buffer: it stores real transitions, and mixes them with the imagined ones of a ModelBuffer when sampled."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,19 +15,23 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.validation.episode_ends import Steps, lost_ends, reported_limit
 
-# What is drawn at once, at most: enough to make the calls cheap, too little to leave a CPU's caches.
+# Maximum number of values drawn at once: enough to make the calls cheap, few enough for a CPU's caches.
 BLOCK_NUMBERS = 2**20
-# Newest steps among which a time limit is looked for that the env reports as a termination.
+# Number of newest steps that are checked for time limits reported as terminations.
 ENDS_LOOKED_AT = 20_000
-# SB3's storage arrays, one row a step: (buffer_size, n_envs, ...).
+# SB3's storage arrays, one row per step: (buffer_size, n_envs, ...).
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
 
-def sent(array: np.ndarray, device: th.device) -> th.Tensor:
+def to_device_async(array: np.ndarray, device: th.device) -> th.Tensor:
     """
-    A small array as float32 on a device, for whose copy the host does not wait.
+    Copy a small array to a device as float32, without waiting for the copy.
 
-    On the way to a GPU its memory is pinned, and what was pinned once stays so: not for large ones.
+    For a GPU, the memory is pinned first. PyTorch keeps pinned memory, so do not use this for large arrays.
+
+    :param array: the array, any shape
+    :param device: the device
+    :return: float32 tensor of the same shape
     """
     tensor = th.as_tensor(array, dtype=th.float32, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -38,13 +42,13 @@ def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
     ``VecNormalize.normalize_obs`` for tensors, with its current statistics.
 
     :param obs: raw observations ``(B, *obs_shape)``
-    :param env: the normalising env, if there is one
+    :param env: the ``VecNormalize`` env; ``None``: nothing is normalized
     :return: same shape, float32
     """
     if env is None or not env.norm_obs:
         return obs
     assert isinstance(env.obs_rms, RunningMeanStd)
-    mean, std = (sent(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
+    mean, std = (to_device_async(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
     return ((obs - mean) / std).clamp(-env.clip_obs, env.clip_obs)
 
 
@@ -53,7 +57,7 @@ def normalize_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor
     ``VecNormalize.normalize_reward`` for tensors, with its current statistics.
 
     :param rewards: raw rewards, any shape
-    :param env: the normalising env, if there is one
+    :param env: the ``VecNormalize`` env; ``None``: nothing is normalized
     :return: same shape, float32
     """
     if env is None or not env.norm_reward:
@@ -64,41 +68,42 @@ def normalize_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor
 
 def balanced_ratio(updates: float) -> float:
     """
-    The share of real rows with which a real row is drawn as often as by SAC with one update a transition.
+    The fraction of real rows for which each real row is drawn as often as by SAC with one update per transition.
 
-    With 20 updates this is the paper's 0.05. Fewer updates at 0.05 would learn less from what really happened than SAC does.
-    At most 0.5: half of each batch is left to the dynamics.
+    For 20 updates, this is the paper's 0.05. With fewer updates and 0.05, the agent would learn less from real transitions
+    than SAC does. It is at most 0.5, so that half of each batch can be imagined.
 
-    :param updates: gradient updates for each env transition
+    :param updates: number of gradient updates per env transition
+    :return: fraction of real rows, from 0.05 to 0.5
     """
     return min(max(1 / max(updates, 1e-9), 0.05), 0.5)
 
 
 class MixedReplayBuffer(ReplayBuffer):
     """
-    SB3's replay buffer, filled with the real transitions as ever, whose batches are ``real_ratio`` real and the rest imagined.
+    SB3's replay buffer for real transitions, with batches that also contain imagined ones.
 
-    A batch of ``batch_size`` has ``int(batch_size * real_ratio)`` real rows, first, then the imagined ones (the paper's 5 % of
-    256 is 12): whoever cuts a batch into pieces has to shuffle it. While nothing is imagined, everything is real.
-    Both kinds are stored raw and normalised when sampled, in float32 (SB3 subtracts the mean in float64 first). A pickle holds
-    what is filled, not what is allocated.
+    The first ``int(batch_size * real_ratio)`` rows of a batch are real, the others imagined (the paper's 5 % of 256 is 12
+    rows). Shuffle a batch before splitting it. As long as there are no imagined transitions, all rows are real. Both kinds are
+    stored raw and normalized when sampled, in float32 (SB3 subtracts the mean in float64 first). A pickle contains only the
+    filled rows, not all allocated ones.
 
-    :param buffer_size: most real transitions, over all envs
-    :param observation_space: a Box
-    :param action_space: a Box
-    :param device: where batches go and imagined rows live
-    :param n_envs: parallel environments
-    :param optimize_memory_usage: refused by MBPO
-    :param handle_timeout_termination: tell time limits from terminations (see SB3)
-    :param real_ratio: share of real rows; 1: SB3's ``sample``, untouched
-    :param retained_rollouts: refills kept in the model buffer
-    :param model_buffer_size: most imagined rows; ``None``: no bound of its own
-    :param seed: of the draws among the imagined rows and among start states; ``None``: one from the system
+    :param buffer_size: Maximum number of real transitions, over all envs
+    :param observation_space: A Box
+    :param action_space: A Box
+    :param device: Device of the batches and of the imagined transitions
+    :param n_envs: Number of parallel environments
+    :param optimize_memory_usage: Not supported by MBPO
+    :param handle_timeout_termination: Distinguish time limits from terminations, see SB3
+    :param real_ratio: Fraction of real rows in a batch; 1: SB3's ``sample``, unchanged
+    :param retained_rollouts: Number of model rollouts kept in the model buffer
+    :param model_buffer_size: Maximum number of imagined transitions; ``None``: no limit beyond ``retained_rollouts``
+    :param seed: Seed for drawing imagined rows and start states; ``None``: a random seed from the system
     """
 
-    #: Called before batches are drawn; may break a long ``train()`` off.
+    #: Called before batches are drawn; it may raise to abort a long ``train()``.
     check: Callable[[], None] | None = None
-    #: Last observations of episodes are known to have been copied, see :func:`.episode_ends.lost_ends`.
+    #: Whether the VecEnv is known to keep the last observation of each episode, see :func:`.episode_ends.lost_ends`.
     copies_ends = False
 
     def __init__(
@@ -128,10 +133,10 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def adopt(self, buffer: ReplayBuffer) -> None:
         """
-        Take over the transitions of another replay buffer, plain or mixed; what was imagined here is left behind.
+        Use the transitions of another replay buffer, SB3's or a mixed one. Imagined transitions of this buffer are removed.
 
-        :param buffer: its arrays are shared, not copied
-        :raises ValueError: it was made for other envs, or without next observations
+        :param buffer: the other buffer; its arrays are shared, not copied
+        :raises ValueError: it was created for other envs, or without next observations
         """
         for name in ("n_envs", "obs_shape", "action_dim", "optimize_memory_usage"):
             theirs, ours = getattr(buffer, name), getattr(self, name)
@@ -155,14 +160,14 @@ class MixedReplayBuffer(ReplayBuffer):
         self.seed(seed)
 
     def seed(self, seed: int | None) -> None:
-        """:param seed: start of this buffer's own random stream; ``None``: one from the system"""
+        """:param seed: seed of this buffer's own random generator; ``None``: a random seed from the system"""
         if seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(seed)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is filled, not what is allocated; and nothing that is tied to the device imagined rows live on.
+        # Only filled rows, and nothing that is tied to the device of the imagined rows.
         state = self.__dict__.copy()
         state.pop("check", None)
         state |= {name: state[name][: self.size()] for name in ROWS}
@@ -183,7 +188,7 @@ class MixedReplayBuffer(ReplayBuffer):
         self.__dict__.update(state)
         for name in ROWS:
             filled = state[name]
-            # Untouched zeros cost no memory.
+            # Zeros that are never written take no memory.
             rows = np.zeros((self.buffer_size, *filled.shape[1:]), dtype=filled.dtype)
             rows[: len(filled)] = filled
             setattr(self, name, rows)
@@ -194,15 +199,15 @@ class MixedReplayBuffer(ReplayBuffer):
             self.generator.set_state(random_state)
 
     def reset(self) -> None:
-        """Forget real and imagined transitions."""
+        """Remove all real and imagined transitions."""
         super().reset()
         self.model_buffer.refills.clear()
 
     def forget(self, keep: int = 0) -> None:
         """
-        Remove all imagined transitions, and all real ones but the newest.
+        Remove all imagined transitions, and all real ones except the newest.
 
-        :param keep: real transitions that stay, rounded up to whole steps of all envs
+        :param keep: number of real transitions to keep, rounded up to whole steps of all envs
         """
         steps = np.arange(self.pos - min(-(-keep // self.n_envs), self.size()), self.pos)
         kept = {name: getattr(self, name)[steps] for name in ROWS}
@@ -210,24 +215,28 @@ class MixedReplayBuffer(ReplayBuffer):
         self.insert(kept)
 
     def real_rows(self, batch_size: int) -> int:
-        """How many of ``batch_size`` rows are real now."""
+        """
+        :param batch_size: number of rows of a batch
+        :return: number of real rows that a batch has now
+        """
         return batch_size if len(self.model_buffer) == 0 else int(batch_size * self.real_ratio + 1e-9)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
-        :param batch_size: rows
-        :param env: normalises observations and rewards of both kinds, if given
-        :return: ``real_rows(batch_size)`` real rows, then the imagined ones; as SB3's own while all are real
+        :param batch_size: number of rows
+        :param env: normalizes observations and rewards of both kinds, if given
+        :return: ``real_rows(batch_size)`` real rows, then the imagined ones; equal to SB3's batch if all rows are real
         """
         return next(self.batches(1, batch_size, env))
 
     def batches(self, n: int, batch_size: int, env: VecNormalize | None = None) -> Iterator[ReplayBufferSamples]:
         """
-        ``n`` batches like those of :meth:`sample`, drawn many at a time: that is where the time of small batches goes.
+        Like ``n`` calls of :meth:`sample`, but many batches are drawn at once, which is faster.
 
         :param n: number of batches
-        :param batch_size: rows of each
+        :param batch_size: number of rows of each batch
         :param env: see :meth:`sample`
+        :return: an iterator over the batches
         """
         n_real = self.real_rows(batch_size)
         if n_real == batch_size:
@@ -240,7 +249,7 @@ class MixedReplayBuffer(ReplayBuffer):
             self._check()
             drawn = min(n, max(1, BLOCK_NUMBERS // (batch_size * sum(widths))))
             rows = np.random.randint(self.size() * self.n_envs, size=drawn * n_real)
-            real = sent(self._real_rows(rows, self.handle_timeout_termination), self.device)
+            real = to_device_async(self._real_rows(rows, self.handle_timeout_termination), self.device)
             imagined = self.model_buffer.sample(drawn * (batch_size - n_real), self.generator)
             mixed = th.cat([real.unflatten(0, (drawn, n_real)), imagined.unflatten(0, (drawn, -1))], dim=1)
             obs, actions, next_obs, dones, rewards = mixed.split(widths, dim=2)
@@ -254,7 +263,7 @@ class MixedReplayBuffer(ReplayBuffer):
             self.check()
 
     def add(self, *args: Any) -> None:
-        """See SB3. Time limits are noted in any case: the dynamics and the termination have to know them."""
+        """See SB3. Time limits are always stored, because the dynamics and the termination need them."""
         place, infos = self.pos, args[-1]
         super().add(*args)
         if not self.handle_timeout_termination:
@@ -263,7 +272,7 @@ class MixedReplayBuffer(ReplayBuffer):
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         if self.handle_timeout_termination:
             return super()._get_samples(batch_inds, env)
-        # SB3 leaves the noted ones out of ``dones`` whatever was asked for.
+        # SB3 would remove the stored time limits from ``dones`` even with handle_timeout_termination=False.
         noted, self.timeouts = self.timeouts, np.broadcast_to(np.float32(0), self.timeouts.shape)
         try:
             return super()._get_samples(batch_inds, env)
@@ -272,38 +281,38 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def insert(self, transitions: dict[str, np.ndarray]) -> None:
         """
-        Put many real transitions in at once, as ``add`` would one by one; the oldest leave when the buffer is full.
+        Add many real transitions at once. The result equals repeated calls of ``add``: the oldest leave a full buffer.
 
-        :param transitions: for each of SB3's storage arrays ``(N, n_envs, ...)``, in order of time
+        :param transitions: new rows ``(N, n_envs, ...)`` of each of SB3's storage arrays, ordered by time
         """
         n_rows = len(transitions["rewards"])
         places = (self.pos + np.arange(n_rows)) % self.buffer_size
         for name in ROWS:
-            # Assignment to a place that comes twice would keep either.
+            # With duplicate indices, it is undefined which row an assignment keeps.
             getattr(self, name)[places[-self.buffer_size :]] = transitions[name][-self.buffer_size :]
         self.full = self.full or self.pos + n_rows >= self.buffer_size
         self.pos = (self.pos + n_rows) % self.buffer_size
 
     def _flat(self, array: np.ndarray) -> np.ndarray:
-        """The filled part of a storage array as ``(size() * n_envs, -1)``."""
+        """:return: the filled part of a storage array as ``(size() * n_envs, -1)``"""
         return array[: self.size()].reshape(self.size() * self.n_envs, -1)
 
     def _tensor(self, array: np.ndarray) -> th.Tensor:
         return th.as_tensor(array, dtype=th.float32, device=self.device)
 
     def _real_rows(self, rows: np.ndarray | slice, without_limits: bool) -> np.ndarray:
-        """Real transitions, packed like those of the model buffer; dones with or without those of time limits."""
+        """:return: real transitions, packed like those of the model buffer, with dones of time limits or without"""
         *parts, timeouts = (self._flat(getattr(self, name))[rows] for name in ROWS)
         if without_limits:
             parts[3] = parts[3] * (1 - timeouts)
-        # MuJoCo's observations are float64 in SB3's buffer; the networks are float32.
+        # SB3's buffer stores MuJoCo's observations in float64; the networks use float32.
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
     def _newest_rows(self, n: int | None) -> slice | np.ndarray:
         """
-        Places of the newest transitions in the flattened storage arrays.
+        Indices of the newest transitions in the flattened storage arrays.
 
-        :param n: transitions, rounded up to whole steps of all envs; ``None``, or more than there are: all, in no order
+        :param n: number of transitions, rounded up to whole steps of all envs; ``None`` or too many: all, unordered
         """
         n_steps = self.size() if n is None else -(-n // self.n_envs)
         if n_steps >= self.size():
@@ -313,10 +322,11 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def real_transitions(self, newest: int | None = None) -> ReplayBufferSamples:
         """
-        Real transitions, raw, flat, float32; dones without those of time limits, whatever SAC makes of them. Left out are
-        those whose last observation was lost, see :func:`.episode_ends.lost_ends`.
+        Real transitions for the dynamics. Dones of time limits are always removed. Transitions whose last observation was lost
+        are left out, see :func:`.episode_ends.lost_ends`.
 
-        :param newest: only so many newest ones, rounded up to whole steps of all envs; ``None``: all
+        :param newest: number of newest transitions, rounded up to whole steps of all envs; ``None``: all
+        :return: transitions, raw, flat, float32
         """
         there = self._newest_rows(newest)
         rows, lost = self._real_rows(there, without_limits=True), self.lost_ends()
@@ -335,7 +345,7 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def steps(self, rows: np.ndarray | slice) -> Steps:
         """
-        :param rows: of the filled part of the storage; with an array, the last of them counts as the newest
+        :param rows: indices in the filled part of the storage; the last one of an array counts as the newest
         :return: these real transitions, raw
         """
         obs, next_obs, dones, limits = (
@@ -347,30 +357,35 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def newest(self, n: int) -> ReplayBufferSamples:
         """
-        The last real steps in order of time, raw and flat, float32; unlike SB3's samples, dones are those of time limits too.
+        The newest real steps, ordered by time. Unlike in SB3's samples, dones include time limits.
 
-        :param n: steps of each env, if there are so many
-        :return: each part ``(n, n_envs, dim)``
+        :param n: number of steps of each env; fewer are returned if there are fewer
+        :return: each field ``(n, n_envs, dim)``, raw, flat, float32
         """
         rows = self._newest_steps(n)
         parts = (getattr(self, name)[rows] for name in ROWS[:-1])
-        # No -1 in place of the last size, which numpy cannot tell where there are no rows.
+        # Not -1 for the last size: numpy cannot infer it if there are no rows.
         shapes = ((len(rows), self.n_envs, width) for width in self.model_buffer.widths)
         return ReplayBufferSamples(*(self._tensor(part.reshape(s)) for part, s in zip(parts, shapes, strict=True)))
 
     def newest_lost_ends(self, n: int) -> th.Tensor:
-        """:return: which of the steps of :meth:`newest` have lost their last observation, bool ``(n, n_envs)``"""
+        """
+        :param n: number of steps of each env, see :meth:`newest`
+        :return: which of these steps lost their last observation, bool ``(n, n_envs)``
+        """
         return th.as_tensor(self.lost_ends()[self._newest_steps(n)], device=self.device)
 
     def _newest_steps(self, n: int) -> np.ndarray:
-        """Places of the last steps, oldest first; negative where the storage has wrapped around."""
+        """:return: indices of the newest steps, oldest first; negative where the storage has wrapped around"""
         return np.arange(self.pos - min(n, self.size()), self.pos)
 
     def start_states(self, n: int, newest: int | None = None) -> th.Tensor:
         """
-        :param n: rows
-        :param newest: drawn from so many newest transitions, see :meth:`real_transitions`
-        :return: observations of real transitions, uniform with replacement, raw ``(n, obs_dim)``, float32
+        Draw start states uniformly with replacement from the observations of real transitions.
+
+        :param n: number of start states
+        :param newest: draw from this many newest transitions, see :meth:`real_transitions`; ``None``: from all
+        :return: raw observations ``(n, obs_dim)``, float32
         """
         there = self._newest_rows(newest)
         size = self.size() * self.n_envs if isinstance(there, slice) else len(there)

@@ -68,11 +68,11 @@ class ResumeCallback(BaseCallback):
         return None if self.interrupts.received is None else self.interrupts.received.name
 
     def _init_callback(self) -> None:
-        if not hasattr(self.model, "resumable"):
+        if not hasattr(self.model, "resume_callback"):
             raise ValueError(f"ResumeCallback works with agents of sb3_mbpo, not with {type(self.model).__name__}")
-        if self.model.resumable is not None:
+        if self.model.resume_callback is not None:
             raise ValueError("one ResumeCallback is enough for a learn: here are two")
-        self.model.resumable = self
+        self.model.resume_callback = self
 
     def begin(self, callback: BaseCallback) -> None:
         """
@@ -100,7 +100,7 @@ class ResumeCallback(BaseCallback):
         self.interrupts.close()
         if self._lock is not None:
             self._lock.close()
-        self.model.resumable = self.model.replay_buffer.check = None
+        self.model.resume_callback = self.model.replay_buffer.check = None
 
     def rollout(self, collect: Callable[[], RolloutReturn]) -> RolloutReturn:
         """

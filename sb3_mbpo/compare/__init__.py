@@ -1,1 +1,1 @@
-"""``sb3_mbpo compare``: several algorithms and seeds, a table, figures and a page."""
+"""``sb3_mbpo compare``: train several algorithms and seeds, and report a table, figures and a page."""

@@ -1,4 +1,4 @@
-"""Numbers over the runs of one algorithm on one env: interquartile means, their intervals, when a return was reached."""
+"""Statistics over the runs of one algorithm on one env: interquartile means, intervals, time to reach a return."""
 
 from typing import Any
 
@@ -7,21 +7,22 @@ import pandas as pd
 from rliable import library
 from scipy.stats import trim_mean
 
-# Of the bootstrap, as in rliable's own figures of curves.
+# Number of bootstrap samples, as in rliable's own learning curves.
 REPETITIONS = 2_000
 
 
 def score_table(rows: pd.DataFrame, column: str = "return") -> pd.DataFrame:
     """
     :param rows: results of one algorithm on one env, a row per episode
-    :return: means over the episodes, a row per seed, a column per step that all seeds have
+    :param column: the column to average
+    :return: means over the episodes, with a row per seed and a column per step that all seeds have
     """
     return rows.pivot_table(index="seed", columns="step", values=column, aggfunc="mean").dropna(axis="columns")
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
     """
-    Interquartile mean: that of the middle half. The lowest and the highest quarter, rounded down to whole runs, are left out.
+    Interquartile mean: the mean without the lowest and the highest quarter, which are rounded down to whole runs.
 
     :param scores: ``(runs, points)``
     :return: ``(points,)``
@@ -34,16 +35,16 @@ def interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     95 % percentile interval of the interquartile mean, from rliable's stratified bootstrap over runs.
 
     :param scores: ``(runs, points)``
-    :return: lower and upper end, ``(points,)`` each; NaN for a single run, which says nothing about others
+    :return: lower and upper end, ``(points,)`` each; NaN for a single run
     """
     if len(scores) < 2:
         nothing = np.full(scores.shape[1], np.nan)
         return nothing, nothing
-    # rliable draws from NumPy's global generator.
+    # rliable uses NumPy's global generator.
     state = np.random.get_state()
     np.random.seed(0)
     try:
-        # (runs, tasks, points), of one task
+        # (runs, tasks, points), with one task
         _, ends = library.get_interval_estimates({"": scores[:, None]}, lambda drawn: iqm(drawn[:, 0]), reps=REPETITIONS)
     finally:
         np.random.set_state(state)
@@ -52,10 +53,11 @@ def interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def against_minutes(rows: pd.DataFrame, points: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """
-    Returns over wall-clock. Between two evaluations the return is taken to change evenly.
+    Returns against wall-clock time, interpolated linearly between evaluations.
 
     :param rows: results of one algorithm on one env
-    :return: minutes from 0 to the end of the fastest run, ``(points,)``: as far as all runs go; returns ``(runs, points)``
+    :param points: number of points
+    :return: minutes from 0 to the end of the fastest run ``(points,)``, and returns ``(runs, points)``
     """
     returns, minutes = score_table(rows).to_numpy(), score_table(rows, "seconds").to_numpy() / 60
     grid = np.linspace(minutes[:, 0].max(), minutes[:, -1].min(), points)
@@ -66,7 +68,7 @@ def first_reached(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """
     :param rows: results of one algorithm on one env
     :param threshold: a return
-    :return: ``step`` and ``seconds`` of the first evaluation whose mean is no lower, a row per seed; infinite: none was
+    :return: ``step`` and ``seconds`` of the first evaluation whose mean reaches it, a row per seed; infinite if there is none
     """
     returns, seconds = score_table(rows), score_table(rows, "seconds")
     found: dict[Any, dict[str, float]] = {}

@@ -1,12 +1,12 @@
 """
-Compare algorithms: train each with several seeds, with the RL Zoo's settings, and report.
+Compare algorithms: train each with several seeds and the RL Zoo's settings, and write a report.
 
     sb3_mbpo compare --env Hopper-v5 --algo mbpo sac sac:gradient_steps=20 tqc --seeds 5 --steps 50000
 
-An algorithm is one of the Zoo's or of this package; settings may follow, as sac:gradient_steps=20,gamma=0.98. Each run is a
-process of its own. The folder gets results.csv (a row per evaluation episode), fits.csv (a row per fit of a dynamics),
-manifest.json, a figure per env, report.html.
-Runs that were finished before are not made again, so the same command goes on where it was cut.
+An algorithm is one of the Zoo or of this package, optionally with settings, such as sac:gradient_steps=20,gamma=0.98. Each run
+has its own process. The folder gets results.csv (a row per evaluation episode), fits.csv (a row per fit of a dynamics),
+manifest.json, a figure per env, and report.html.
+Finished runs are not repeated, so the same command resumes an interrupted comparison.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from sb3_mbpo.compare.run import EVALUATIONS, Run, as_file_name, put, record
 from sb3_mbpo.compare.workers import LocalWorkers, RayWorkers
 from sb3_mbpo.runtime.provenance import merged
 
-# Evaluations of a run, unless --eval-freq says otherwise.
+# Number of evaluations per run, without --eval-freq.
 EVALUATIONS_PER_RUN = 20
 
 
@@ -57,24 +57,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--env", nargs="+", required=True, help="environments")
     parser.add_argument("--algo", nargs="+", required=True, metavar="ALGO[:KEY=VALUE,...]", help="algorithms")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each, with seeds 0, 1, ... (default: 5)")
-    parser.add_argument("--steps", type=int, required=True, help="env steps of each run")
+    parser.add_argument("--seeds", type=int, default=5, help="number of runs of each, with seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--steps", type=int, required=True, help="number of env steps of each run")
     parser.add_argument("--eval-freq", type=int, help="env steps between evaluations (default: a twentieth of --steps)")
-    parser.add_argument("--eval-episodes", type=int, default=5, help="episodes of an evaluation (default: 5)")
-    parser.add_argument("--baseline", help="what the table is against (default: sac, or the first sac:...)")
+    parser.add_argument("--eval-episodes", type=int, default=5, help="number of episodes of an evaluation (default: 5)")
+    parser.add_argument("--baseline", help="algorithm to compare the others with (default: sac, or the first sac:...)")
     parser.add_argument(
         "--threshold",
         nargs="+",
         type=float,
-        help="return to reach, one for each env (default: what the baseline reaches in the end)",
+        help="return to reach, one for each env (default: the baseline's final return)",
     )
-    parser.add_argument("--folder", type=Path, help="for everything (default: logs/compare/ENV)")
-    parser.add_argument("--workers", type=int, help="runs at a time (default: number of cores; on Ray: as many as fit)")
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads of a run (default: 1)")
-    parser.add_argument("--device", default="auto", help="of the agents (default: auto)")
-    parser.add_argument("--ray-address", help="runs on a Ray cluster: auto, local or host:port")
+    parser.add_argument("--folder", type=Path, help="folder for all files (default: logs/compare/ENV)")
+    parser.add_argument("--workers", type=int, help="parallel runs (default: number of cores; on Ray: as many as possible)")
+    parser.add_argument("--threads", type=int, default=1, help="number of PyTorch threads of a run (default: 1)")
+    parser.add_argument("--device", default="auto", help="device of the agents (default: auto)")
+    parser.add_argument("--ray-address", help="use a Ray cluster: auto, local or host:port")
     parser.add_argument(
-        "--conf-file", nargs="+", default=[], metavar="ALGO=FILE", help="settings other than the packaged ones"
+        "--conf-file", nargs="+", default=[], metavar="ALGO=FILE", help="settings to use instead of the packaged ones"
     )
     parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="as in the Zoo")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments, as in the Zoo")
@@ -94,26 +94,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """
-    Read what is more than a number, in place.
+    Check the arguments that are not numbers, and parse them in place.
 
-    :raises ValueError: something that no run would survive, or that the report could not show
+    :param args: the parsed options
+    :raises ValueError: with an argument, all runs or the report would fail
     """
     zoo.register()
     args.specs = read_specs(args.algo, zoo.ALGOS)
     folders = [as_file_name(spec.label) for spec in args.specs]
     if len(set(folders)) < len(folders):
-        raise ValueError("--algo: two of them would share a folder; write one in another way")
+        raise ValueError("--algo: two of them would share a folder; write one of them differently")
     if len(set(args.env)) < len(args.env):
         raise ValueError("--env names an environment twice")
     for package in args.gym_packages:
         importlib.import_module(package)
     for env in args.env:
-        # Those of dm_control are entered when needed.
+        # Envs of dm_control are registered when needed.
         if env not in gym.registry and not env.startswith("dm_control/"):
             near = difflib.get_close_matches(env, gym.registry, n=1)
-            raise ValueError(f"there is no environment {env!r}" + (f"; you maybe meant {near[0]}" if near else ""))
+            raise ValueError(f"there is no environment {env!r}" + (f"; did you mean {near[0]}?" if near else ""))
     if args.baseline is None:
-        # The plain one, else the first with settings.
+        # SAC without settings, otherwise the first one with settings.
         labels = (spec.label for spec in args.specs if spec.algo == "sac")
         args.baseline = min(labels, key=lambda label: ":" in label, default=None)
     if args.baseline not in (None, *args.algo):
@@ -125,31 +126,34 @@ def check(args: argparse.Namespace) -> None:
 
 def read_conf_files(items: Sequence[str], algorithms: Collection[str], envs: Sequence[str]) -> dict[str, str]:
     """
-    :param items: each ``ALGO=FILE``
-    :param algorithms: those that take part
-    :return: by algorithm, the file with its whole path, or the name of one that comes with the package, or of a module
-    :raises ValueError: an item cannot be read, or its file has no settings for one of the envs
+    Read ``--conf-file``.
+
+    :param items: ``ALGO=FILE`` each
+    :param algorithms: names of the compared algorithms
+    :param envs: names of the envs
+    :return: by algorithm, the absolute path of the file, or the name of a packaged file or of a module
+    :raises ValueError: a file cannot be read, or has no settings for one of the envs
     """
     files = dict(item.partition("=")[::2] for item in items)
     for algo, file in files.items():
         if algo not in algorithms or not file:
-            raise ValueError(f"--conf-file {algo}={file}: write ALGO=FILE, with an algorithm that takes part")
+            raise ValueError(f"--conf-file {algo}={file}: write ALGO=FILE, with an algorithm of --algo")
         try:
             entries = read_settings(settings_file(file, algo) or file)
         except Exception as error:
-            # What is in it is the user's, and may raise anything.
+            # The user's file may raise any exception.
             raise ValueError(f"--conf-file {algo}={file} cannot be read: {error}") from error
         for env in envs:
             entry = entries.get(env, entries.get("default")) if isinstance(entries, dict) else None
-            # Which the Zoo wants although --steps decides.
+            # The Zoo requires n_timesteps, although --steps overrides it.
             if not isinstance(entry, dict) or "n_timesteps" not in entry:
                 raise ValueError(f"--conf-file {algo}={file} has no settings for {env} with n_timesteps, and no such default")
-    # Processes of a cluster are in other folders.
+    # Processes of a cluster have other working directories.
     return {algo: str(Path(file).resolve()) if Path(file).exists() else file for algo, file in files.items()}
 
 
 def grid(args: argparse.Namespace) -> list[Run]:
-    """:return: all runs, the first seed of everything first: a comparison that is cut has the same seeds of each algorithm"""
+    """:return: all runs, ordered by seed, so that an interrupted comparison has the same seeds of each algorithm"""
     return [
         Run(
             *(env, spec.label, spec.algo, spec.settings, seed, args.steps, args.eval_freq, args.eval_episodes),
@@ -168,8 +172,12 @@ def grid(args: argparse.Namespace) -> list[Run]:
 
 def make(runs: Sequence[Run], workers: LocalWorkers | RayWorkers, progress: RunProgress) -> dict[str, str]:
     """
-    :param runs: to be made
-    :return: the failures, by run
+    Make runs.
+
+    :param runs: the runs to make
+    :param workers: where they are made
+    :param progress: shows the progress
+    :return: error messages of failed runs, by run
     """
     waiting, failures = deque(runs), {}
     try:
@@ -187,14 +195,14 @@ def make(runs: Sequence[Run], workers: LocalWorkers | RayWorkers, progress: RunP
 
 
 def episodes(runs: Sequence[Run], root: Path) -> Iterator[dict[str, str]]:
-    """The rows of all finished runs."""
+    """:return: evaluation rows of finished runs"""
     for run in runs:
         with (root / run.folder / EVALUATIONS).open(newline="", encoding="utf-8") as file:
             yield from csv.DictReader(file)
 
 
 def fits(runs: Sequence[Run], root: Path) -> pd.DataFrame | None:
-    """:return: a row for each fit of finished runs, a column for each number that was logged; ``None``: there was no fit"""
+    """:return: a row per fit of finished runs, with a column per logged value; ``None`` if there were no fits"""
     parts = []
     for run in runs:
         path = root / run.folder / FITS
@@ -207,11 +215,14 @@ def fits(runs: Sequence[Run], root: Path) -> pd.DataFrame | None:
 
 def write_results(runs: Sequence[Run], root: Path, args: argparse.Namespace, failures: Sequence[str]) -> None:
     """
-    :param runs: the finished ones, at least one
+    Write results, manifest, figures and report.
+
+    :param runs: finished runs, at least one
     :param root: folder of the comparison
-    :param failures: names of those that failed
+    :param args: the options
+    :param failures: names of failed runs
     """
-    # By env and algorithm, as the user named them.
+    # Order by env and algorithm, as given by the user.
     order = {spec.label: i for i, spec in enumerate(args.specs)}
     runs = sorted(runs, key=lambda run: (args.env.index(run.env), order[run.label], run.seed))
     lines = list(episodes(runs, root))
@@ -238,7 +249,7 @@ def write_results(runs: Sequence[Run], root: Path, args: argparse.Namespace, fai
 def describe(
     runs: Sequence[Run], root: Path, args: argparse.Namespace, failures: Sequence[str], thresholds: dict[str, float]
 ) -> dict[str, Any]:
-    """:return: the manifest; what differs among the runs is a list there"""
+    """:return: the manifest; values that differ between the runs are lists"""
     records = [record(root / run.folder) for run in runs]
     named = ("env", "algo", "seeds", "steps", "eval_freq", "eval_episodes", "threads", "workers", "ray_address", "device")
     settings: dict[str, dict[str, Any]] = {}
@@ -261,8 +272,10 @@ def describe(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: the options; ``None``: those of the process
-    :raises SystemExit: with an error code, if a run failed
+    Run the command.
+
+    :param arguments: the options; ``None``: the command-line arguments of the process
+    :raises SystemExit: a run failed, or the command was interrupted
     """
     options = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(options)
@@ -286,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with RunProgress(len(runs), len(runs) - len(open_runs), args.folder) as progress:
                 failures = make(open_runs, workers, progress)
         except KeyboardInterrupt:
-            raise SystemExit("\nInterrupted. Finished runs are kept; the same command goes on from here") from None
+            raise SystemExit("\nInterrupted. Finished runs are kept; the same command resumes the comparison") from None
     finished = [run for run in runs if str(run) not in failures]
     if finished:
         write_results(finished, args.folder, args, list(failures))

@@ -1,4 +1,4 @@
-"""The Zoo's experiment with evaluations that can be compared: at given steps, every episode, with the time so far."""
+"""The Zoo's experiment with comparable evaluations: at given steps, with a row per episode and the training time so far."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_mbpo.zoo.experiment import Experiment
 
-# Where the time goes. What the others leave is the env's and the policy's; evaluation is no part of training.
+# Phases of a run. Time outside of the other phases counts for env and policy. Evaluation is not part of training.
 PHASES = ("env_and_policy", "updates", "fits", "rollouts", "evaluation")
 COLUMNS = (
     *("env", "algorithm", "seed", "step", "episode", "return", "length", "seconds"),
@@ -21,27 +21,27 @@ COLUMNS = (
     "cpu_seconds",
     *(f"{phase}_cpu_seconds" for phase in PHASES),
 )
-# Logged after a fit only if something was imagined.
+# Logged only if a model rollout was made after the fit.
 OF_ROLLOUTS = ("rollout_length", "branch_length", "filtered", "dropped", "clipped", "rollout_seconds", "rollout_cpu_seconds")
-# Beside the evaluations: what was logged under dynamics/ at each fit, a row for each number.
+# File with the values logged under dynamics/ at each fit, a row per value.
 FITS = "fits.csv"
-# Evaluation episodes start elsewhere than the training ones, and in the same states for every algorithm.
+# Evaluation episodes start in other states than training episodes, and in the same ones for every algorithm.
 EVALUATION_SEED = 1_000_000
 
 
 class EvaluationRecorder(BaseCallback):
     """
-    Evaluates at given steps and writes one row per episode; also keeps the time of each phase, by the clock and of the CPU.
+    Evaluates the agent at given steps and writes one row per episode. Measures the wall-clock and CPU time of each phase.
 
-    CPU seconds are those of all threads of this process. Other processes, as those of SubprocVecEnv, are not counted, and of
-    a GPU only the time that the CPU spends on it.
+    CPU time includes all threads of this process, but not other processes, such as those of SubprocVecEnv. For a GPU, only the
+    time that the CPU spends on it is included. The callback does not use the agent's random generators, so training is the
+    same without it.
 
-    It draws no random numbers that the agent would draw, so training is the same without it.
-
-    :param path: the CSV; an existing one is that of a run that was cut, and goes on once that run is resumed
-    :param origin: the first columns of every row: env, algorithm, seed
-    :param steps: env steps of the evaluations, ascending; a run of several envs is evaluated right after it passed a step
-    :param episodes: per evaluation
+    :param path: The CSV file to write; an existing file is continued if the run is resumed
+    :param origin: First columns of every row: env, algorithm, seed
+    :param steps: Env steps of the evaluations, in ascending order; with several envs, a run is evaluated right after it has
+        passed a step
+    :param episodes: Number of episodes per evaluation
     """
 
     eval_env: VecEnv
@@ -54,7 +54,7 @@ class EvaluationRecorder(BaseCallback):
         self.seconds = dict.fromkeys(PHASES, 0.0)
         #: CPU seconds of each phase so far.
         self.cpu_seconds = dict.fromkeys(PHASES, 0.0)
-        #: What the Zoo read from its files and from the command.
+        #: Settings that the Zoo read from its files and from the command.
         self.settings: dict[str, Any] = {}
         self._mark, self._cpu_mark = 0.0, 0.0
         self._fitted_at: int | None = None
@@ -63,7 +63,7 @@ class EvaluationRecorder(BaseCallback):
                 csv.writer(file).writerow(COLUMNS)
 
     def on_resume(self) -> None:
-        """After the state of a checkpoint was put back: what was evaluated and fitted after it comes again."""
+        """After a checkpoint was restored, remove the rows of later evaluations and fits, which will be repeated."""
         self._start_lap()
         fits = self.path.with_name(FITS)
         if fits.exists():
@@ -75,17 +75,17 @@ class EvaluationRecorder(BaseCallback):
         step, episode = COLUMNS.index("step"), COLUMNS.index("episode")
         kept: dict[tuple[str, str], list[str]] = {}
         for row in rows:
-            # The first of several: each process evaluates at step 0. One that was cut may be half a row.
+            # Keep the first of several rows, because each process evaluates at step 0. The last row may be incomplete.
             if len(row) == len(COLUMNS) and int(row[step]) not in self.due:
                 kept.setdefault((row[step], row[episode]), row)
         _replace(self.path, [header, *kept.values()])
 
     def _start_lap(self) -> None:
-        # Both clocks are the process's own: after a resume the marks of the earlier process mean nothing.
+        # Both clocks belong to the process, so after a resume, the marks of the earlier process are not valid.
         self._mark, self._cpu_mark = time.perf_counter(), time.process_time()
 
     def _end_lap(self, phase: str) -> None:
-        """Add the time since the last call to that of a phase."""
+        """Add the time since the last call to a phase."""
         before, cpu_before = self._mark, self._cpu_mark
         self._start_lap()
         self.seconds[phase] += self._mark - before
@@ -96,7 +96,7 @@ class EvaluationRecorder(BaseCallback):
         self._evaluate_if_due()
 
     def _on_rollout_start(self) -> None:
-        # SB3 trains between one rollout and the next.
+        # SB3 trains between two rollouts.
         self._end_lap("updates")
 
     def _on_step(self) -> bool:
@@ -106,12 +106,12 @@ class EvaluationRecorder(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # MBPO's own callback comes before those of the user, and leaves its times in the log until the next one is written.
+        # MBPO's own callback runs before those of users, and its times stay in the logger until the next dump.
         model: Any = self.model
         fitted_at = getattr(model, "dynamics_fitted_at", None)
         if fitted_at != self._fitted_at:
             self._fitted_at = fitted_at
-            # Where nothing was imagined, the log may still hold the numbers of an earlier rollout.
+            # Without a model rollout, the logger may still contain the values of an earlier one.
             if not model.replay_buffer.model_buffer.refills[-1]:
                 for name in OF_ROLLOUTS:
                     self.logger.name_to_value.pop(f"dynamics/{name}", None)
@@ -156,7 +156,7 @@ class EvaluationRecorder(BaseCallback):
 
 
 def _replace(path: Path, rows: list[list[str]]) -> None:
-    """Another content for a CSV, whole or not at all."""
+    """Replace the content of a CSV file atomically."""
     part = path.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
@@ -167,7 +167,7 @@ class ComparisonExperiment(Experiment):
     """
     The Zoo's experiment, evaluated by a recorder.
 
-    :param recorder: gets the evaluation env and the settings; the other arguments are the Zoo's
+    :param recorder: The recorder, which gets the evaluation env and the settings. The other arguments are those of the Zoo
     """
 
     def __init__(self, *args: Any, recorder: EvaluationRecorder, **kwargs: Any) -> None:
@@ -176,7 +176,7 @@ class ComparisonExperiment(Experiment):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         hyperparams, saved = super().read_hyperparameters()
-        # The budget is the comparison's, whatever the file says.
+        # The number of steps is set by the comparison, not by the file.
         self.recorder.settings = {key: value for key, value in saved.items() if key != "n_timesteps"}
         return hyperparams, saved
 
@@ -185,5 +185,5 @@ class ComparisonExperiment(Experiment):
         self.recorder.eval_env = self.create_envs(1, eval_env=True)
         self.recorder.eval_env.seed(EVALUATION_SEED + self.seed)
         self.recorder.deterministic = self.deterministic_eval
-        # First: others may write the log out at the end of a rollout, and what a fit has recorded with it.
+        # The recorder must be first: other callbacks may dump the logger, with the values of a fit, at the end of a rollout.
         self.callbacks.insert(0, self.recorder)

@@ -1,4 +1,4 @@
-"""What the reports share: numbers as people read them, and a page of HTML that needs no other file."""
+"""Helpers of the reports: formatted numbers, and a single-file HTML page."""
 
 import base64
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-# Okabe and Ito's, which colour-blind readers can tell apart; the pale yellow is left out.
+# Colors of Okabe and Ito, which colorblind readers can distinguish, without the pale yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 NONE = "\N{EN DASH}"
 STYLE = """
@@ -32,7 +32,7 @@ pre { margin: 0; }
 
 
 def number(value: float) -> str:
-    """:return: three digits or more (two below 0.1), thousands apart, with a true minus; a whole number has no others"""
+    """:return: number with at least three digits (two below 0.1), thousands separators and a minus sign"""
     if not np.isfinite(value):
         return NONE
     digits = 0 if float(value).is_integer() or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
@@ -41,16 +41,17 @@ def number(value: float) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """:return: both, the noun in the plural unless ``n`` is 1"""
+    """:return: number and noun, in the plural unless ``n`` is 1"""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def picture(image: bytes, kind: str, alt: str, caption: str) -> str:
     """
-    :param image: the content of a file
+    :param image: content of an image file
     :param kind: ``"png"`` or ``"webp"``
-    :param alt: what is to be seen
-    :param caption: HTML
+    :param alt: alternative text
+    :param caption: caption, HTML
+    :return: HTML
     """
     data = base64.b64encode(image).decode()
     return (
@@ -59,15 +60,19 @@ def picture(image: bytes, kind: str, alt: str, caption: str) -> str:
 
 
 def definitions(items: Iterable[tuple[str, str]]) -> str:
-    """:param items: names and what they are, as HTML"""
+    """
+    :param items: names and descriptions, HTML
+    :return: HTML
+    """
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in items) + "</dl>"
 
 
 def page(title: str, parts: Iterable[str], style: str = "") -> str:
     """
-    :param title: plain text
-    :param parts: HTML, below the title
-    :param style: more CSS
+    :param title: title, plain text
+    :param parts: parts below the title, HTML
+    :param style: additional CSS
+    :return: HTML
     """
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

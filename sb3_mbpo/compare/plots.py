@@ -1,9 +1,9 @@
 """
-Figures from the results of a comparison: return against env steps and against wall-clock.
+Figures of a comparison: return against env steps and against wall-clock time.
 
     python -m sb3_mbpo.compare.plots results.csv [--folder FOLDER]
 
-One figure per env, as PNG and SVG. Lines are interquartile means over seeds, bands their 95 % bootstrap intervals.
+One figure per env is saved as PNG and SVG. Lines are interquartile means over seeds, bands are 95 % bootstrap intervals.
 """
 
 import argparse
@@ -28,21 +28,25 @@ except ModuleNotFoundError as error:
 from sb3_mbpo.compare.html import COLOURS
 from sb3_mbpo.compare.run import as_file_name
 
-# A second and third round of the colours.
+# Line styles of the first, second and third use of the colors.
 STYLES = ("-", "--", ":")
-# With fewer seeds, each is drawn as well: an interval alone would hide how few they are.
+# With fewer seeds, each seed is plotted as well, because an interval would hide how few they are.
 FEW_SEEDS = 3
 
 
 def look(i: int) -> dict[str, Any]:
-    """:return: colour and line style of the i-th algorithm"""
+    """:return: color and line style of the i-th algorithm"""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
 
 
 def draw_curve(axes: Axes, x, returns, style: dict[str, Any]) -> None:
     """
+    Plot a learning curve with its interval.
+
+    :param axes: where to plot
     :param x: ``(points,)``
     :param returns: ``(runs, points)``
+    :param style: color and line style
     """
     axes.plot(x, iqm(returns), linewidth=2, **style)
     if len(returns) < FEW_SEEDS:
@@ -52,10 +56,12 @@ def draw_curve(axes: Axes, x, returns, style: dict[str, Any]) -> None:
 
 def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure:
     """
+    Plot the learning curves of all algorithms on one env.
+
     :param rows: results of one env, a row per episode
-    :param env: for the title
+    :param env: name of the env, for the title
     :param threshold: a return to mark
-    :return: two panels of the same returns, against env steps and against minutes
+    :return: figure with two panels, against env steps and against minutes
     """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     by_step, by_minute = figure.subplots(1, 2, sharey=True)
@@ -87,17 +93,19 @@ def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure
 
 def save_figures(rows: pd.DataFrame, folder: Path, thresholds: Mapping[str, float] | None = None) -> dict[str, Path]:
     """
+    Save the figures of all envs.
+
     :param rows: results, a row per episode
-    :param folder: gets a PNG and an SVG per env
-    :param thresholds: by env, to be marked
-    :return: the PNGs, by env
+    :param folder: folder of the figures, a PNG and an SVG per env
+    :param thresholds: returns to mark, by env
+    :return: the PNG files, by env
     """
     pictures = {}
     for env in rows["env"].unique():
         figure = draw(rows[rows["env"] == env], env, (thresholds or {}).get(env))
         pictures[env] = folder / f"{as_file_name(env)}.png"
         figure.savefig(pictures[env], dpi=150)
-        # Without its date a figure that did not change does not change.
+        # Without the date, the file of an unchanged figure does not change.
         figure.savefig(pictures[env].with_suffix(".svg"), metadata={"Date": None})
     return pictures
 
@@ -105,7 +113,7 @@ def save_figures(rows: pd.DataFrame, folder: Path, thresholds: Mapping[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.csv of a comparison")
-    parser.add_argument("--folder", type=Path, help="for the figures; default: that of the results")
+    parser.add_argument("--folder", type=Path, help="folder of the figures (default: that of the results)")
     args = parser.parse_args()
     folder = args.folder or args.results.parent
     folder.mkdir(parents=True, exist_ok=True)

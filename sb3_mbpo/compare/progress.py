@@ -1,4 +1,4 @@
-"""What a comparison shows while it goes on: bars in a terminal, a line for each run that has ended anywhere else."""
+"""Progress of a comparison: bars in a terminal; otherwise, a line for each run that has ended."""
 
 import csv
 import time
@@ -11,14 +11,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from sb3_mbpo.compare.run import EVALUATIONS, Run
 
-# Seconds between two looks into the files of the runs.
+# Seconds between two reads of the runs' files.
 INTERVAL = 1.0
 
 
 def latest(path: Path) -> tuple[int, float] | None:
     """
-    :param path: a run's evaluations, maybe not there yet, or only half written
-    :return: step and mean return of the last evaluation
+    :param path: evaluations of a run; the file may be missing or incomplete
+    :return: step and mean return of the last evaluation; ``None`` if there is none
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -31,12 +31,12 @@ def latest(path: Path) -> tuple[int, float] | None:
 
 class RunProgress:
     """
-    All runs in one bar, and one bar for each that is under way.
+    A progress bar for all runs, and one for each active run.
 
-    :param total: number of runs
-    :param skipped: those that had been finished before
-    :param root: folder of the comparison
-    :param console: where to; default: standard output
+    :param total: Number of runs
+    :param skipped: Number of runs that had been finished before
+    :param root: Folder of the comparison
+    :param console: Where to print; ``None``: standard output
     """
 
     def __init__(self, total: int, skipped: int, root: Path, console: Console | None = None) -> None:
@@ -51,7 +51,7 @@ class RunProgress:
         self.overall = self.progress.add_task("all runs", total=total, completed=skipped, state="")
 
     def _say(self, line: str) -> None:
-        # Neither markup nor highlighting, and no wrapping where there is no terminal.
+        # No markup, no highlighting, and no wrapping without a terminal.
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> "RunProgress":
@@ -63,7 +63,9 @@ class RunProgress:
 
     def update(self, active: Sequence[Run]) -> None:
         """
-        :param active: the runs under way
+        Update the bars.
+
+        :param active: the active runs
         """
         if time.monotonic() - self._looked < INTERVAL:
             return
@@ -75,12 +77,15 @@ class RunProgress:
             if now is not None:
                 self.progress.update(self.bars[run.folder], completed=now[0], state=f"step {now[0]:,}, return {now[1]:,.1f}")
         waiting = self.total - self.done - self.failed - len(active)
-        state = f"{self.done} done, {len(active)} under way, {waiting} waiting, {self.failed} failed"
+        state = f"{self.done} done, {len(active)} active, {waiting} waiting, {self.failed} failed"
         self.progress.update(self.overall, completed=self.done + self.failed, state=state)
 
     def ended(self, run: Run, failure: str | None) -> None:
         """
-        :param failure: what went wrong
+        Remove the bar of a run and print its result.
+
+        :param run: a run that has ended
+        :param failure: error message; ``None`` if it has finished
         """
         bar = self.bars.pop(run.folder, None)
         if bar is not None:

@@ -1,4 +1,4 @@
-"""What a comparison says: a table against a baseline, as Markdown and within a page of HTML that needs no other file."""
+"""The report of a comparison: a table compared with a baseline, as Markdown and in a single-file HTML page."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ PHASES = {
     "evaluation_seconds": "evaluation, s",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
-CAPTION = """Lines: interquartile mean over seeds of the mean return of an evaluation's episodes; bands: its 95 % interval
-(rliable, stratified bootstrap over seeds), which one seed does not have. Fewer than three seeds are also drawn one by one.
-Against wall-clock, returns are interpolated between evaluations on a common grid that ends where the fastest seed ends.
-Dotted: the threshold of the table."""
+CAPTION = """Lines: interquartile mean over seeds of the mean return of an evaluation's episodes. Bands: its 95 % interval
+(rliable, stratified bootstrap over seeds), if there are several seeds. Fewer than three seeds are also plotted individually.
+Against wall-clock time, returns are interpolated between evaluations, up to the end of the fastest seed. Dotted line: the
+threshold of the table."""
 NOTE = f"""Final return: interquartile mean of the last evaluation, with its 95 % interval. To the threshold: median over all
-seeds of the first evaluation with such a mean; {NONE}: half of the seeds or more did not get there. Times are those of
-training, means over seeds; evaluation comes on top."""
+seeds of the first evaluation whose mean reaches it; {NONE}: half of the seeds or more did not reach it. Times are means over
+seeds of the training time, without evaluation."""
 
 
 @dataclass
 class Summary:
-    """One algorithm on one env. Times are those of training; a return never reached takes infinitely long."""
+    """Results of one algorithm on one env. Times are training times, infinite if the return was never reached."""
 
     algorithm: str
     seeds: int
@@ -39,7 +39,7 @@ class Summary:
     final: float
     low: float
     high: float
-    #: Seeds that reached the threshold; median over all seeds of env steps and minutes until then.
+    #: Number of seeds that reached the threshold, and medians over all seeds of env steps and minutes to reach it.
     reached: int
     steps: float
     minutes: float
@@ -53,7 +53,7 @@ def final_return(rows: pd.DataFrame) -> tuple[float, float, float]:
     :param rows: results of one algorithm on one env
     :return: interquartile mean of the last evaluation, lower and upper end of its 95 % interval
     """
-    # All points, though one is wanted: the same draws as in the figure.
+    # Use all points, so that the bootstrap draws are the same as in the figure.
     scores = score_table(rows).to_numpy()
     low, high = interval(scores)
     return float(iqm(scores)[-1]), float(low[-1]), float(high[-1])
@@ -63,6 +63,7 @@ def summarise(rows: pd.DataFrame, threshold: float) -> list[Summary]:
     """
     :param rows: results of one env
     :param threshold: a return
+    :return: a summary per algorithm
     """
     summaries = []
     for label in rows["algorithm"].unique():
@@ -85,7 +86,7 @@ def summarise(rows: pd.DataFrame, threshold: float) -> list[Summary]:
 
 
 def against(baseline: float, value: float) -> str:
-    """:return: how many times less ``value`` is than ``baseline``"""
+    """:return: ratio of ``baseline`` and ``value``, as text; empty if it is undefined"""
     if not (np.isfinite(baseline) and np.isfinite(value) and baseline > 0 and value > 0):
         return ""
     ratio = baseline / value
@@ -94,7 +95,9 @@ def against(baseline: float, value: float) -> str:
 
 def table(summaries: list[Summary], baseline: str | None, threshold: float) -> tuple[list[str], list[list[tuple[str, str]]]]:
     """
-    :param baseline: the algorithm that the others are held against
+    :param summaries: a summary per algorithm
+    :param baseline: name of the algorithm that the others are compared with
+    :param threshold: a return
     :return: head, and rows of cells; each cell has a second, smaller line, which may be empty
     """
     head = ["algorithm", "final return", f"steps to {number(threshold)}", "minutes to it", "minutes in all"]
@@ -137,7 +140,8 @@ def html_table(summaries: list[Summary], baseline: str | None, threshold: float)
 def default_thresholds(rows: pd.DataFrame, baseline: str | None) -> dict[str, float]:
     """
     :param rows: all results
-    :return: by env, the final return of the baseline; without one, the lowest of all
+    :param baseline: name of an algorithm
+    :return: by env, the final return of the baseline; without a baseline, the lowest final return
     """
     found = {}
     for env, mine in rows.groupby("env", sort=False):
@@ -146,23 +150,23 @@ def default_thresholds(rows: pd.DataFrame, baseline: str | None) -> dict[str, fl
     return found
 
 
-def spoken(value: Any) -> str:
-    """:return: a value, or several where runs differ"""
+def value_text(value: Any) -> str:
+    """:return: a value as text, or several values if runs differ"""
     return " or ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def origin(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The manifest's essentials: names, and HTML."""
+    """:return: names and values of the most important entries of the manifest, HTML"""
     arguments, versions, hardware = manifest["arguments"], manifest["versions"], manifest["hardware"]
     said = {
         "command": f"<code>{escape(str(manifest['command']))}</code>",
         "finished": manifest["created"],
         "each run": f"{counted(arguments['steps'], 'env step')}, {counted(arguments['eval_episodes'], 'episode')} every "
         f"{counted(arguments['eval_freq'], 'step')}, {counted(arguments['threads'], 'PyTorch thread')}, "
-        f"{'up to ' + counted(arguments['workers'], 'run') if arguments['workers'] else 'as many as fit'} at a time",
-        "versions": escape(", ".join(f"{name} {spoken(version)}" for name, version in versions.items())),
-        "hardware": escape(", ".join(f"{name}: {spoken(value)}" for name, value in hardware.items() if value)),
-        "commit": escape(spoken(manifest["commit"] or "not from a git checkout")),
+        f"{'up to ' + counted(arguments['workers'], 'run') if arguments['workers'] else 'as many as possible'} at a time",
+        "versions": escape(", ".join(f"{name} {value_text(version)}" for name, version in versions.items())),
+        "hardware": escape(", ".join(f"{name}: {value_text(value)}" for name, value in hardware.items() if value)),
+        "commit": escape(value_text(manifest["commit"] or "not from a git checkout")),
     }
     yield from said.items()
     for env, algorithms in manifest["settings"].items():
@@ -178,27 +182,29 @@ def write_report(
     thresholds: Mapping[str, float],
 ) -> None:
     """
-    :param path: the HTML file
+    Write the report.
+
+    :param path: the HTML file to write
     :param rows: all results
-    :param manifest: where they come from; of its arguments ``baseline`` is read as well
-    :param pictures: PNGs, by env
-    :param thresholds: returns, by env
+    :param manifest: the manifest
+    :param pictures: PNG files by env
+    :param thresholds: returns by env
     """
     baseline = manifest["arguments"]["baseline"]
     parts = []
     if manifest["failed"]:
         failed = "".join(f"<li>{escape(run)}</li>" for run in manifest["failed"])
-        parts.append(f'<div class="failed"><p>Not in these numbers, because they failed:</p><ul>{failed}</ul></div>')
+        parts.append(f'<div class="failed"><p>These runs failed and are not included:</p><ul>{failed}</ul></div>')
     for env, file in pictures.items():
         summaries = summarise(rows[rows["env"] == env], thresholds[env])
         chosen = manifest["arguments"]["threshold"] is not None
-        source = "as asked" if chosen else f"the final return of {baseline or 'the algorithm with the lowest'}"
+        source = "as given" if chosen else f"the final return of {baseline or 'the algorithm with the lowest'}"
         parts += [
             f"<h2>{escape(env)}</h2>",
             picture(file.read_bytes(), "png", f"learning curves on {env}", CAPTION),
             html_table(summaries, baseline, thresholds[env]),
             f'<p class="note">Threshold: {number(thresholds[env])}, {escape(source)}. {NOTE}</p>',
         ]
-    parts += ["<h2>Where this comes from</h2>", definitions(origin(manifest))]
+    parts += ["<h2>About this comparison</h2>", definitions(origin(manifest))]
     title = f"{counted(len(manifest['arguments']['algo']), 'algorithm')} on {', '.join(pictures)}"
     path.write_text(page(title, parts), encoding="utf-8")

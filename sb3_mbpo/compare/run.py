@@ -1,8 +1,8 @@
 """
-One run of a comparison: what it is asked to do, its folder, and its process (``python -m sb3_mbpo.compare.run FOLDER``).
+One run of a comparison: its arguments, its folder, and its process (``python -m sb3_mbpo.compare.run FOLDER``).
 
-The folder gets ``arguments.json``, ``output.txt`` and ``provenance.json`` first, ``evaluations.csv`` as the run goes on, the
-Zoo's own files, and ``run.json`` last: where that is, the run is finished.
+The process first writes ``arguments.json``, ``output.txt`` and ``provenance.json`` to the folder, then ``evaluations.csv`` and
+the Zoo's own files. ``run.json`` is written last and marks the run as finished.
 """
 
 import hashlib
@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 ARGUMENTS, OUTPUT, EVALUATIONS, FINISHED = "arguments.json", "output.txt", "evaluations.csv", "run.json"
-# Versions, hardware and commit, as the process began: the checkout may move on while it trains, and a run may be cut.
+# Versions, hardware and commit at the start of the process. The checkout may change during the run.
 PROVENANCE = "provenance.json"
-# Of runs of this package's algorithms, while they are not finished.
+# Folder of checkpoints of unfinished runs of this package's algorithms.
 CHECKPOINTS = "checkpoints"
 
 
 def as_file_name(text: str) -> str:
-    """:return: ``text`` without what file systems do not like, cut to a length that they do"""
+    """
+    :param text: any text
+    :return: a valid file name: special characters are replaced, and long names are shortened
+    """
     name = re.sub(r"[^\w.=,+-]+", "_", text)
     return name if len(name) <= 80 else f"{name[:70]}_{hashlib.sha1(text.encode()).hexdigest()[:8]}"
 
@@ -34,22 +37,22 @@ def as_file_name(text: str) -> str:
 @dataclass(frozen=True)
 class Run:
     """
-    What decides about a run; two runs that are equal here need not both be made.
+    Arguments of a run. A finished run with equal arguments is not repeated.
 
     :param env: environment id
-    :param label: the algorithm as the user wrote it, settings included
-    :param algo: its name in the Zoo
-    :param settings: override those of the settings file
-    :param seed: of the agent and its env
-    :param steps: env steps
-    :param eval_freq: env steps from one evaluation to the next; there is also one before the first step and one at the last
-    :param eval_episodes: episodes per evaluation
-    :param threads: of PyTorch
-    :param device: as in SB3
-    :param conf_file: as ``--conf-file`` of the Zoo; ``None``: the packaged settings
-    :param env_kwargs: as ``--env-kwargs`` of the Zoo
-    :param gym_packages: as ``--gym-packages`` of the Zoo
-    :param command: what the user called; not compared
+    :param label: the algorithm as written by the user, with settings
+    :param algo: name of the algorithm in the Zoo
+    :param settings: settings that override those of the settings file
+    :param seed: seed of the agent and its env
+    :param steps: number of env steps
+    :param eval_freq: number of env steps between two evaluations; there is also one before the first step and one at the end
+    :param eval_episodes: number of episodes per evaluation
+    :param threads: number of PyTorch threads
+    :param device: device, as in SB3
+    :param conf_file: see ``--conf-file`` of the Zoo; ``None``: the packaged settings
+    :param env_kwargs: see ``--env-kwargs`` of the Zoo
+    :param gym_packages: see ``--gym-packages`` of the Zoo
+    :param command: command that the user called; ignored when runs are compared
     """
 
     env: str
@@ -72,7 +75,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it belongs, within the folder of the comparison."""
+        """Folder of the run, relative to the folder of the comparison."""
         return Path(as_file_name(self.env)) / as_file_name(self.label) / f"seed_{self.seed}"
 
     @property
@@ -81,11 +84,11 @@ class Run:
 
     def zoo_options(self, folder: Path) -> list[str]:
         """
-        :param folder: for the Zoo's files
+        :param folder: folder of the Zoo's files
         :return: options of the Zoo's ``train``
         """
         options = ["--algo", self.algo, "--env", self.env, "--seed", str(self.seed), "-n", str(self.steps)]
-        # Evaluations are ours, at the same steps for all.
+        # Disable the Zoo's evaluations. The recorder evaluates at the same steps for all algorithms.
         options += ["--eval-freq", "-1", "-f", str(folder), "--num-threads", str(self.threads), "--device", self.device]
         if self.conf_file is not None:
             options += ["--conf-file", self.conf_file]
@@ -103,14 +106,15 @@ class Run:
 
     def begin(self, folder: Path) -> None:
         """
-        Make the run's folder, empty but for its arguments; what an unfinished run left there goes, unless it was this one and
-        has checkpoints to go on from.
+        Create the run's folder and write its arguments. The files of an unfinished run are removed, unless it has the same
+        arguments and checkpoints to resume from.
 
-        :raises FileExistsError: there is something else in it
+        :param folder: folder of the run
+        :raises FileExistsError: the folder contains other files
         """
         if folder.exists():
             if any(folder.iterdir()) and not (folder / ARGUMENTS).exists():
-                raise FileExistsError(f"{folder} holds files that are not of a comparison: choose another --folder")
+                raise FileExistsError(f"{folder} contains files that are not of a comparison: choose another --folder")
             if (folder / CHECKPOINTS).exists() and Run.read(folder) == self:
                 return
             shutil.rmtree(folder)
@@ -119,7 +123,9 @@ class Run:
 
     def is_finished(self, folder: Path) -> bool:
         """
-        :raises ValueError: there is a finished run of other arguments
+        :param folder: folder of the run
+        :return: whether the run is finished
+        :raises ValueError: the folder contains a finished run with other arguments
         """
         if not (folder / FINISHED).exists():
             return False
@@ -129,28 +135,36 @@ class Run:
         different = [f"{name}={done.get(name)!r}, not {mine[name]!r}" for name in compared if done.get(name) != mine[name]]
         if different:
             raise ValueError(
-                f"{folder} holds a finished run with {'; '.join(different)}: choose another --folder, or remove that one"
+                f"{folder} contains a finished run with {'; '.join(different)}: choose another --folder, or remove that one"
             )
         return True
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """:return: what a finished run left about itself"""
+    """
+    :param folder: folder of a finished run
+    :return: content of its ``run.json``
+    """
     return json.loads((folder / FINISHED).read_text(encoding="utf-8"))
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file that others never see half written."""
+    """
+    Write a file atomically.
+
+    :param path: the file
+    :param content: its content
+    """
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)
 
 
 def end_with_parent() -> None:
-    """Exit when the parent is gone, however it went: it holds the other end of the standard input."""
+    """Exit when the parent process has ended for any reason, which closes the standard input."""
 
     def wait() -> None:
-        # Not sys.stdin: a thread that waits within it would be in the way of a normal end.
+        # Not sys.stdin: a thread waiting in it would prevent a normal exit.
         os.read(0, 1)
         os._exit(1)
 
@@ -161,7 +175,7 @@ def main() -> None:
     end_with_parent()
     folder = Path(sys.argv[1])
     run = Run.read(folder)
-    # Late: the driver and the machines of a cluster need what is above alone, and the Zoo takes seconds to import.
+    # Imported here, because the driver does not need them, and importing the Zoo takes seconds.
     from sb3_mbpo.compare.evaluation import ComparisonExperiment, EvaluationRecorder
     from sb3_mbpo.runtime.provenance import provenance
     from sb3_mbpo.zoo.cli import ALGORITHMS
@@ -176,7 +190,7 @@ def main() -> None:
         options += ["--checkpoints", str(folder / CHECKPOINTS)]
     zoo(options, experiment=partial(ComparisonExperiment, recorder=recorder))
     if recorder.due:
-        # The Zoo takes an interrupt for a wish to stop early, and saves.
+        # After an interrupt, the Zoo saves and ends normally.
         raise SystemExit(f"the run ended before step {recorder.due[0]:,}")
     result = {
         "run": asdict(run),

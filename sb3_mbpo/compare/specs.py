@@ -1,4 +1,4 @@
-"""Algorithms as users name them in a comparison: ``sac``, ``sac:gradient_steps=20,gamma=0.98``."""
+"""Parses the algorithms of a comparison: ``sac``, ``sac:gradient_steps=20,gamma=0.98``."""
 
 import ast
 import difflib
@@ -15,9 +15,11 @@ from sb3_mbpo.arguments.arguments import numbers_in
 @dataclass(frozen=True)
 class Spec:
     """
-    :param label: what the user wrote
+    An algorithm with settings.
+
+    :param label: the text that the user wrote
     :param algo: name of the algorithm in the Zoo
-    :param settings: what they set, as JSON can say it; expressions such as ``dict(net_arch=[64])`` are text, for the Zoo
+    :param settings: the settings, as JSON values; expressions such as ``dict(net_arch=[64])`` are strings, for the Zoo
     """
 
     label: str
@@ -26,7 +28,7 @@ class Spec:
 
 
 def parts(text: str) -> list[str]:
-    """:return: what the commas outside of brackets and quotes part"""
+    """:return: parts of ``text`` between the commas outside of brackets and quotes"""
     found, depth, quote = [""], 0, ""
     for letter in text:
         if quote or letter in "'\"":
@@ -40,7 +42,7 @@ def parts(text: str) -> list[str]:
 
 
 def value_of(text: str) -> Any:
-    """:return: what ``text`` means in Python, or else in YAML, where a bare word is itself and 1e-3 a number"""
+    """:return: value of ``text`` as a Python literal, otherwise as YAML, where a word is a string and 1e-3 a number"""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -48,26 +50,29 @@ def value_of(text: str) -> Any:
             value = numbers_in(yaml.safe_load(text))
         except yaml.YAMLError:
             value = text
-    # As it will be read from the files of a run.
+    # As it will be read from the JSON file of a run.
     return json.loads(json.dumps(value))
 
 
 def read_spec(text: str, known: Collection[str]) -> Spec:
     """
-    :param text: ``algo[:key=value[,key=value...]]``; commas within brackets belong to the value
+    Parse an algorithm with settings.
+
+    :param text: ``algo[:key=value[,key=value...]]``; commas inside brackets belong to the value
     :param known: names of algorithms
-    :raises ValueError: it cannot be read
+    :return: algorithm and settings
+    :raises ValueError: the text is invalid
     """
     algo, colon, rest = text.partition(":")
     if algo not in known:
         near = difflib.get_close_matches(algo, known, n=1)
-        hint = f"; you maybe meant {near[0]}" if near else ""
-        raise ValueError(f"there is no algorithm {algo!r}{hint}. There are {', '.join(sorted(known))}")
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"there is no algorithm {algo!r}{hint} Known are {', '.join(sorted(known))}")
     settings = {}
     for item in parts(rest) if colon else []:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not key.isidentifier() or not equals or not value:
-            raise ValueError(f"{text!r}: {item!r} is no setting; write {algo}:key=value,key=value")
+            raise ValueError(f"{text!r}: {item!r} is not a setting; write {algo}:key=value,key=value")
         if key in settings:
             raise ValueError(f"{text!r} sets {key} twice")
         settings[key] = value_of(value)
@@ -76,7 +81,12 @@ def read_spec(text: str, known: Collection[str]) -> Spec:
 
 def read_specs(texts: Sequence[str], known: Collection[str]) -> list[Spec]:
     """
-    :raises ValueError: one cannot be read, or two mean the same
+    Parse several algorithms.
+
+    :param texts: see :func:`read_spec`
+    :param known: names of algorithms
+    :return: algorithms and settings
+    :raises ValueError: a text is invalid, or two are the same
     """
     specs: list[Spec] = []
     for spec in (read_spec(text, known) for text in texts):

@@ -1,4 +1,4 @@
-"""Who makes the runs of a comparison: processes of this machine, or of a Ray cluster."""
+"""Workers that make the runs of a comparison: processes of this machine, or tasks of a Ray cluster."""
 
 import logging
 import os
@@ -11,31 +11,34 @@ from typing import Any
 
 from sb3_mbpo.compare.run import FINISHED, OUTPUT, Run, put
 
-# Seconds between two looks at what has finished, and for a process to end when asked to.
+# Seconds between two checks for finished runs, and seconds to wait for a process to end.
 PATIENCE = 0.5
-# A cluster's machine may vanish under a run more than once.
+# Maximum number of retries if a machine of a cluster is lost.
 RETRIES = 5
-# Lines of a failed run's output that are shown.
+# Number of lines of a failed run's output that are shown.
 TAIL = 15
 
 
 class WorkerKilled(RuntimeError):
-    """A run's process was killed from outside: no fault of the run, and worth another try."""
+    """The process of a run was killed from outside, so the run may be tried again."""
 
 
 def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
     """
-    :param folder: gets everything that the run leaves; what was there goes
-    :return: the run's process, which ends with this one
+    Start the process of a run.
+
+    :param run: the run
+    :param folder: folder of the run; its previous content is removed
+    :return: the process, which ends with this one
     """
     run.begin(folder)
-    # Runs share the cores with each other, so their threads must not compute while they wait.
+    # Runs share the cores, so their threads must not be busy while they wait.
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
     threads = {f"{library}_NUM_THREADS": str(run.threads) for library in ("OMP", "MKL", "OPENBLAS")}
-    # Unbuffered: output can be watched, and what went wrong comes last.
+    # Unbuffered, so that the output can be watched and errors come last.
     command = [sys.executable, "-u", "-m", "sb3_mbpo.compare.run", str(folder)]
     with (folder / OUTPUT).open("wb") as output:
-        # A session of its own: Ctrl-C is for the driver, and the Zoo would take it for a wish to save what there is.
+        # In its own session, so that Ctrl-C only reaches the driver. The Zoo would save and end normally.
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -47,7 +50,12 @@ def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
-    """:return: the exit code of a process that has ended or is to end now"""
+    """
+    End a process if it is still running.
+
+    :param process: the process
+    :return: its exit code
+    """
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -59,9 +67,9 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 def outcome(folder: Path, code: int) -> str | None:
     """
-    :param folder: of a run whose process has ended
-    :param code: its exit code
-    :return: ``None`` for a finished run; else what went wrong, with the end of what it printed
+    :param folder: folder of a run whose process has ended
+    :param code: exit code of the process
+    :return: ``None`` for a finished run; otherwise an error message with the end of its output
     """
     if (folder / FINISHED).exists():
         return None
@@ -72,10 +80,10 @@ def outcome(folder: Path, code: int) -> str | None:
 
 class LocalWorkers:
     """
-    Runs as processes of this machine.
+    Makes runs as processes of this machine.
 
-    :param root: folder of the comparison
-    :param count: most runs at a time
+    :param root: Folder of the comparison
+    :param count: Maximum number of parallel runs
     """
 
     def __init__(self, root: Path, count: int) -> None:
@@ -94,9 +102,9 @@ class LocalWorkers:
 
     def collect(self) -> list[tuple[Run, str | None]]:
         """
-        Wait a moment.
+        Wait for a short time.
 
-        :return: the runs that have ended since, each with what went wrong, if anything did
+        :return: runs that have ended since the last call, each with an error message or ``None``
         """
         try:
             self.processes[0][1].wait(PATIENCE)
@@ -107,7 +115,7 @@ class LocalWorkers:
         return [(run, outcome(self.root / run.folder, end(process))) for run, process in ended]
 
     def stop(self) -> None:
-        """End the runs that are under way."""
+        """Kill the active runs."""
         for _, process in self.processes:
             process.kill()
         for _, process in self.processes:
@@ -117,10 +125,11 @@ class LocalWorkers:
 
 def run_elsewhere(run: Run) -> tuple[int, dict[str, bytes]]:
     """
-    A task of Ray: one run, in a folder that nobody else needs to see.
+    A task of Ray: make a run in a temporary folder.
 
-    :return: exit code, and the files that the run left, by their path
-    :raises WorkerKilled: its process was killed
+    :param run: the run
+    :return: exit code, and contents of the run's files by path
+    :raises WorkerKilled: the process was killed
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
@@ -135,12 +144,12 @@ def run_elsewhere(run: Run) -> tuple[int, dict[str, bytes]]:
 
 class RayWorkers:
     """
-    Runs as tasks of a Ray cluster, one CPU for each thread. Their files come back through Ray: no folder need be shared.
+    Makes runs as tasks of a Ray cluster, with one CPU per thread. Ray returns their files, so no shared folder is needed.
 
-    :param root: folder of the comparison
-    :param address: ``auto``: the cluster of this machine; ``local``: a new one here; or ``host:port``
-    :param count: most runs at a time, and CPUs of a ``local`` cluster; ``None``: as many as there are CPUs
-    :raises SystemExit: no Ray, or no cluster
+    :param root: Folder of the comparison
+    :param address: ``auto``: the cluster of this machine; ``local``: a new cluster on this machine; or ``host:port``
+    :param count: Maximum number of parallel runs, and number of CPUs of a ``local`` cluster; ``None``: number of CPUs
+    :raises SystemExit: Ray is not installed, or there is no cluster
     """
 
     def __init__(self, root: Path, address: str, count: int | None) -> None:
@@ -170,7 +179,7 @@ class RayWorkers:
         self.tasks[task.remote(run)] = run
 
     def collect(self) -> list[tuple[Run, str | None]]:
-        """As that of LocalWorkers."""
+        """See :meth:`LocalWorkers.collect`."""
         ended, _ = self.ray.wait(list(self.tasks), num_returns=1, timeout=PATIENCE)
         runs = [self.tasks.pop(task) for task in ended]
         return [(run, self._outcome(run, task)) for run, task in zip(runs, ended, strict=True)]
@@ -182,14 +191,14 @@ class RayWorkers:
         except self.ray.exceptions.RayError as error:
             return f"Ray gave up on it: {error}"
         run.begin(folder)
-        # What marks the run as finished comes last.
+        # The file that marks the run as finished must be last.
         for name in sorted(files, key=lambda name: name == FINISHED):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             put(folder / name, files[name])
         return outcome(folder, code)
 
     def stop(self) -> None:
-        """End the runs that are under way, and leave the cluster."""
+        """Cancel the active runs, and disconnect from the cluster."""
         for task in self.tasks:
             self.ray.cancel(task, force=True)
         self.ray.shutdown()

@@ -23,7 +23,7 @@ from sb3_mbpo.dynamics.base import Progress
 from sb3_mbpo.model_based.constructor_arguments import SACArguments
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.rollouts import branched_rollout
-from sb3_mbpo.trust.prediction_bounds import Plausible
+from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.validation.rules import is_number, number, shown, whole
 
 # Target critics that a value is the least of.
@@ -70,7 +70,7 @@ class DHMBPO(ModelBased, SAC):
     uses_partial_trust = False
 
     # Made of ``prediction_bounds``, which are next to it.
-    _bounds: tuple[list[float], Plausible] | None = None
+    _bounds: tuple[list[float], PredictionBounds] | None = None
     actor: Any
     policy: DHMBPOPolicy
     log_ent_coef: Any
@@ -133,10 +133,10 @@ class DHMBPO(ModelBased, SAC):
             raise ValueError("use_sde=True must be False: training rollouts need an independent action in each state")
 
     def fit_dynamics(self, progress: Progress | None = None) -> dict[str, Any]:
-        """See ``ModelLearning.fit_dynamics``; notes the bounds of the real transitions, too, see ``imagined_margin``."""
+        """See ``ModelLearning.fit_dynamics``. Also stores the bounds of ``prediction_clip_margin``."""
         metrics = super().fit_dynamics(progress)
         transitions = self.replay_buffer.real_transitions(self.dynamics_window)
-        self.prediction_bounds = Plausible(transitions, self.imagined_margin).numbers()
+        self.prediction_bounds = PredictionBounds(transitions, self.prediction_clip_margin).numbers()
         return metrics
 
     def forget_transitions(self, keep: int = 0) -> None:
@@ -153,7 +153,7 @@ class DHMBPO(ModelBased, SAC):
     @property
     def expands_values(self) -> bool:
         """True if updates use the dynamics, which needs an open gate; otherwise SAC's update runs on real transitions."""
-        trusted = self.real_ratio < 1 and self.imagined_share == 1 and self.dynamics_fitted_at is not None
+        trusted = self.real_ratio < 1 and self.imagined_fraction == 1 and self.dynamics_fitted_at is not None
         if not (trusted and self.dynamics.usable and self.prediction_bounds):
             return False
         # An agent that was loaded without its buffer collects first.
@@ -208,7 +208,7 @@ class DHMBPO(ModelBased, SAC):
         """What ``ResumeCallback`` does not set back when ``train`` is broken off: the model buffer."""
         buffer = self.replay_buffer.model_buffer
         # A single update is not broken off once it has begun.
-        long = gradient_steps > 1 and self.resumable is not None and self.resumable.can_undo_train
+        long = gradient_steps > 1 and self.resume_callback is not None and self.resume_callback.can_undo_train
         before = buffer.contents() if long else None
         try:
             yield
@@ -220,19 +220,19 @@ class DHMBPO(ModelBased, SAC):
     def roll_distribution(self) -> None:
         """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
         buffer = self.replay_buffer
-        length, filtering = self.rollout_length, None
+        length, rollout_filter = self.rollout_length, None
         if self.rollout_filter is not None:
-            filtering = self.filtering(buffer.real_transitions(self.dynamics_window))
-            assert filtering is not None
-            self.filter_memory = filtering.memory
-        dynamics = self.bounds_of_fit.within_obs(self.dynamics)
+            rollout_filter = self.make_rollout_filter(buffer.real_transitions(self.dynamics_window))
+            assert rollout_filter is not None
+            self.filter_state = rollout_filter.memory
+        dynamics = self.bounds_of_fit.wrap_obs(self.dynamics)
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
         with self.imagining() as policy:
             # Branches that ended early are replaced, up to a point: there may be no other.
             for _ in range(length):
                 starts = buffer.start_states(min(self.rollout_batch_size, missing), self.dynamics_window)
-                rows = branched_rollout(dynamics, policy, self.terminates, starts, length, filtering)
+                rows = branched_rollout(dynamics, policy, self.terminates, starts, length, rollout_filter)
                 kept = ReplayBufferSamples(*(part[:missing] for part in rows[:5]))
                 buffer.model_buffer.add(kept)
                 missing -= len(kept.rewards)
@@ -240,10 +240,10 @@ class DHMBPO(ModelBased, SAC):
                     break
 
     @property
-    def bounds_of_fit(self) -> Plausible:
-        """Bounds of the real transitions that the dynamics was fitted to, see ``imagined_margin``."""
+    def bounds_of_fit(self) -> PredictionBounds:
+        """Bounds of the real transitions that the dynamics was fitted to, see ``prediction_clip_margin``."""
         if self._bounds is None or self._bounds[0] is not self.prediction_bounds:
-            self._bounds = self.prediction_bounds, Plausible.of_numbers(self.prediction_bounds, self.device)
+            self._bounds = self.prediction_bounds, PredictionBounds.of_numbers(self.prediction_bounds, self.device)
         return self._bounds[1]
 
     def _imagine(self, roots: th.Tensor) -> TrainingRollout:
@@ -252,14 +252,14 @@ class DHMBPO(ModelBased, SAC):
         if self.learns_reward:
 
             def reward(*transition: th.Tensor) -> th.Tensor:
-                return bounds.clip_rewards(self.learned_reward(*transition), transition[3])
+                return bounds.clamp_rewards(self.learned_reward(*transition), transition[3])
 
-            return training_rollout(bounds.within_obs(self.dynamics), policy, self.terminates, roots, horizon, reward)
+            return training_rollout(bounds.wrap_obs(self.dynamics), policy, self.terminates, roots, horizon, reward)
         known = self.known_reward
         if known is not None:
-            dynamics = bounds.within_obs(self.dynamics)
+            dynamics = bounds.wrap_obs(self.dynamics)
             return training_rollout(dynamics, policy, self.terminates, roots, horizon, lambda *t: known(*t[:3]))
-        return training_rollout(bounds.within(self.dynamics), policy, self.terminates, roots, horizon)
+        return training_rollout(bounds.wrap(self.dynamics), policy, self.terminates, roots, horizon)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_bounds"]

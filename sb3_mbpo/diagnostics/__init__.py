@@ -1,1 +1,1 @@
-"""How far a dynamics can be trusted: measured while an agent learns, or of a saved agent as a report."""
+"""Accuracy of the dynamics: measured during learning, or reported for a saved agent."""

@@ -1,4 +1,4 @@
-"""How good the dynamics is, measured on fresh episodes while an agent learns."""
+"""A callback that measures the accuracy of the dynamics on new episodes during learning."""
 
 import math
 import warnings
@@ -16,45 +16,47 @@ from sb3_mbpo.rollouts import MOST_STEPS
 from sb3_mbpo.theory import optimal_rollout_length
 from sb3_mbpo.validation.rules import is_whole, shown, whole
 
-# Earlier policies kept for eps_pi.
+# Maximum number of earlier policies kept for eps_pi.
 MOST_SNAPSHOTS = 20
 
 
 class ModelErrorCallback(BaseCallback):
     """
-    Now and then, after a fit, plays fresh episodes with the present policy in an env of its own, and logs how well the
-    dynamics predicts them. It only looks: parameters, counters and every random stream of the agent are as without it.
+    Regularly plays new episodes with the current policy in a separate env, and logs the accuracy of the dynamics on them.
 
-    Under ``model_error/``, K being each of ``horizons``:
+    The agent is not changed: its parameters, counters and random generators are the same as without the callback. A diagnosis
+    is made after the first fit, and then every ``every`` env transitions.
 
-    - ``error_K``: of the open-loop prediction after K steps with the same actions, over all dimensions of the observation, in
-      standard deviations of each over the episodes: 1 is as wrong as predicting the mean; ``r2_mean_K``, ``r2_no_change_K``:
-      R^2 against predicting the mean and against predicting that nothing changes; ``reward_error_K`` in the reward's own
-      units and ``reward_r2_mean_K``
-    - ``coverage_50_K``, ``coverage_90_K``: how often the central 50 and 90 % intervals hold what happened
+    Logged under ``model_error/``, for each K in ``horizons``:
+
+    - ``error_K``: error of the open-loop prediction after K steps with the same actions, over all dimensions of the
+      observation, in standard deviations over the episodes (1 is as wrong as predicting the mean); ``r2_mean_K``,
+      ``r2_no_change_K``: R^2 compared with predicting the mean and with predicting no change; ``reward_error_K``, in the
+      reward's own units, and ``reward_r2_mean_K``
+    - ``coverage_50_K``, ``coverage_90_K``: how often the central 50 and 90 % intervals contain the real outcome
     - ``disagreement_rank``: Spearman's rank correlation of the members' disagreement (standard deviation of their means) with
-      the error of one step; only for dynamics with ``predict``
-    - ``termination_precision``, ``termination_recall``: in predictions of one step; absent while nothing terminates
-    - ``model_error_tv``: a proxy of eps_m', see :meth:`.Diagnosis.model_error`; ``policy_shift_tv``: eps_pi against the
+      the one-step error; only for dynamics with ``predict``
+    - ``termination_precision``, ``termination_recall``: of one-step predictions; not logged if nothing terminates
+    - ``model_error_tv``: a proxy of eps_m', see :meth:`.Diagnosis.model_error`; ``policy_shift_tv``: eps_pi compared with the
       policies of earlier diagnoses, see :func:`.policy_shift.policy_shift`, from the second diagnosis on and for stochastic
-      policies; ``optimal_rollout_length``: the k* that Theorem 4.3 gives for the two, at most 10,000, not for ``gamma=1``;
-      ``rollout_length``: the schedule's
-    - ``dropped``: the share of predictions that were not finite; ``env_steps``: of all diagnoses so far, which the agent does
-      not count
+      policies; ``optimal_rollout_length``: k* of Theorem 4.3 for both, at most 10,000, not for ``gamma=1``;
+      ``rollout_length``: the current k
+    - ``dropped``: fraction of predictions that were not finite; ``env_steps``: number of env steps of all diagnoses, which the
+      agent does not count
 
-    Under ``model_error_by_dimension/`` the errors of each dimension of the observation, in its own units.
+    Logged under ``model_error_by_dimension/``: the errors of each dimension of the observation, in its own units.
 
-    For each agent a callback of its own: the policies that it remembers are one agent's.
+    Use a new callback for each agent, because it stores earlier policies.
 
-    :param env: what the episodes are played in: an id, a function that makes an env, an env, or a VecEnv of one; ``None``:
-        another of the agent's first. A ``VecNormalize`` around the agent's envs is read, never updated
-    :param every: env transitions of the agent from one diagnosis to the next
-    :param n_episodes: episodes of a diagnosis
-    :param horizons: steps after which predictions are judged; 1 is always among them
-    :param max_episode_steps: where an episode is cut that has not ended by then
-    :param seed: the first episode's start, to which the agent's env transitions are added
-    :param verbose: 1: a line for each diagnosis
-    :raises ValueError: an argument out of range; an agent of another package; an env that does not fit
+    :param env: Env of the episodes: an id, a function that makes an env, an env, or a VecEnv with one env; ``None``: a new env
+        like the agent's first one. A ``VecNormalize`` around the agent's envs is used, but not updated
+    :param every: Number of the agent's env transitions between two diagnoses
+    :param n_episodes: Number of episodes per diagnosis
+    :param horizons: Numbers of steps after which predictions are compared with the real outcome; 1 is always included
+    :param max_episode_steps: Maximum length of an episode
+    :param seed: Seed of the first episode, to which the agent's env transitions are added
+    :param verbose: 1: print a line per diagnosis
+    :raises ValueError: an argument is out of range, the agent is from another package, or the env does not match the agent
     """
 
     def __init__(
@@ -77,9 +79,9 @@ class ModelErrorCallback(BaseCallback):
             raise ValueError(f"horizons={shown(horizons)} must be a list of numbers of steps, such as [1, 5, 20]")
         self.env, self.every, self.n_episodes = env, every, n_episodes
         self.horizons, self.max_episode_steps, self.seed = sorted({1, *horizons}), max_episode_steps, seed
-        #: The latest, to look into.
+        #: The latest diagnosis.
         self.diagnosis: Diagnosis | None = None
-        #: Env steps of all diagnoses: the agent does not count them.
+        #: Number of env steps of all diagnoses. The agent does not count them.
         self.env_steps = 0
         self.diagnosed_at: int | None = None
         self.snapshots: deque[dict[str, Any]] = deque(maxlen=MOST_SNAPSHOTS)
@@ -89,7 +91,7 @@ class ModelErrorCallback(BaseCallback):
         if not hasattr(self.model, "imagined_dynamics"):
             raise ValueError(f"ModelErrorCallback works with agents of sb3_mbpo, not with {type(self.model).__name__}")
         if self.model.real_ratio == 1:
-            warnings.warn("ModelErrorCallback has nothing to look at: real_ratio=1, so no dynamics is fitted", stacklevel=2)
+            warnings.warn("ModelErrorCallback has no dynamics to measure, because real_ratio=1", stacklevel=2)
         with untouched(self.model):
             self._own_env = own_env(self.model, self.env)
 
@@ -97,12 +99,12 @@ class ModelErrorCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # After the agent's own callback, and so after its fit.
+        # This runs after the agent's own callback, and so after its fit.
         agent = self.model
         steps = agent.lifetime_timesteps
         fitted = agent.dynamics_fitted_at is not None and agent.dynamics.usable
         if self.diagnosed_at is not None and steps < self.diagnosed_at:
-            # A younger agent: its policies are not those of the one before.
+            # Fewer steps than before, so this is another agent with other policies.
             self.diagnosed_at = None
             self.snapshots.clear()
         if not fitted or (self.diagnosed_at is not None and steps // self.every <= self.diagnosed_at // self.every):
@@ -112,7 +114,7 @@ class ModelErrorCallback(BaseCallback):
             self._own_env.seed((self.seed + steps) % 2**31)
             self.diagnosis = diagnose(agent, self._own_env, self.n_episodes, max(self.horizons), self.max_episode_steps)
             self._record(self.diagnosis)
-        # As EvalCallback does, so that the numbers stand at their own step.
+        # Dump as EvalCallback does, so that the values are logged at their own step.
         self.logger.record("time/total_timesteps", agent.num_timesteps, exclude="tensorboard")
         self.logger.dump(agent.num_timesteps)
 
@@ -122,7 +124,7 @@ class ModelErrorCallback(BaseCallback):
             numbers |= {f"{name}_{k}": value for name, value in diagnosis.numbers(k).items()}
             for i, error in enumerate(root_mean_square(diagnosis.errors(k)[:, 1:])):
                 if math.isfinite(error):
-                    # Too many for a table.
+                    # Too many values for a table.
                     self.logger.record(f"model_error_by_dimension/error_{k}_obs_{i:03d}", error, exclude=("stdout", "log"))
         numbers["termination_precision"], numbers["termination_recall"] = diagnosis.termination()
         numbers |= self._lengths(diagnosis)
@@ -132,12 +134,12 @@ class ModelErrorCallback(BaseCallback):
                 self.logger.record(f"model_error/{name}", value)
         if self.verbose >= 1:
             print(
-                f"Dynamics after {self.diagnosed_at:,} steps: R^2 of one step against no change "
-                f"{numbers['r2_no_change_1']:.3f}, on {len(diagnosis.steps.starts):,} fresh steps"
+                f"Dynamics after {self.diagnosed_at:,} steps: R^2 of one step compared with no change "
+                f"{numbers['r2_no_change_1']:.3f}, on {len(diagnosis.steps.starts):,} new steps"
             )
 
     def _lengths(self, diagnosis: Diagnosis) -> dict[str, float]:
-        """eps_m', eps_pi, the rollout length they imply, and the one in use."""
+        """:return: eps_m', eps_pi, the optimal rollout length for them, and the current one"""
         agent = self.model
         found = {
             "model_error_tv": diagnosis.model_error(),

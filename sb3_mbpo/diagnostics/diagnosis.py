@@ -1,4 +1,4 @@
-"""An agent's dynamics held against reality: what is measured, and the numbers it comes to."""
+"""Compares an agent's dynamics with real episodes, and computes metrics of its accuracy."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from sb3_mbpo.diagnostics.metrics import (
 )
 from sb3_mbpo.diagnostics.open_loop import Episode, Segments, member_disagreement, on_policy_episodes, open_loop, segments
 
-# Start states of predictions of more than one step.
+# Maximum number of start states of predictions over several steps.
 MOST_SEGMENTS = 200
 NOMINAL = (0.5, 0.9)
 
@@ -30,11 +30,10 @@ NOMINAL = (0.5, 0.9)
 @dataclass(frozen=True)
 class Diagnosis:
     """
-    Real episodes and what the dynamics predicts. Columns are the reward, then the dimensions of the next observation.
+    Real episodes and the predictions of the dynamics. Columns are the reward, then the dimensions of the next observation.
 
-    A prediction is the mean of 19 samples of ``DynamicsModel.sample``, each step from that sample's own last one. The dynamics
-    is asked as it is: ``imagined_margin`` does not hold it. A prediction with a sample that is not finite is left out, and
-    counted in ``dropped``.
+    A prediction is the mean of 19 samples of ``DynamicsModel.sample``. Each sample is a trajectory of its own. Predictions are
+    not clipped (``prediction_clip_margin``). A prediction with a non-finite sample is left out, and counted in ``dropped``.
     """
 
     episodes: list[Episode]
@@ -44,19 +43,19 @@ class Diagnosis:
     #: ``horizon`` steps from some states, ``(N, horizon, ...)``, and samples ``(19, N, horizon, 1 + obs_dim)``.
     further: Segments
     further_samples: np.ndarray
-    #: Whether each one-step sample is a terminal transition to the agent, bool ``(19, T)``.
+    #: Whether each one-step sample is terminal according to the agent's termination rule, bool ``(19, T)``.
     ends: np.ndarray
-    #: Standard deviation of the members' means ``(T, obs_dim)``, if the dynamics has any.
+    #: Standard deviation of the members' means ``(T, obs_dim)``; ``None`` if the dynamics has no members.
     disagreement: np.ndarray | None
 
     @cached_property
     def spread(self) -> np.ndarray:
-        """Standard deviation of each column over the real episodes, ``(1 + obs_dim,)``; NaN where constant."""
+        """Standard deviation of each column over the real episodes, ``(1 + obs_dim,)``; NaN if it is constant."""
         return scale_of(deviations(self.steps.outcomes[:, 0]))
 
     @cached_property
     def change(self) -> np.ndarray:
-        """Root mean square change of each column from step to step; of the reward, its standard deviation. As ``spread``."""
+        """Root mean square change per step of each column, or standard deviation for the reward; shape as ``spread``."""
         apart = self.steps.outcomes[:, 0, 1:] - self.steps.starts
         return np.concatenate([self.spread[:1], np.where(np.isnan(self.spread[1:]), np.nan, scale_of(apart))])
 
@@ -66,24 +65,37 @@ class Diagnosis:
         return self.further, self.further_samples[:, :, horizon - 1], horizon - 1
 
     def known(self, horizon: int) -> np.ndarray:
-        """Rows that can be judged after so many steps, bool ``(rows,)``: the episode went on and all samples are finite."""
+        """
+        :param horizon: number of steps
+        :return: rows that can be evaluated, bool ``(rows,)``: the episode did not end before, and all samples are finite
+        """
         of, samples, h = self._at(horizon)
         return np.isfinite(of.outcomes[:, h]).all(axis=1) & np.isfinite(samples).all(axis=(0, 2))
 
     def errors(self, horizon: int) -> np.ndarray:
-        """Predicted less actual after so many steps, ``(rows, 1 + obs_dim)``; NaN where there is nothing to judge."""
+        """
+        :param horizon: number of steps
+        :return: predicted minus real values, ``(rows, 1 + obs_dim)``; NaN for rows that cannot be evaluated
+        """
         of, samples, h = self._at(horizon)
         return np.where(self.known(horizon)[:, None], samples.mean(axis=0) - of.outcomes[:, h], np.nan)
 
     def r_squared(self, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """R^2 of each column against the mean over the real episodes, and of the observation against no change."""
+        """
+        :param horizon: number of steps
+        :return: R^2 of each column compared with the mean over the real episodes, ``(1 + obs_dim,)``, and of each dimension of
+            the observation compared with no change, ``(obs_dim,)``
+        """
         of, _, h = self._at(horizon)
         errors, mean = self.errors(horizon), self.steps.outcomes[:, 0].mean(axis=0)
         from_mean = np.where(np.isnan(self.spread), 0.0, of.outcomes[:, h] - mean)
         return r_squared(errors, from_mean), r_squared(errors[:, 1:], of.outcomes[:, h, 1:] - of.starts)
 
     def overall_r_squared(self, horizon: int) -> tuple[float, float]:
-        """The same of the whole observation, its columns in units of their spread."""
+        """
+        :param horizon: number of steps
+        :return: both R^2 of the whole observation, with each dimension in units of its standard deviation
+        """
         of, _, h = self._at(horizon)
         moves = ~np.isnan(self.spread[1:])
         scale, mean = self.spread[1:][moves], self.steps.outcomes[:, 0, 1:].mean(axis=0)
@@ -92,23 +104,27 @@ class Diagnosis:
         return float(r_squared(errors, from_mean)[0]), float(r_squared(errors, from_start)[0])
 
     def coverage(self, horizon: int, nominal: float) -> np.ndarray:
-        """Share of the rows that lie within the central interval, of each column, ``(1 + obs_dim,)``."""
+        """
+        :param horizon: number of steps
+        :param nominal: nominal probability of the central interval
+        :return: fraction of rows inside the central interval, for each column, ``(1 + obs_dim,)``
+        """
         of, samples, h = self._at(horizon)
         rows = self.known(horizon)
-        # No interval of width zero, and no rounding, is to be judged where the column is constant.
+        # Constant columns are not evaluated: their intervals have no width, apart from rounding.
         inside = coverage(samples[:, rows], of.outcomes[rows, h], nominal) if rows.any() else np.full(len(self.spread), np.nan)
         return np.where(np.isnan(self.spread), np.nan, inside)
 
     @cached_property
     def one_step_distance(self) -> np.ndarray:
-        """How wrong each one-step prediction of the observation is, in units of its spread, ``(T,)``; NaN where dropped."""
+        """Error of each one-step prediction of the observation, in standard deviations, ``(T,)``; NaN if it was dropped."""
         return distance(self.errors(1)[:, 1:], self.spread[1:])
 
     def distances(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        How wrong the longer predictions of the observation are, and predicting no change, in units of its spread.
+        Errors of the longer predictions of the observation and of predicting no change, in standard deviations.
 
-        :return: each ``(horizon, N)``; NaN where there is nothing to judge
+        :return: each ``(horizon, N)``; NaN for predictions that cannot be evaluated
         """
         predicted = distance((self.further_samples.mean(axis=0) - self.further.outcomes)[..., 1:], self.spread[1:])
         still = distance(self.further.starts[:, None] - self.further.outcomes[..., 1:], self.spread[1:])
@@ -116,16 +132,16 @@ class Diagnosis:
 
     @property
     def dropped(self) -> float:
-        """Share of the one-step predictions with a sample that is not finite."""
+        """Fraction of the one-step predictions with a non-finite sample."""
         return 1 - float(self.known(1).mean())
 
     def model_error(self) -> float:
         """
         A proxy of eps_m', the total variation between the real and the predicted (reward, next observation).
 
-        Against a deterministic simulator the total variation of any continuous model is 1. So both are blurred by Gaussian
-        noise as large as ``change``, the typical change of each column within one step (of the reward, its standard
-        deviation), constant ones left out; what is left is estimated from samples: E over x ~ model of
+        The total variation between a deterministic simulator and any continuous model is 1. So Gaussian noise as large as
+        ``change``, the typical change of each column in one step (for the reward, its standard deviation), is added to both;
+        constant columns are ignored. The result is estimated from samples: E over x ~ model of
         D_TV( N(x, S), N(y, S) ), which is at least the blurred distributions' own, and 0 for a perfect model of a
         deterministic env. The unit, ``change``, is a convention, and k* inherits it. The theorems take the maximum over time;
         this is the mean over the episodes.
@@ -137,7 +153,7 @@ class Diagnosis:
 
     def termination(self) -> tuple[float, float]:
         """
-        Precision and recall of the terminations that the agent sees in one-step predictions; NaN where there were none.
+        :return: precision and recall of the terminations in one-step predictions; NaN if there are none
         """
         lengths = [len(episode.rewards) for episode in self.episodes]
         actual = np.zeros(sum(lengths), dtype=bool)
@@ -145,7 +161,7 @@ class Diagnosis:
         return precision_and_recall(self.ends[:, self.known(1)].ravel(), np.tile(actual[self.known(1)], len(self.ends)))
 
     def disagreement_rank(self) -> float:
-        """Rank correlation of the members' disagreement with the error of one step; NaN without members."""
+        """:return: rank correlation of the members' disagreement with the one-step error; NaN without members"""
         rows = self.known(1)
         if self.disagreement is None or not rows.any():
             return float("nan")
@@ -153,7 +169,8 @@ class Diagnosis:
 
     def numbers(self, horizon: int) -> dict[str, float]:
         """
-        What a prediction of so many steps comes to, of the whole observation and of the reward; NaN: cannot be told.
+        :param horizon: number of steps
+        :return: metrics of the whole observation and of the reward, by name; NaN if a metric is undefined
         """
         errors = self.errors(horizon)
         against_mean, against_no_change = self.overall_r_squared(horizon)
@@ -174,13 +191,14 @@ class Diagnosis:
 
 def diagnose(agent: Any, env: VecEnv, n_episodes: int, horizon: int, max_steps: int) -> Diagnosis:
     """
-    Fresh episodes, and the dynamics on them.
+    Play new episodes and predict them with the dynamics.
 
-    :param agent: a ModelBased algorithm whose dynamics was fitted; see :func:`.open_loop.untouched`
+    :param agent: a ModelBased algorithm with a fitted dynamics; see :func:`.open_loop.untouched`
     :param env: see :func:`.open_loop.own_env`
-    :param n_episodes: real episodes
-    :param horizon: steps of the longer predictions
-    :param max_steps: where an episode is cut that has not ended by then
+    :param n_episodes: number of real episodes
+    :param horizon: number of steps of the longer predictions
+    :param max_steps: maximum length of an episode
+    :return: episodes and predictions
     """
     dynamics = agent.imagined_dynamics
     episodes = on_policy_episodes(agent, env, n_episodes, max_steps)

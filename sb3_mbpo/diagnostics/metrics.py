@@ -1,13 +1,13 @@
-"""How wrong a model is, and how far a policy has moved: arrays in, numbers out."""
+"""Metrics of model errors and policy shifts, as functions of arrays."""
 
 import math
 
 import numpy as np
 
-# Samples of a prediction that the diagnosis draws. Of 20 intervals between 19 samples and beyond them, 10 in the middle make
-# an interval of exactly 50 %, and 18 one of 90 %.
+# Number of samples of a prediction. 19 samples have 20 intervals between and beyond them: the 10 in the middle are an interval
+# of exactly 50 %, and the 18 in the middle one of 90 %.
 N_SAMPLES = 19
-# A spread this small beside the magnitude is rounding: that dimension counts as constant.
+# A dimension whose range is below this fraction of its magnitude counts as constant: it is rounding.
 ROUNDING = 1e-6
 
 erf = np.vectorize(math.erf, otypes=[float])
@@ -17,8 +17,8 @@ def root_mean_square(errors: np.ndarray) -> np.ndarray:
     """
     sqrt(mean over rows of e^2)
 
-    :param errors: ``(B, dims)``, in the units of the environment; NaN: nothing was to be predicted
-    :return: ``(dims,)``, in the same units; NaN where nothing was
+    :param errors: ``(B, dims)``, in the env's units; NaN is ignored
+    :return: ``(dims,)``, in the same units; NaN if all errors are NaN
     """
     counts = np.isfinite(errors).sum(axis=0)
     return np.sqrt(np.nansum(errors**2, axis=0) / np.where(counts > 0, counts, np.nan))
@@ -26,10 +26,10 @@ def root_mean_square(errors: np.ndarray) -> np.ndarray:
 
 def scale_of(values: np.ndarray) -> np.ndarray:
     """
-    The size of each dimension, sqrt(mean over rows of x^2), in which others can be measured.
+    The scale of each dimension, sqrt(mean over rows of x^2).
 
-    :param values: ``(B, dims)``: deviations from the mean, or changes from step to step
-    :return: ``(dims,)``; NaN where it is zero: a dimension that never moves has no scale, and is left out of what is scaled
+    :param values: ``(B, dims)``: deviations from the mean, or changes per step
+    :return: ``(dims,)``; NaN instead of zero, because a constant dimension has no scale and is ignored
     """
     size = root_mean_square(values)
     return np.where(size > 0, size, np.nan)
@@ -37,7 +37,7 @@ def scale_of(values: np.ndarray) -> np.ndarray:
 
 def deviations(values: np.ndarray) -> np.ndarray:
     """
-    x - mean over rows of x, exactly zero in a dimension that is constant up to rounding.
+    x - mean over rows of x, exactly zero for a dimension that is constant up to rounding.
 
     :param values: ``(B, dims)``
     :return: ``(B, dims)``
@@ -51,8 +51,8 @@ def distance(errors: np.ndarray, scale: np.ndarray) -> np.ndarray:
     sqrt(mean over dimensions of (e / scale)^2)
 
     :param errors: ``(..., dims)``
-    :param scale: ``(dims,)``, NaN where there is none
-    :return: ``(...)``, 1 where a prediction is as wrong as the scale is large; NaN where nothing was to be predicted
+    :param scale: ``(dims,)``; dimensions where it is NaN are ignored
+    :return: ``(...)``; 1 if the errors are as large as the scale; NaN if an error is NaN
     """
     known = np.isfinite(scale)
     return np.sqrt(((errors[..., known] / scale[known]) ** 2).sum(axis=-1) / max(known.sum(), 1))
@@ -62,9 +62,9 @@ def r_squared(errors: np.ndarray, baseline_errors: np.ndarray) -> np.ndarray:
     """
     R^2 = 1 - sum over rows of e^2 / sum over rows of e_baseline^2
 
-    :param errors: of the predictions, ``(B, dims)``; NaN: nothing was to be predicted
-    :param baseline_errors: of what they are held against (the mean; no change), ``(B, dims)``
-    :return: ``(dims,)``: 1 is perfect, 0 as good as the baseline; NaN where the baseline is never wrong
+    :param errors: errors of the predictions ``(B, dims)``; NaN is ignored
+    :param baseline_errors: errors of the baseline (the mean, or no change) ``(B, dims)``
+    :return: ``(dims,)``: 1 is perfect, 0 as good as the baseline; NaN if the baseline has no error
     """
     theirs = np.where(np.isfinite(errors), baseline_errors, 0.0)
     total = (theirs**2).sum(axis=0)
@@ -73,22 +73,22 @@ def r_squared(errors: np.ndarray, baseline_errors: np.ndarray) -> np.ndarray:
 
 def coverage(samples: np.ndarray, actual: np.ndarray, nominal: float) -> np.ndarray:
     """
-    How often the central interval of a prediction holds what happened.
+    How often the central interval of a prediction contains the real value.
 
-    If what happened is one more draw from the same distribution as P samples, it lies between their i-th smallest and i-th
-    largest with a probability of exactly (P + 1 - 2i) / (P + 1). No shape is assumed, so mixtures are fine.
+    If the real value has the same distribution as P samples, it is between their i-th smallest and i-th largest with a
+    probability of exactly (P + 1 - 2i) / (P + 1). This holds for any distribution, including mixtures.
 
-    :param samples: ``(P, B, dims)``; nowhere NaN
-    :param actual: ``(B, dims)``
-    :param nominal: the probability of the interval, such that i is a whole number
-    :return: ``(dims,)``, the share of the rows; NaN where no samples differ: a deterministic prediction has no interval
-    :raises ValueError: i is none
+    :param samples: ``(P, B, dims)``, without NaN
+    :param actual: real values ``(B, dims)``
+    :param nominal: probability of the interval, such that i is a whole number
+    :return: fraction of rows inside the interval ``(dims,)``; NaN if all samples are equal, as for deterministic predictions
+    :raises ValueError: i is not a whole number
     """
     tail = (1 - nominal) / 2 * (len(samples) + 1)
     i = round(tail)
     if not (1 <= i <= len(samples) / 2 and math.isclose(tail, i)):
         raise ValueError(
-            f"nominal={nominal} cannot be told by {len(samples)} samples: (P + 1) (1 - nominal) / 2 must be whole"
+            f"nominal={nominal} is not possible with {len(samples)} samples: (P + 1) (1 - nominal) / 2 must be whole"
         )
     ordered = np.sort(samples, axis=0)
     inside = (ordered[i - 1] <= actual) & (actual <= ordered[-i])
@@ -97,7 +97,10 @@ def coverage(samples: np.ndarray, actual: np.ndarray, nominal: float) -> np.ndar
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
-    """:return: place of each number in order, from 0; equal ones share the mean of their places. ``(B,)`` of ``x (B,)``"""
+    """
+    :param x: ``(B,)``
+    :return: rank of each number ``(B,)``, from 0; equal numbers get the mean of their ranks
+    """
     _, places, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts + 1) / 2)[places]
@@ -109,7 +112,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
     :param x: ``(B,)``
     :param y: ``(B,)``
-    :return: from -1 to 1; NaN if all of either are equal
+    :return: from -1 to 1; NaN if all values of ``x`` or of ``y`` are equal
     """
     a, b = (ranks(z) - (len(z) - 1) / 2 for z in (x, y))
     size = math.sqrt((a @ a) * (b @ b))
@@ -122,7 +125,7 @@ def precision_and_recall(predicted: np.ndarray, actual: np.ndarray) -> tuple[flo
 
     :param predicted: bool ``(B,)``
     :param actual: bool ``(B,)``
-    :return: NaN for the one without a denominator
+    :return: precision and recall; NaN for a denominator of 0
     """
     hits = (predicted & actual).sum()
     return tuple(float(hits / n) if (n := one.sum()) else math.nan for one in (predicted, actual))  # type: ignore[return-value]
@@ -132,11 +135,11 @@ def blurred_total_variation(errors: np.ndarray, scale: np.ndarray) -> np.ndarray
     """
     D_TV( N(x, S), N(y, S) ) = erf( d / (2 sqrt 2) ), with S = diag(scale^2), d^2 = sum over dimensions of ((x - y) / scale)^2
 
-    The total variation between a predicted and an actual outcome that is left when both are blurred by Gaussian noise. Without
-    the blur it is 1 between a deterministic simulator and any continuous model, however good.
+    The total variation between a predicted and a real outcome, after Gaussian noise is added to both. Without noise, it is 1
+    between a deterministic simulator and any continuous model.
 
     :param errors: x - y, ``(..., dims)``
-    :param scale: standard deviation of the noise, ``(dims,)``, NaN where a dimension is left out
+    :param scale: standard deviation of the noise, ``(dims,)``; dimensions where it is NaN are ignored
     :return: ``(...)``, from 0 to 1
     """
     known = np.isfinite(scale)
@@ -149,10 +152,13 @@ def gaussian_total_variation(
     """
     D_TV(p, q) = E over x ~ p of max(0, 1 - q(x) / p(x)), for diagonal Gaussians p and q, by Monte Carlo.
 
-    An invertible map of x, such as the tanh of a squashed policy, leaves it as it is.
+    It does not change under an invertible map of x, such as the tanh of a squashed policy.
 
-    :param mean: of p, ``(B, dims)``; ``std``, and those of q, likewise
-    :param noise: standard normal draws, ``(M, dims)``: the estimate has a standard error of at most 1 / (2 sqrt M)
+    :param mean: mean of p, ``(B, dims)``
+    :param std: standard deviation of p, ``(B, dims)``
+    :param other_mean: mean of q, ``(B, dims)``
+    :param other_std: standard deviation of q, ``(B, dims)``
+    :param noise: standard normal draws ``(M, dims)``; the standard error of the estimate is at most 1 / (2 sqrt M)
     :return: ``(B,)``, from 0 to 1
     """
     x = mean + std * noise[:, None]

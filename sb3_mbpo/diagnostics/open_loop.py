@@ -1,4 +1,4 @@
-"""Fresh episodes of an agent, and what its dynamics makes of the same actions; the agent is only looked at."""
+"""New episodes of an agent, and open-loop predictions of its dynamics for the same actions. The agent is not changed."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -16,20 +16,20 @@ from sb3_mbpo.dynamics.base import DynamicsModel
 
 
 class Episode(NamedTuple):
-    """A real episode: raw, flat."""
+    """A real episode, raw and flat."""
 
-    #: ``(T + 1, obs_dim)``, the last one included
+    #: ``(T + 1, obs_dim)``, including the last one
     obs: np.ndarray
     #: ``(T, action_dim)``, in [-1, 1]
     actions: np.ndarray
     #: ``(T,)``
     rewards: np.ndarray
-    #: Whether it ended by itself, and by no limit.
+    #: Whether it ended by a termination, not by a limit.
     terminated: bool
 
 
 class Segments(NamedTuple):
-    """Pieces of real episodes, as an open-loop prediction wants them."""
+    """Pieces of real episodes, for open-loop predictions."""
 
     #: ``(N, obs_dim)``
     starts: np.ndarray
@@ -42,8 +42,8 @@ class Segments(NamedTuple):
 @contextmanager
 def untouched(agent: Any) -> Iterator[None]:
     """
-    Whatever is drawn within is drawn from random streams that are put back afterwards: the global ones of PyTorch, NumPy and
-    Python, those of the agent's dynamics and termination, the noise of gSDE.
+    Restore all random states after this context: the global generators of PyTorch, NumPy and Python, the generators of the
+    agent's dynamics, learned reward and termination, and the noise of gSDE.
 
     :param agent: a ModelBased algorithm
     """
@@ -68,19 +68,21 @@ def untouched(agent: Any) -> Iterator[None]:
 
 def own_env(agent: Any, env: Any = None) -> VecEnv:
     """
-    An env beside the agent's, for looking.
+    Make a separate env for diagnoses.
 
     :param agent: a ModelBased algorithm
-    :param env: an id, a function that makes an env, an env, or a VecEnv of one; ``None``: another of the agent's first
-    :raises ValueError: the agent has none, or it cannot be made once more; it is the agent's own; it has other spaces, several
-        copies or normalises
+    :param env: an id, a function that makes an env, an env, or a VecEnv with one env; ``None``: a new env like the agent's
+        first one
+    :return: a VecEnv with one env
+    :raises ValueError: the agent's env cannot be made again; or ``env`` is the agent's own, has other spaces, has several
+        envs, or uses VecNormalize
     """
     if env is None:
         try:
             env = another(None if agent.env is None else agent.env.get_attr("spec")[0])
         except ValueError as error:
             raise ValueError(
-                f"env=None: the agent's env cannot be made once more ({error}). Pass a function that makes one as env"
+                f"env=None: the agent's env cannot be made again ({error}). Pass a function that makes one as env"
             ) from error
     if isinstance(env, str):
         env = gym.make(env)
@@ -94,26 +96,29 @@ def own_env(agent: Any, env: Any = None) -> VecEnv:
             f"env must be one env without VecNormalize (the agent's own statistics are used), not {env.num_envs} in a "
             f"{type(env).__name__}. Pass an id, a function that makes one, or a DummyVecEnv of one"
         )
-    # Those of a SubprocVecEnv are in other processes.
+    # The envs of a SubprocVecEnv are in other processes.
     mine, theirs = ([one.unwrapped for one in getattr(of, "envs", [])] for of in (env, agent.env))
     if any(one is other for one in mine for other in theirs):
-        raise ValueError("env is one that the agent learns in: its episodes would be broken off. Pass another of its kind")
+        raise ValueError("env is a training env of the agent: its episodes would be interrupted. Pass a new env")
     try:
         check_for_correct_spaces(env, agent.observation_space, agent.action_space)
     except ValueError as error:
-        raise ValueError(f"env does not fit the agent: {error}. Pass one with the wrappers of the agent's own") from error
+        raise ValueError(f"env does not match the agent: {error}. Pass one with the wrappers of the agent's env") from error
     return env
 
 
 def another(spec: Any, **kwargs: Any) -> gym.Env:
     """
-    :param spec: of an env
-    :param kwargs: more arguments for ``gymnasium.make``
-    :raises ValueError: there is none, or a wrapper that Gymnasium cannot make once more
+    Make a new env from the spec of an existing one.
+
+    :param spec: spec of an env, or ``None``
+    :param kwargs: additional arguments of ``gymnasium.make``
+    :return: the new env
+    :raises ValueError: there is no spec, or Gymnasium cannot make a wrapper again
     """
     if spec is None:
         raise ValueError("it has no spec of Gymnasium's")
-    # The arguments of Monitor are not recorded, and nothing is learned from it.
+    # The arguments of Monitor are not recorded, and it is not needed.
     wrappers = tuple(one for one in spec.additional_wrappers if not one.entry_point.endswith("monitor:Monitor"))
     lost = [one.name for one in wrappers if one.kwargs is None]
     if lost:
@@ -124,12 +129,13 @@ def another(spec: Any, **kwargs: Any) -> gym.Env:
 @th.no_grad()
 def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int) -> list[Episode]:
     """
-    Whole episodes with the agent's present policy, as it acts in imagination: stochastic.
+    Play episodes with the agent's current stochastic policy, as in model rollouts.
 
-    :param agent: a ModelBased algorithm; of its VecNormalize, if any, the statistics are used and not changed
+    :param agent: a ModelBased algorithm; the statistics of its VecNormalize are used, but not updated
     :param env: see :func:`own_env`
-    :param n_episodes: how many
-    :param max_steps: where an episode is cut that has not ended by then
+    :param n_episodes: number of episodes
+    :param max_steps: maximum length of an episode
+    :return: the episodes
     """
     episodes = []
     with agent.imagining() as policy:
@@ -154,9 +160,12 @@ def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int) ->
 
 def segments(episodes: Sequence[Episode], horizon: int, most: int | None = None) -> Segments:
     """
-    :param episodes: with one step or more each
-    :param horizon: steps of a segment; those of a segment that starts near an episode's end are fewer, and filled with NaN
-    :param most: so many at most, evenly spread over all steps; ``None``: one from every step
+    Cut episodes into overlapping segments.
+
+    :param episodes: episodes with at least one step
+    :param horizon: number of steps of a segment; segments that are cut by the end of an episode are filled with NaN
+    :param most: maximum number of segments, evenly spaced over all steps; ``None``: one segment per step
+    :return: the segments
     """
     places = [(episode, t) for episode in episodes for t in range(len(episode.rewards))]
     if most is not None and len(places) > most:
@@ -175,12 +184,13 @@ def segments(episodes: Sequence[Episode], horizon: int, most: int | None = None)
 @th.no_grad()
 def open_loop(dynamics: DynamicsModel, of: Segments, n_samples: int) -> np.ndarray:
     """
-    What the dynamics says would come of the same actions from the same states, each step from its own last one.
+    Predict segments with the dynamics, from the same start states and with the same actions. Each step starts from the
+    previous prediction.
 
-    :param dynamics: its ``sample`` is called, as in branched rollouts
-    :param of: segments
-    :param n_samples: independent tries
-    :return: rewards and next observations, ``(n_samples, N, horizon, 1 + obs_dim)``, like ``of.outcomes``
+    :param dynamics: the dynamics, whose ``sample`` is called as in branched rollouts
+    :param of: the segments
+    :param n_samples: number of independent predictions
+    :return: rewards and next observations ``(n_samples, N, horizon, 1 + obs_dim)``, like ``of.outcomes``
     """
     device = dynamics.generator.device
     starts, actions = (th.as_tensor(part, dtype=th.float32, device=device) for part in (of.starts, of.actions))
@@ -196,13 +206,13 @@ def open_loop(dynamics: DynamicsModel, of: Segments, n_samples: int) -> np.ndarr
 @th.no_grad()
 def imagined_returns(agent: Any, starts: np.ndarray, n_samples: int, max_steps: int) -> np.ndarray:
     """
-    What the agent believes its present policy would get: undiscounted returns of whole imagined episodes.
+    Undiscounted returns of imagined episodes of the current policy.
 
     :param agent: a ModelBased algorithm
     :param starts: first states ``(B, obs_dim)``
-    :param n_samples: episodes from each
-    :param max_steps: where an episode is cut that has not ended by then
-    :return: ``(n_samples, B)``; NaN where a prediction was not finite
+    :param n_samples: number of episodes per first state
+    :param max_steps: maximum length of an episode
+    :return: returns ``(n_samples, B)``; NaN if a prediction was not finite
     """
     dynamics = agent.imagined_dynamics
     obs = th.as_tensor(starts, dtype=th.float32, device=agent.device).repeat(n_samples, 1)
@@ -224,10 +234,10 @@ def imagined_returns(agent: Any, starts: np.ndarray, n_samples: int, max_steps: 
 @th.no_grad()
 def member_disagreement(dynamics: DynamicsModel, obs: np.ndarray, actions: np.ndarray) -> np.ndarray | None:
     """
-    :param dynamics: the agent's own
+    :param dynamics: the agent's dynamics
     :param obs: ``(B, obs_dim)``
     :param actions: ``(B, action_dim)``, in [-1, 1]
-    :return: standard deviation of all members' mean next observations, ``(B, obs_dim)``; ``None``: ``predict`` is not offered
+    :return: standard deviation of the mean next observations of all members ``(B, obs_dim)``; ``None`` without ``predict``
     """
     if not dynamics.offers_predict:
         return None

@@ -1,4 +1,4 @@
-"""How far a policy has moved from those of earlier."""
+"""The shift between the current policy and earlier ones."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,16 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from sb3_mbpo.buffers.replay_buffer import normalize_obs
 from sb3_mbpo.diagnostics.metrics import gaussian_total_variation
 
-# Draws that a total variation is estimated from, and states that it is averaged over, at most.
+# Number of draws to estimate a total variation, and maximum number of states to average it over.
 N_DRAWS, MOST_STATES = 200, 500
 
 
 def snapshot(agent: Any) -> dict[str, Any] | None:
     """
-    The policy as it is now, apart from the agent's own: the weights of its actor and the statistics of its VecNormalize.
+    A copy of the current policy: the weights of the actor and the statistics of VecNormalize.
 
     :param agent: a ModelBased algorithm
-    :return: tensors and arrays; ``None``: the policy is deterministic, and has no density to compare
+    :return: tensors and arrays; ``None`` if the policy is deterministic, and has no density to compare
     """
     if not hasattr(agent.actor, "get_action_dist_params"):
         return None
@@ -37,12 +37,12 @@ def gaussians(agent: Any, actor: Any, of: Mapping[str, Any], obs: np.ndarray) ->
     """
     The policy's Gaussians before the squashing tanh.
 
-    :param agent: gives the shape of an observation, and the clip of its VecNormalize
-    :param actor: a copy of the agent's, which takes on the snapshot's weights
+    :param agent: a ModelBased algorithm, for the shape of observations and the settings of its VecNormalize
+    :param actor: a copy of the agent's actor, into which the snapshot's weights are loaded
     :param of: a snapshot
-    :param obs: raw ``(B, obs_dim)``
+    :param obs: raw observations ``(B, obs_dim)``
     :return: mean and standard deviation, each ``(B, action_dim)``
-    :raises ValueError: the snapshot is of other networks
+    :raises ValueError: the snapshot has other networks
     """
     try:
         actor.load_state_dict(of["weights"])
@@ -62,15 +62,15 @@ def gaussians(agent: Any, actor: Any, of: Mapping[str, Any], obs: np.ndarray) ->
 
 def policy_shift(agent: Any, earlier: Sequence[Mapping[str, Any]], obs: np.ndarray) -> float:
     """
-    An estimate of eps_pi, the policy's total variation from the one that collected the data.
+    An estimate of eps_pi, the total variation between the policy and the one that collected the data.
 
-    The data is a mixture of earlier policies' doings, and D_TV from a mixture is at most the mean of D_TV from its parts: that
-    mean over the snapshots, and over the states given, is returned. The theorems take the maximum over all states, which no
-    sample shows; the random actions of the warm-up are in no snapshot.
+    The data was collected by a mixture of earlier policies, and D_TV from a mixture is at most the mean of D_TV from its
+    parts. This mean over the snapshots and the given states is returned. The theorems use the maximum over all states, which
+    cannot be sampled. The random actions of the warm-up are not included.
 
     :param agent: a ModelBased algorithm with a stochastic policy
-    :param earlier: snapshots, one or more
-    :param obs: states visited by the present policy, raw ``(B, obs_dim)``
+    :param earlier: snapshots, at least one
+    :param obs: states visited by the current policy, raw ``(B, obs_dim)``
     :return: from 0 to 1
     """
     places = np.arange(min(len(obs), MOST_STATES)) * len(obs) // min(len(obs), MOST_STATES)

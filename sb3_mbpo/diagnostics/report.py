@@ -1,9 +1,9 @@
 """
-How far may an agent's dynamics be believed? A report on fresh episodes, as one HTML file that needs no other.
+A report on the accuracy of an agent's dynamics, measured on new episodes, as a single HTML file.
 
     python -m sb3_mbpo report agent.zip --env Hopper-v5 --earlier agent_10000_steps.zip agent_20000_steps.zip
 
-The agents of --earlier are checkpoints of the same run: with them the shift of the policy is measured, and so k*.
+The agents of --earlier are checkpoints of the same run. They are needed to measure the policy shift and k*.
 """
 
 import argparse
@@ -42,25 +42,28 @@ from sb3_mbpo.saving.safe_loading import MEMBER
 from sb3_mbpo.validation.rules import did_you_mean
 
 ALGORITHMS = ("MBPO", "DHMBPO", "MBTD3", "MBTQC", "MBCrossQ")
-# Steps of the episode in the video.
+# Maximum number of steps in the video.
 MOST_FILMED = 300
 
 
 def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
     """
-    :param path: what ``save`` of one of our algorithms wrote
-    :param env: fits it
-    :param safe: as in ``load``
-    :raises ValueError: no such file, another one, or another env's agent; one sentence
+    Load an agent of any algorithm of this package.
+
+    :param path: a file written by ``save``
+    :param env: an env with the agent's spaces
+    :param safe: see ``load``
+    :return: the agent
+    :raises ValueError: the file does not exist, is not an agent, or is an agent of another env; the message is one sentence
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
         members = read_members(read_bytes(path, "zip"))
     except ValueError as error:
-        raise ValueError(f"{path} is no agent of sb3_mbpo: {error}") from error
+        raise ValueError(f"{path} is not an agent of sb3_mbpo: {error}") from error
     if "dynamics.pth" not in members:
-        raise ValueError(f"{path} holds no dynamics: it was not saved by an algorithm of sb3_mbpo")
+        raise ValueError(f"{path} contains no dynamics: it was not saved by an algorithm of sb3_mbpo")
     name = read_json(members[MEMBER])["class"] if MEMBER in members else "MBPO"
     if name not in ALGORITHMS:
         raise ValueError(f"{path} is an agent of {name!r}, not of {', '.join(ALGORITHMS)}; call write_report with it instead")
@@ -75,8 +78,11 @@ def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
 
 def env_arguments(items: Sequence[str]) -> dict[str, Any]:
     """
-    :param items: each ``KEY:VALUE``, the value in Python's terms, as for the Zoo
-    :raises ValueError: one that is not
+    Parse ``--env-kwargs``.
+
+    :param items: ``KEY:VALUE`` each, with a Python literal as value, as for the Zoo
+    :return: keyword arguments
+    :raises ValueError: an item has another form
     """
     found = {}
     for item in items:
@@ -84,16 +90,19 @@ def env_arguments(items: Sequence[str]) -> dict[str, Any]:
         try:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(f"--env-kwargs {item}: write KEY:VALUE, a text as KEY:\"'text'\"") from None
+            raise ValueError(f"--env-kwargs {item}: write KEY:VALUE, and a string as KEY:\"'text'\"") from None
     return found
 
 
 def make_env(make: Callable[[], gym.Env], name: str, statistics: Path | None) -> VecEnv:
     """
-    :param make: makes the env
-    :param name: its id
-    :param statistics: of VecNormalize, as its ``save`` or the Zoo wrote it: a pickle
-    :raises ValueError: there is no such env or file, or it does not take the arguments
+    Make the env of the report.
+
+    :param make: function that makes the env
+    :param name: id of the env, for errors
+    :param statistics: pickle of a VecNormalize, written by its ``save`` or by the Zoo
+    :return: a VecEnv with one env
+    :raises ValueError: the env or the file does not exist, or the env does not take the arguments
     """
     try:
         env: VecEnv = DummyVecEnv([make])
@@ -110,10 +119,12 @@ def make_env(make: Callable[[], gym.Env], name: str, statistics: Path | None) ->
     return env
 
 
-def film(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
+def episode_video(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
     """
-    :param longest: an episode
-    :return: a video, or why there is none
+    :param agent: a ModelBased algorithm
+    :param env: see :func:`.open_loop.own_env`
+    :param longest: a real episode
+    :return: a video of this episode and the imagined one, or the reason why there is none
     """
     episode = longest._replace(
         obs=longest.obs[: MOST_FILMED + 1], actions=longest.actions[:MOST_FILMED], rewards=longest.rewards[:MOST_FILMED]
@@ -141,33 +152,33 @@ def write_report(
     origin: Sequence[tuple[str, str]] = (),
 ) -> Findings:
     """
-    Play fresh episodes, hold the dynamics against them, and write what comes of it.
+    Play new episodes, compare the dynamics with them, and write a report.
 
-    :param agent: of one of our algorithms, whose dynamics was fitted; it is only looked at
-    :param path: the HTML file
+    :param agent: a ModelBased algorithm with a fitted dynamics; it is not changed
+    :param path: the HTML file to write
     :param env: see :class:`.ModelErrorCallback`
-    :param earlier: the same agent at earlier times, for the shift of the policy
-    :param n_episodes: fresh episodes
-    :param horizon: steps of the longer predictions
-    :param max_episode_steps: where an episode is cut that has not ended by then
-    :param seed: of the episodes' first states and of all that is drawn
-    :param origin: names and texts for the end of the page
-    :return: what is in it
-    :raises ValueError: the dynamics was never fitted, or the env does not fit
+    :param earlier: the same agent at earlier times, to measure the policy shift
+    :param n_episodes: number of new episodes
+    :param horizon: number of steps of the longer predictions
+    :param max_episode_steps: maximum length of an episode
+    :param seed: seed of the episodes and of all random draws
+    :param origin: additional names and texts for the end of the page
+    :return: the findings in the report
+    :raises ValueError: the dynamics has had no good fit, or the env does not match the agent
     """
     if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
-        raise ValueError("this agent's dynamics was never fitted well: there is nothing to look at yet")
+        raise ValueError("this agent's dynamics has had no good fit yet: there is nothing to report")
     with untouched(agent):
         env = own_env(agent, env)
         env.seed(seed)
         spec = env.get_attr("spec")[0]
         agent.dynamics.seed(seed)
-        # The GPU's too, from which the policy draws there.
+        # Also the GPU's generator, which the policy uses.
         th.manual_seed(seed)
         diagnosis = diagnose(agent, env, n_episodes, horizon, max_episode_steps)
         first = np.array([episode.obs[0] for episode in diagnosis.episodes])
         limit = min(max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps)
-        # Also a limit that no spec tells of.
+        # A time limit may be missing in the spec.
         limit = max((len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated), default=limit)
         shots = [one for one in map(snapshot, earlier) if one is not None]
         findings = Findings(
@@ -176,15 +187,15 @@ def write_report(
             agent.rollout_length,
             agent.gamma,
             [policy_shift(agent, [shot], diagnosis.steps.starts) for shot in shots],
-            film(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
+            episode_video(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
         )
     about = {
         "agent": f"{type(agent).__name__} after {agent.lifetime_timesteps:,} steps",
         "dynamics": f"{type(agent.dynamics).__name__}, fitted after {agent.dynamics_fitted_at:,} steps",
         "env": str(spec.id if spec else env.get_attr("__class__")[0].__name__),
-        "looked at": f"{counted(n_episodes, 'fresh episode')}, {counted(len(diagnosis.steps.starts), 'step')}, seed {seed}",
+        "data": f"{counted(n_episodes, 'new episode')}, {counted(len(diagnosis.steps.starts), 'step')}, seed {seed}",
         **dict(origin),
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "hardware": ", ".join(f"{name}: {value}" for name, value in hardware().items() if value),
     }
@@ -197,14 +208,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "sb3_mbpo.diagnostics.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     report = parser.add_subparsers(dest="command", required=True).add_parser("report", help="write the report")
-    report.add_argument("agent", type=Path, help="what save() wrote")
+    report.add_argument("agent", type=Path, help="the saved agent, a zip file")
     report.add_argument("--env", required=True, help="id of the environment")
-    report.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="its arguments, as in the Zoo")
+    report.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="arguments of the env, as in the Zoo")
     report.add_argument("--earlier", type=Path, nargs="+", default=[], help="checkpoints of the same run")
-    report.add_argument("--out", type=Path, help="the HTML file (default: beside the agent)")
-    report.add_argument("--episodes", type=int, default=5, help="fresh episodes (default: 5)")
-    report.add_argument("--horizon", type=int, default=50, help="steps of the longer predictions (default: 50)")
-    report.add_argument("--seed", type=int, default=0, help="default: 0")
+    report.add_argument("--out", type=Path, help="the HTML file (default: next to the agent)")
+    report.add_argument("--episodes", type=int, default=5, help="number of new episodes (default: 5)")
+    report.add_argument("--horizon", type=int, default=50, help="number of steps of the longer predictions (default: 50)")
+    report.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
     report.add_argument("--normalize", type=Path, metavar="FILE", help="statistics of VecNormalize, a pickle you trust")
     report.add_argument("--safe", action="store_true", help="load agents without unpickling anything")
     args = parser.parse_args(arguments)
@@ -216,8 +227,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    :param arguments: ``report`` and its options; ``None``: those of the process
-    :raises SystemExit: with one sentence, if something is not as it should be
+    Run the command.
+
+    :param arguments: ``report`` and its options; ``None``: the command-line arguments of the process
+    :raises SystemExit: an argument or a file is invalid; the message is one sentence
     """
     options = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(options)

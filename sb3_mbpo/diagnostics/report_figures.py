@@ -14,10 +14,10 @@ from sb3_mbpo.theory import optimal_rollout_length
 
 MODEL, REAL, OTHER, *_ = COLOURS
 INK = "0.15"
-# Columns whose trajectories are drawn, at most.
+# Maximum number of columns whose trajectories are plotted.
 MOST_COLUMNS = 12
 BANDS = ((5, 95, 0.15), (25, 75, 0.3))
-# k* is not drawn beyond it; the schedules in use end far below.
+# Maximum k* in the plot. The schedules in use are far below.
 LONGEST = 200
 
 
@@ -28,7 +28,7 @@ def png(figure: Figure) -> bytes:
 
 
 def name(column: int) -> str:
-    """:return: of a column of a :class:`.Diagnosis`"""
+    """:return: name of a column of a :class:`.Diagnosis`"""
     return "reward" if column == 0 else f"obs {column - 1}"
 
 
@@ -41,10 +41,12 @@ def tidy(axes: Axes, x: str, y: str = "") -> None:
 
 def draw_bands(axes: Axes, x: np.ndarray, values: np.ndarray, label: str) -> None:
     """
-    Median and bands.
+    Plot the median and the bands of 50 and 90 %.
 
+    :param axes: where to plot
     :param x: ``(points,)``
-    :param values: ``(points, many)``; NaN is left out
+    :param values: ``(points, samples)``; NaN is ignored
+    :param label: label of the median
     """
     for low, high, alpha in BANDS:
         axes.fill_between(x, *np.nanpercentile(values, (low, high), axis=1), color=MODEL, alpha=alpha, linewidth=0)
@@ -53,9 +55,11 @@ def draw_bands(axes: Axes, x: np.ndarray, values: np.ndarray, label: str) -> Non
 
 def fan(of: Diagnosis, rollout_length: int) -> Figure:
     """
-    How the error of the observation grows with the steps.
+    Plot the error of the observation against the number of steps.
 
-    :param rollout_length: the one in use, which is marked
+    :param of: the diagnosis
+    :param rollout_length: current k, which is marked
+    :return: the figure
     """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -63,8 +67,8 @@ def fan(of: Diagnosis, rollout_length: int) -> Figure:
     steps = np.flatnonzero(np.isfinite(errors).any(axis=1))
     draw_bands(axes, steps + 1, np.maximum(errors[steps], 1e-8), "the dynamics")
     axes.plot(steps + 1, np.nanmedian(still[steps], axis=1), color=REAL, linestyle="--", label="predicting no change")
-    axes.axhline(1, color=INK, linestyle=":", linewidth=1, label="about what predicting the mean comes to")
-    axes.axvline(rollout_length, color=OTHER, linewidth=1.5, label=f"rollout length in use, {rollout_length}")
+    axes.axhline(1, color=INK, linestyle=":", linewidth=1, label="about the error of predicting the mean")
+    axes.axvline(rollout_length, color=OTHER, linewidth=1.5, label=f"current rollout length, {rollout_length}")
     axes.set_yscale("log")
     tidy(axes, "steps ahead", "error, in standard deviations")
     axes.legend(frameon=False, loc="lower right")
@@ -72,7 +76,7 @@ def fan(of: Diagnosis, rollout_length: int) -> Figure:
 
 
 def trajectories(of: Diagnosis) -> Figure:
-    """Predicted and real values from the start of the first episode, the worst-predicted columns if there are many."""
+    """Plot predicted and real values from the start of the first episode; of many columns, only the worst predicted ones."""
     moving = np.flatnonzero(np.isfinite(of.spread))
     apart = np.nanmean((of.further_samples.mean(axis=0) - of.further.outcomes) ** 2, axis=(0, 1))[moving]
     shown = np.sort(moving[np.argsort(-apart / of.spread[moving] ** 2)[:MOST_COLUMNS]])
@@ -95,7 +99,13 @@ def trajectories(of: Diagnosis) -> Figure:
 
 
 def calibration(of: Diagnosis, horizon: int) -> Figure:
-    """How often intervals hold what happened, against how often they should, of one step and of ``horizon``."""
+    """
+    Plot the observed against the nominal coverage of intervals, after one step and after ``horizon`` steps.
+
+    :param of: the diagnosis
+    :param horizon: number of steps
+    :return: the figure
+    """
     figure = Figure(figsize=(4.8, 4.5), layout="constrained")
     axes = figure.subplots()
     nominal = [(N_SAMPLES + 1 - 2 * i) / (N_SAMPLES + 1) for i in range(N_SAMPLES // 2, 0, -1)]
@@ -104,7 +114,7 @@ def calibration(of: Diagnosis, horizon: int) -> Figure:
         shares = np.array([of.coverage(k, one) for one in nominal])
         known = np.isfinite(shares).all(axis=0)
         axes.plot(nominal, shares[:, known], color=colour, alpha=0.25, linewidth=0.8)
-        # The reward is another matter, and not in the page's words on the intervals either.
+        # The mean is only over the dimensions of the observation, as in the text of the page.
         known[0] = False
         if known.any():
             axes.plot(nominal, shares[:, known].mean(axis=1), "o-", color=colour, label=f"{counted(k, 'step')} ahead")
@@ -114,10 +124,10 @@ def calibration(of: Diagnosis, horizon: int) -> Figure:
     return figure
 
 
-def telling(of: Diagnosis) -> list[int]:
+def most_informative_columns(of: Diagnosis) -> list[int]:
     """
-    The dimensions of the observation along which the error of one step differs most, most first: by the share of the variance
-    of its logarithm that is between ten bins of equally many states.
+    Dimensions of the observation along which the one-step error differs most, in descending order: by the fraction of the
+    variance of its logarithm between ten bins with equally many states.
     """
     rows = of.known(1)
     error = np.log(of.one_step_distance[rows] + 1e-8)
@@ -130,13 +140,13 @@ def telling(of: Diagnosis) -> list[int]:
 
 
 def where(of: Diagnosis) -> Figure:
-    """The error of one step over the two dimensions that tell most of it, and along each."""
+    """Plot the one-step error over the two dimensions along which it differs most, and along each of them."""
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     over, *along = figure.subplots(1, 3, width_ratios=(1.35, 1, 1))
     rows = of.known(1)
     error, starts = np.maximum(of.one_step_distance[rows], 1e-8), of.steps.starts[rows]
-    columns = (telling(of) * 2)[:2]
-    # The worst on top.
+    columns = (most_informative_columns(of) * 2)[:2]
+    # Plot the largest errors on top.
     order = error.argsort()
     x, y = (starts[order, column] for column in columns)
     points = over.scatter(x, y, c=np.log10(error[order]), cmap="viridis", s=9, linewidths=0)
@@ -155,8 +165,11 @@ def where(of: Diagnosis) -> Figure:
 
 def returns(real: Sequence[float], imagined: np.ndarray) -> Figure:
     """
-    :param real: of the episodes ``(episodes,)``
-    :param imagined: from their first states, ``(samples, episodes)``; NaN is left out
+    Plot real and imagined returns.
+
+    :param real: returns of the real episodes ``(episodes,)``
+    :param imagined: imagined returns from their first states ``(samples, episodes)``; NaN is ignored
+    :return: the figure
     """
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -172,25 +185,27 @@ def returns(real: Sequence[float], imagined: np.ndarray) -> Figure:
 
 def lengths(model_error: float, gamma: float, rollout_length: int, shifts: Sequence[float]) -> Figure:
     """
-    k* against the policy's shift, and the rollout length in use.
+    Plot k* against the policy shift, and the current rollout length.
 
     :param model_error: the measured proxy of eps_m'
     :param gamma: discount factor, below 1
-    :param shifts: measured eps_pi, to be marked
+    :param rollout_length: current k
+    :param shifts: measured eps_pi, which are marked
+    :return: the figure
     """
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     x = np.linspace(0, 1, 401)
     best = [optimal_rollout_length(model_error=model_error, policy_shift=shift, gamma=gamma, longest=LONGEST) for shift in x]
     axes.plot(x, best, color=MODEL, linewidth=2, label="k* of Theorem 4.3")
-    axes.axhline(rollout_length, color=OTHER, linewidth=1.5, label=f"rollout length in use, {rollout_length}")
-    axes.axvline(model_error, color=INK, linestyle=":", linewidth=1, label="$\\epsilon_m'$ as measured")
+    axes.axhline(rollout_length, color=OTHER, linewidth=1.5, label=f"current rollout length, {rollout_length}")
+    axes.axvline(model_error, color=INK, linestyle=":", linewidth=1, label="measured $\\epsilon_m'$")
     for i, shift in enumerate(shifts):
-        axes.axvline(shift, color=REAL, linewidth=1.2, label="" if i else "$\\epsilon_\\pi$ against earlier policies")
+        axes.axvline(shift, color=REAL, linewidth=1.2, label="" if i else "$\\epsilon_\\pi$ from earlier policies")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(-0.1, LONGEST * 1.2)
     axes.set_yticks([0, 1, 2, 5, 10, 20, 50, 100, 200], labels=["0", "1", "2", "5", "10", "20", "50", "100", "200+"])
     axes.set_xlim(0, 1)
-    tidy(axes, "shift of the policy since the data, $\\epsilon_\\pi$", "rollout length")
+    tidy(axes, "policy shift since the data, $\\epsilon_\\pi$", "rollout length")
     axes.legend(loc="lower right", framealpha=0.9)
     return figure

@@ -8,21 +8,21 @@ import gymnasium as gym
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Frames, and their height in pixels: as many as are worth looking at and embedding.
+# Maximum number of frames, and their height in pixels. They limit the size of the embedded video.
 MOST_FRAMES, HEIGHT = 120, 240
-# Real steps that a reconstruction is tried on.
+# Number of real steps that a reconstruction is tested on.
 TRIED_STEPS = 20
 
-# The simulator's state from an observation. Two arrays for MuJoCo (qpos, qvel), one for the others.
+# Maps an observation to the simulator's state: two arrays for MuJoCo (qpos, qvel), one for other envs.
 Reading = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 class CannotShow(Exception):
-    """There is no video, and why: the end of a sentence."""
+    """There is no video. The message is the reason, as the end of a sentence."""
 
 
 def _plain(hidden: int, nq: int, nv: int) -> Reading:
-    """Observations that begin with the positions but the first ``hidden``, then the velocities."""
+    """:return: reading for observations that start with the positions, except the first ``hidden``, and the velocities"""
 
     def read(obs: np.ndarray) -> tuple[np.ndarray, ...]:
         qpos, qvel = obs[: nq - hidden], obs[nq - hidden : nq - hidden + nv]
@@ -44,7 +44,7 @@ def _state(obs: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _candidates(env: Any) -> list[tuple[Reading, int]]:
-    """:return: readings that may fit, and how many leading positions each hides"""
+    """:return: possible readings, and the number of leading positions that are hidden in each"""
     if hasattr(env, "set_state") and hasattr(env, "model"):
         nq, nv = env.model.nq, env.model.nv
         return [*((_plain(hidden, nq, nv), hidden) for hidden in (0, 1, 2)), (_double_pendulum, 0)]
@@ -57,27 +57,27 @@ def _truth(env: Any) -> tuple[np.ndarray, ...]:
 
 def find_reading(env: gym.Env) -> tuple[Reading, int]:
     """
-    How this env's observations show its simulator's state, found by trying on real steps what is common.
+    Find out how observations of this env contain the simulator's state, by testing common readings on real steps.
 
-    :param env: with Gymnasium's API; it is reset and stepped
-    :return: the reading, and the number of leading positions that observations hide
-    :raises CannotShow: none fits
+    :param env: an env with Gymnasium's API; it is reset and stepped
+    :return: the reading, and the number of leading positions that are hidden in observations
+    :raises CannotShow: no reading is correct
     """
     inner: Any = env.unwrapped
     env.action_space.seed(0)
     obs, seen = env.reset(seed=0)[0], []
-    # Some have no state before they are reset.
+    # Some envs have no state before the first reset.
     candidates = _candidates(inner)
     for _ in range(TRIED_STEPS if candidates else 0):
         seen.append((np.asarray(obs, dtype=float).ravel(), _truth(inner)))
-        # Small actions: Hopper shows velocities cut at 10.
+        # Small actions, because Hopper clips observed velocities to 10.
         obs, _, terminated, truncated, _ = env.step(0.1 * env.action_space.sample())
         if terminated or truncated:
             obs = env.reset()[0]
     for read, hidden in candidates:
         if all(_fits(read, hidden, obs, truth) for obs, truth in seen):
             return read, hidden
-    raise CannotShow("the simulator's state cannot be told from an observation")
+    raise CannotShow("the simulator's state cannot be computed from an observation")
 
 
 def _fits(read: Reading, hidden: int, obs: np.ndarray, truth: tuple[np.ndarray, ...]) -> bool:
@@ -88,18 +88,19 @@ def _fits(read: Reading, hidden: int, obs: np.ndarray, truth: tuple[np.ndarray, 
     found, real = (np.concatenate([parts[0][hidden:], *parts[1:]]) for parts in ((position, *velocity), truth))
     if found.shape != real.shape:
         return False
-    # An angle may be any number of turns away.
+    # Angles may differ by full turns.
     apart = np.abs(found - real)
     return bool(np.minimum(apart, np.abs(apart - 2 * np.pi * np.round(apart / (2 * np.pi)))).max() < 1e-3)
 
 
 def frames(env: gym.Env, trajectory: np.ndarray, every: int) -> Iterator[np.ndarray]:
     """
-    Pictures of a trajectory; hidden positions follow from the velocities.
+    Render a trajectory. Hidden positions are integrated from the velocities.
 
-    :param env: renders ``rgb_array``
+    :param env: an env that renders ``rgb_array``
     :param trajectory: observations ``(T, obs_dim)``
-    :param every: of so many, one is drawn
+    :param every: render one of this many observations
+    :return: an iterator over the pictures
     :raises CannotShow: see :func:`find_reading`
     """
     inner: Any = env.unwrapped
@@ -123,9 +124,12 @@ def frames(env: gym.Env, trajectory: np.ndarray, every: int) -> Iterator[np.ndar
 
 def beside(real: np.ndarray, imagined: np.ndarray | None, caption: str) -> Image.Image:
     """
+    Put two pictures side by side.
+
     :param real: picture ``(height, width, 3)``
-    :param imagined: ``None``: it has ended
-    :param caption: a few words below
+    :param imagined: picture of the same shape; ``None``: the trajectory was not finite from here on
+    :param caption: text below the pictures
+    :return: the combined picture
     """
     pictures = [Image.fromarray(one) if one is not None else None for one in (real, imagined)]
     width = round(HEIGHT * real.shape[1] / real.shape[0])
@@ -143,11 +147,13 @@ def beside(real: np.ndarray, imagined: np.ndarray | None, caption: str) -> Image
 
 def video(make: Callable[..., gym.Env], real: np.ndarray, imagined: np.ndarray) -> bytes:
     """
-    :param make: an env of the kind; ``render_mode`` may be passed to it
-    :param real: observations ``(T, obs_dim)``
-    :param imagined: the same
+    Make a video of a real and an imagined episode.
+
+    :param make: function that makes an env; ``render_mode`` is passed to it
+    :param real: real observations ``(T, obs_dim)``
+    :param imagined: imagined observations ``(T, obs_dim)``
     :return: an animated WebP
-    :raises CannotShow: no rendering here, or of this env
+    :raises CannotShow: the env or this machine cannot render
     """
     if "rgb_array" not in make().metadata.get("render_modes", []):
         raise CannotShow("the env does not render pictures")
@@ -160,7 +166,7 @@ def video(make: Callable[..., gym.Env], real: np.ndarray, imagined: np.ndarray) 
         env.close()
     except CannotShow:
         raise
-    except Exception as error:  # whatever a driver, a missing display or a simulator may raise
+    except Exception as error:  # drivers, missing displays and simulators raise many kinds of exceptions
         hint = "without a display, MUJOCO_GL=egl may help"
         raise CannotShow(f"rendering fails here ({type(error).__name__}: {error}); {hint}") from error
     right += [None] * (len(left) - len(right))  # type: ignore[list-item]

@@ -1,1 +1,1 @@
-"""Models of the environment: the contract, and the ensemble of the paper."""
+"""Dynamics models: the base class and the paper's ensemble."""

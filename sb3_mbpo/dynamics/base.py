@@ -1,4 +1,4 @@
-"""What stands in for the environment in imagination: the contract that every dynamics model keeps."""
+"""The interface of dynamics models: the base class, and wrappers around other models."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,34 +8,34 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 Progress = Callable[[str], None]
-# Draws whose mean stands for the expected outcome of a model that offers none.
+# Number of draws whose mean replaces the expected outcome if a model does not provide it.
 MEAN_DRAWS = 5
 
 
 class DynamicsModel(nn.Module, ABC):
     """
-    What stands in for the environment inside branched rollouts.
+    Base class of dynamics models, which replace the environment in branched rollouts.
 
-    Observations are raw (never normalised) and flat, actions scaled to [-1, 1] and flat, as in SB3's replay buffer; float32.
-    A subclass implements ``fit`` and ``sample``. It may offer ``predict``, for filters and diagnosis, and set ``elites`` and
-    ``optimizer``. For a model around another one, see :class:`DynamicsWrapper`.
+    Observations are raw (never normalized) and flat. Actions are flat and scaled to [-1, 1], as in SB3's replay buffer. All
+    tensors are float32. A subclass implements ``fit`` and ``sample``. It may implement ``predict``, which filters and
+    diagnosis use, and set ``elites`` and ``optimizer``. For a model around another one, see :class:`DynamicsWrapper`.
 
-    :param obs_dim: size of a flat observation
-    :param action_dim: size of a flat action
-    :param seed: seed of ``self.generator``, the only source of randomness a model may use; ``None``: one from the system
-    :param device: where the tensors live
+    :param obs_dim: Size of a flat observation
+    :param action_dim: Size of a flat action
+    :param seed: Seed of ``self.generator``, the only source of randomness a model may use; ``None``: a random seed
+    :param device: Device of the tensors
     """
 
-    #: Fewest transitions that ``fit`` accepts; MBPO waits for them.
+    #: Minimum number of transitions that ``fit`` accepts; MBPO waits for them.
     min_transitions = 1
-    #: Whether there was a fit to imagine with; MBPO waits for one, on real transitions alone.
+    #: Whether the model can be used for rollouts. Until then, MBPO trains on real transitions only.
     usable = True
-    #: Whether the rewards of ``sample`` are used if ``reward_fn`` is None; else MBPO learns the reward of a transition itself.
+    #: Whether the rewards of ``sample`` are used if ``reward_fn`` is None; otherwise MBPO learns the reward separately.
     own_reward = True
     #: Optional: indices of the members of ``predict`` that filters use, ``(n_elites,)``; without it, all. An attribute, a
     #: buffer or a property.
     elites: th.Tensor
-    #: Optional: the optimizer of ``fit``, made in ``__init__``. It is saved with the agent.
+    #: Optional: the optimizer of ``fit``, created in ``__init__``. It is saved with the agent.
     optimizer: th.optim.Optimizer
 
     def __init__(self, obs_dim: int, action_dim: int, *, seed: int | None = None, device: th.device | str = "cpu") -> None:
@@ -45,7 +45,7 @@ class DynamicsModel(nn.Module, ABC):
         self.seed(seed)
 
     def seed(self, seed: int | None) -> None:
-        """:param seed: start of the model's own random stream; ``None``: one from the system"""
+        """:param seed: seed of the model's own random generator; ``None``: a random seed from the system"""
         if seed is None:
             self.generator.seed()
         else:
@@ -58,14 +58,14 @@ class DynamicsModel(nn.Module, ABC):
 
         :param transitions: all real transitions: observations ``(N, obs_dim)``, actions ``(N, action_dim)``,
             rewards and dones ``(N, 1)``, dones without time limits
-        :param progress: called now and then with a few words on how far the fit is
-        :return: what to log, under ``dynamics/``
+        :param progress: called from time to time with a short text about the progress
+        :return: metrics to log under ``dynamics/``
         """
 
     @abstractmethod
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Draw next observations and rewards, differentiable in both arguments where the model is.
+        Draw next observations and rewards. If the model is differentiable, gradients flow to both arguments.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
@@ -74,24 +74,24 @@ class DynamicsModel(nn.Module, ABC):
 
     @property
     def offers_predict(self) -> bool:
-        """Whether the class has a ``predict`` of its own."""
+        """Whether the class implements ``predict``."""
         return type(self).predict is not DynamicsModel.predict
 
     def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Every member's distribution. Optional: filters and the members' disagreement need it, see ``offers_predict``.
+        The predicted distribution of every member. Optional: filters and the disagreement of members need it.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
         :return: mean and variance of (reward, next observation), each ``(members, B, 1 + obs_dim)``, in the env's units
-        :raises NotImplementedError: the model does not offer it
+        :raises NotImplementedError: the model does not implement it, see ``offers_predict``
         """
         raise NotImplementedError(f"{type(self).__name__} has no method predict")
 
     @th.no_grad()
     def predict_mean(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        The expected outcome, for measuring errors; here the mean of ``MEAN_DRAWS`` draws.
+        The expected outcome, used to measure errors. By default, the mean of ``MEAN_DRAWS`` draws.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
@@ -100,35 +100,35 @@ class DynamicsModel(nn.Module, ABC):
         draws = [self.sample(obs, actions) for _ in range(MEAN_DRAWS)]
         return th.stack([th.cat([rewards.unsqueeze(1), next_obs], dim=1) for next_obs, rewards in draws]).mean(dim=0)
 
-    def finish(
+    def postprocess(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        What is made of a draw from ``predict``: a model around another does to it what it does to that one's ``sample``.
+        Apply a wrapper's changes (known reward, clipping) to a prediction that was drawn from ``predict``.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
-        :param next_obs: ``(B, obs_dim)``
-        :param rewards: ``(B,)``
-        :return: next observations and rewards
+        :param next_obs: drawn next observations ``(B, obs_dim)``
+        :param rewards: drawn rewards ``(B,)``
+        :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
         return next_obs, rewards
 
 
 class DynamicsWrapper(DynamicsModel):
     """
-    A dynamics model around another one, to which it forwards everything.
+    A dynamics model that forwards everything to another one.
 
-    A subclass overrides ``adjust``, and so changes the predictions of ``sample``, ``predict_mean`` and ``finish`` alike. What
-    ``predict`` returns is the other model's, unchanged. Weights are part of the state dict, under ``dynamics.``.
+    A subclass overrides ``adjust``, which changes the predictions of ``sample``, ``predict_mean`` and ``postprocess``. The
+    output of ``predict`` is not changed. The weights are in the state dict, under ``dynamics.``.
 
-    :param dynamics: the other model
+    :param dynamics: The wrapped model
     """
 
     def __init__(self, dynamics: DynamicsModel) -> None:
         nn.Module.__init__(self)
         self.obs_dim, self.action_dim = dynamics.obs_dim, dynamics.action_dim
-        # The same object: there is one random stream.
+        # The same object, so that there is only one random generator.
         self.generator = dynamics.generator
         self.dynamics = dynamics
 
@@ -144,7 +144,7 @@ class DynamicsWrapper(DynamicsModel):
 
     @property
     def own_reward(self) -> bool:  # type: ignore[override]
-        """See ``DynamicsModel.own_reward``; a subclass that changes rewards sets it to True."""
+        """See ``DynamicsModel.own_reward``. A subclass that changes rewards must set it to True."""
         return self.dynamics.own_reward
 
     @property
@@ -159,7 +159,7 @@ class DynamicsWrapper(DynamicsModel):
 
     @property
     def offers_predict(self) -> bool:
-        """See ``DynamicsModel.offers_predict``; a ``predict`` of the subclass counts."""
+        """See ``DynamicsModel.offers_predict``; a ``predict`` of the subclass counts, too."""
         return type(self).predict is not DynamicsWrapper.predict or self.dynamics.offers_predict
 
     def seed(self, seed: int | None) -> None:
@@ -185,33 +185,33 @@ class DynamicsWrapper(DynamicsModel):
         next_obs, rewards = self.adjust(obs, actions, mean[:, 1:], mean[:, 0])
         return th.cat([rewards.unsqueeze(1), next_obs], dim=1)
 
-    def finish(
+    def postprocess(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsModel.finish``; adjusted."""
-        return self.adjust(obs, actions, *self.dynamics.finish(obs, actions, next_obs, rewards))
+        """See ``DynamicsModel.postprocess``; adjusted."""
+        return self.adjust(obs, actions, *self.dynamics.postprocess(obs, actions, next_obs, rewards))
 
     def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        What this model changes in a prediction of the other one: here nothing.
+        Change a prediction of the wrapped model. By default, nothing is changed.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
-        :param next_obs: predicted, ``(B, obs_dim)``
-        :param rewards: predicted, ``(B,)``
-        :return: next observations and rewards
+        :param next_obs: predicted next observations ``(B, obs_dim)``
+        :param rewards: predicted rewards ``(B,)``
+        :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
         return next_obs, rewards
 
 
 class KnownReward(DynamicsWrapper):
     """
-    Another dynamics model whose rewards come from a function instead.
+    Replaces the rewards of another dynamics model by those of a function.
 
-    :param dynamics: predicts the next observation
-    :param reward_fn: ``(obs, actions, next_obs) -> (B,)``, on flat observations and actions in [-1, 1]
+    :param dynamics: The wrapped model, which predicts the next observation
+    :param reward_fn: Maps flat ``(obs, actions, next_obs)``, with actions in [-1, 1], to rewards ``(B,)``
     """
 
     own_reward = True
@@ -223,5 +223,5 @@ class KnownReward(DynamicsWrapper):
     def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsWrapper.adjust``; the rewards are those of ``reward_fn``."""
+        """See ``DynamicsWrapper.adjust``; rewards come from ``reward_fn``."""
         return next_obs, self.reward_fn(obs, actions, next_obs)

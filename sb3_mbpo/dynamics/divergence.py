@@ -1,4 +1,4 @@
-"""When a fit of an ensemble goes wrong: what was before, and whether to go back to it."""
+"""Detects diverged fits of an ensemble and restores the state before the fit."""
 
 import copy
 import warnings
@@ -8,15 +8,15 @@ import torch as th
 
 from sb3_mbpo.dynamics.layers import EnsembleMLP
 
-# So many times the variance of the targets is no prediction: ten standard deviations off in the root mean square.
+# A member has diverged if its squared error exceeds this multiple of the targets' variance (10 standard deviations).
 FAR = 100.0
-# Added to that variance, in squared units of the targets: all of them may be constant.
+# Added to that variance, in squared units of the targets, because all targets may be constant.
 LEAST_VARIANCE = 0.01
 
 
 class LastGood:
     """
-    An ensemble as it was before a fit: weights, moments, standardisers, hold-out errors. What was lost is revived first.
+    The state of an ensemble before a fit: weights, optimizer, standardizers, hold-out errors. Calls :func:`revive` first.
 
     :param ensemble: a ``ProbabilisticEnsemble``
     """
@@ -28,20 +28,20 @@ class LastGood:
         self.random_state = ensemble.generator.get_state()
 
     def sound_enough(self, y_train: th.Tensor, x: th.Tensor, y: th.Tensor) -> bool:
-        """:return: whether enough members to predict are sound now; the arguments are those of :meth:`settle`"""
+        """:return: whether at least ``n_elites`` members are sound now; for the arguments, see :meth:`settle`"""
         finite = all(parameter.isfinite().all() for parameter in self.ensemble.parameters())
         return finite and int(self._sound(y_train, x, y).sum()) >= self.ensemble.n_elites
 
     def settle(self, sound_before: bool, y_train: th.Tensor, x: th.Tensor, y: th.Tensor) -> bool:
         """
-        Go back to what was before, with a warning, if the fit left fewer sound members than the ensemble needs to predict;
-        else let no unsound one be an elite.
+        Check the result of a fit. If fewer than ``n_elites`` members are sound, restore the state before the fit and warn.
+        Otherwise, exclude unsound members from the elites.
 
-        :param sound_before: whether training itself went well, before the best weights came back
-        :param y_train: the targets of the fit ``(N, 1 + obs_dim)``
-        :param x: standardised inputs held out ``(B, obs_dim + action_dim)``
+        :param sound_before: result of :meth:`sound_enough` at the end of training, before the best weights were restored
+        :param y_train: targets of the fit ``(N, 1 + obs_dim)``
+        :param x: standardized hold-out inputs ``(B, obs_dim + action_dim)``
         :param y: their targets ``(B, 1 + obs_dim)``
-        :return: whether it went back
+        :return: whether the state before the fit was restored
         """
         ensemble = self.ensemble
         sound = self._sound(y_train, x, y)
@@ -49,31 +49,31 @@ class LastGood:
             ensemble.holdout_errors[~sound] = float("inf")
             return False
         self.restore()
-        kept = "keeps what it had before" if ensemble.usable else "never had a good fit, and imagines nothing until it has one"
+        kept = "keeps its previous weights" if ensemble.usable else "never had a good fit, and is not used until it has one"
         warnings.warn(f"The fit of the dynamics diverged; it {kept}. Lower dynamics_kwargs: learning_rate", stacklevel=3)
         return True
 
     def restore(self) -> None:
-        """Make the ensemble what it was."""
+        """Restore the ensemble, except its random generator."""
         self.ensemble.load_state_dict(self.state[0])
         self.ensemble.optimizer.load_state_dict(self.state[1])
 
     def undo(self) -> None:
-        """Make the ensemble what it was, its random numbers included: the fit has not happened."""
+        """Restore the ensemble and its random generator, as if there had been no fit."""
         self.restore()
         self.ensemble.generator.set_state(self.random_state)
 
     def _sound(self, y_train: th.Tensor, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         """
-        Which members may predict: those no further off than ``FAR`` times the variance of the targets, or than before the fit.
+        Members whose error is at most ``FAR`` times the variance of the targets, or not larger than before the fit.
 
-        A short fit of raw, small targets starts beyond that limit and gets better; it is no divergence.
+        A short fit of raw, small targets may start above that limit and improve, which is not a divergence.
 
         :return: bool ``(members,)``
         """
         mean = y_train.mean(dim=0)
         variance = ((y_train - mean) ** 2).mean() + ((y - mean) ** 2).mean() + LEAST_VARIANCE
-        # A comparison with nan says no.
+        # A comparison with NaN is False.
         sound = draw_errors(self.ensemble, x, y) <= FAR * variance
         if not sound.all():
             after = copy.deepcopy(self.ensemble.state_dict())
@@ -87,14 +87,15 @@ class LastGood:
 @th.no_grad()
 def draw_errors(ensemble: Any, x: th.Tensor, y: th.Tensor) -> th.Tensor:
     """
-    Expected squared error of each member's draws, (mu - y)^2 + variance, mean over rows and the dimensions that vary.
+    Expected squared error of each member's draws, (mu - y)^2 + variance, averaged over rows and the dimensions that vary.
 
-    :param x: standardised inputs ``(B, obs_dim + action_dim)``
-    :param y: targets as the ensemble sees them ``(B, 1 + obs_dim)``
+    :param ensemble: a ``ProbabilisticEnsemble``
+    :param x: standardized inputs ``(B, obs_dim + action_dim)``
+    :param y: standardized targets ``(B, 1 + obs_dim)``
     :return: ``(members,)``
     """
     total, varies = th.zeros_like(ensemble.holdout_errors), ensemble.target_standardizer.varies
-    # In pieces that stay in a CPU's caches.
+    # In blocks that fit a CPU's caches.
     for inputs, targets in zip(x.split(1000), y.split(1000), strict=True):
         mean, log_variance = ensemble._distribution(inputs.expand(len(total), -1, -1))
         total += (((mean - targets) ** 2 + log_variance.exp()) * varies).sum(dim=(1, 2))
@@ -104,9 +105,9 @@ def draw_errors(ensemble: Any, x: th.Tensor, y: th.Tensor) -> th.Tensor:
 @th.no_grad()
 def revive(ensemble: Any) -> None:
     """
-    Give members with a non-finite weight new ones, as a new ensemble has them: they would spoil the loss of all.
+    Re-initialize members that have a non-finite weight, because they would make the loss of all members non-finite.
 
-    Draws random numbers only if there are any; Adam's moments then start anew as well.
+    If there are none, no random numbers are drawn. Otherwise, Adam's moments are reset as well.
 
     :param ensemble: a ``ProbabilisticEnsemble``
     """

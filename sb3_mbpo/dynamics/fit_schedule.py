@@ -1,10 +1,10 @@
-"""How long a fit of the ensemble goes on, and at which learning rate."""
+"""Length and learning rates of a fit of the ensemble."""
 
 import math
 
-# Gradient steps over which the learning rate rises at the start: a new optimizer does not know the scale of gradients yet.
+# Number of gradient steps over which the learning rate rises, because a new optimizer does not know the gradients' scale yet.
 WARM_UP = 20
-# The learning rate falls to zero over this share of the gradient steps before it, and over so many at least.
+# The decay takes this fraction of the gradient steps before it, and at least LEAST_DECAY steps.
 DECAY_SHARE, LEAST_DECAY = 0.5, 100
 
 
@@ -12,12 +12,12 @@ class FitSchedule:
     """
     A constant learning rate until nothing has improved for ``patience`` gradient steps, then a linear decay to zero.
 
-    The decay takes the noise out of the weights that a constant rate leaves in them. All numbers count gradient steps: an
-    epoch has two of them on little data and hundreds on much.
+    The decay removes the noise that a constant learning rate leaves in the weights. Everything is counted in gradient steps:
+    an epoch has two of them with little data and hundreds with much.
 
     :param rate: the learning rate
-    :param patience: steps without an improvement after which the decay begins
-    :param most: steps at most, the decay included; ``math.inf``: no bound
+    :param patience: number of steps without an improvement after which the decay starts
+    :param most: maximum number of steps, including the decay; ``math.inf``: no limit
     """
 
     def __init__(self, rate: float, patience: int, most: float) -> None:
@@ -28,7 +28,10 @@ class FitSchedule:
         self._decays_from, self._ends_at = math.inf, most
 
     def next_rates(self, n: int) -> list[float]:
-        """:return: learning rates of the next ``n`` steps, or of those that are left; empty at the end"""
+        """
+        :param n: number of steps
+        :return: learning rates of the next ``n`` steps, fewer at the end; empty if the fit has ended
+        """
         if self._decays_from == math.inf and self._idle >= self.patience:
             self._decays_from = self.updates
             self._ends_at = min(self.updates + max(LEAST_DECAY, int(DECAY_SHARE * self.updates)), self.most)
@@ -46,6 +49,6 @@ class FitSchedule:
         return self.rate * rising * left
 
     def look(self, improved: bool) -> None:
-        """:param improved: whether anything has improved by enough since the last look"""
+        """:param improved: whether the hold-out error has improved enough since the last call"""
         if improved:
             self._idle = 0

@@ -1,4 +1,4 @@
-"""The ensemble's training loss with derivatives written out: autograd spends a good part of a fit on bookkeeping."""
+"""The ensemble's training loss with an explicit gradient, which avoids autograd's overhead."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,12 +8,18 @@ from torch import nn
 
 from sb3_mbpo.dynamics.layers import LAYER_NORM_EPS, EnsembleLinear, EnsembleMLP
 
-# Standardised inputs and targets, (members, rows, ...) each -> a loss, whose gradient is in the parameters' grad afterwards.
+# Maps standardized inputs and targets, each (members, rows, ...), to the loss; stores its gradient in the parameters' grad.
 Gradient = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
 def autograd_of(loss_of: Gradient, parameters: Iterable[nn.Parameter]) -> Gradient:
-    """For a loss of another's making."""
+    """
+    Compute the gradient of any loss by autograd.
+
+    :param loss_of: maps standardized inputs and targets to the loss
+    :param parameters: parameters whose ``grad`` is set
+    :return: see :data:`Gradient`
+    """
     parameters = list(parameters)
 
     def gradient(x: th.Tensor, y: th.Tensor) -> th.Tensor:
@@ -26,7 +32,12 @@ def autograd_of(loss_of: Gradient, parameters: Iterable[nn.Parameter]) -> Gradie
 
 
 def is_replaced(part: Any, kind: type, *names: str) -> bool:
-    """Whether one of these methods of ``kind`` is another in ``part``, by its class, by itself or by a hook."""
+    """
+    :param part: a module
+    :param kind: its original class
+    :param names: methods of ``kind``
+    :return: whether ``part`` replaces one of the methods, in its class or instance, or has hooks
+    """
     hooked = any(vars(part)[f"_{hooks}"] for hooks in ("forward_pre_hooks", "forward_hooks", "backward_hooks"))
     return hooked or any(name in vars(part) or getattr(type(part), name, None) is not getattr(kind, name) for name in names)
 
@@ -35,15 +46,15 @@ class LikelihoodGradient:
     """
     Loss and gradient of an ensemble of Gaussians.
 
-    With mu and raw log-variance r from the network, and the soft bounds of Chua et al. (2018), appendix A.1,
+    With mu and raw log-variance r from the network, and the soft bounds of Chua et al. (2018), appendix A.1:
 
         l' = max - softplus(max - r),  l = min + softplus(l' - min)
         L  = sum over members of mean(w ((mu - y)^2 exp(-l) + l)) + 0.01 (sum(max) - sum(min)),  w = exp(beta l)
 
-    No gradient goes through w. The mean and the sums are over the targets that vary. Memory for activations is allocated once
-    for each size of batch.
+    No gradient flows through w. The mean and the sums are over the targets that vary. Memory for activations is allocated once
+    per batch size.
 
-    :param mlp: gives mu and r, side by side
+    :param mlp: its output is mu and r, concatenated
     :param bounds: min and max, ``(targets,)`` each
     :param varies: 1 for targets that vary, 0 for constant ones, ``(targets,)``
     :param beta: see :class:`.ProbabilisticEnsemble`
@@ -51,7 +62,10 @@ class LikelihoodGradient:
 
     @staticmethod
     def covers(mlp: nn.Module) -> bool:
-        """Whether these are the networks whose derivatives are written out here."""
+        """
+        :param mlp: the networks
+        :return: whether the explicit gradient supports them
+        """
         return not is_replaced(mlp, EnsembleMLP, "forward") and not any(
             is_replaced(layer, EnsembleLinear, "forward") for layer in mlp.layers  # type: ignore[union-attr]
         )
@@ -68,7 +82,7 @@ class LikelihoodGradient:
                 parameter.grad = th.zeros_like(parameter)
 
     def _memory_for(self, rows: int) -> tuple[list[th.Tensor], ...]:
-        """:return: of each layer the value before SiLU, that after it (the last has none), and the loss by the former"""
+        """:return: for each layer, its value before SiLU, after SiLU (not for the last), and the gradient of the former"""
         if rows not in self.memory:
             values = [weight.detach().new_empty(len(weight), rows, weight.shape[2]) for weight, _ in self.layers]
             self.memory[rows] = (values, [th.empty_like(v) for v in values[:-1]], [th.empty_like(v) for v in values])
@@ -77,9 +91,9 @@ class LikelihoodGradient:
     @th.no_grad()
     def __call__(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         """
-        :param x: standardised inputs ``(members, rows, inputs)``
-        :param y: standardised targets ``(members, rows, targets)``
-        :return: L, a scalar; its gradient is in the parameters' ``grad``
+        :param x: standardized inputs ``(members, rows, inputs)``
+        :param y: standardized targets ``(members, rows, targets)``
+        :return: L, a scalar; its gradient is stored in the parameters' ``grad``
         """
         values, outputs, deltas = self._memory_for(x.shape[1])
         inputs, norms = [x, *outputs], []
@@ -110,7 +124,7 @@ class LikelihoodGradient:
         return loss
 
     def _likelihood(self, out: th.Tensor, y: th.Tensor, delta: th.Tensor) -> th.Tensor:
-        """L for the network's ``out``; leaves its derivatives by ``out`` in ``delta`` and by the bounds in their ``grad``."""
+        """:return: L for the network's ``out``; its gradients are stored in ``delta`` and in the ``grad`` of the bounds"""
         least, most = self.bounds
         mean, raw = out.chunk(2, dim=-1)
         by_mean, by_raw = delta.chunk(2, dim=-1)

@@ -1,7 +1,7 @@
 """
-Which transitions are held out of a fit: always the same ones.
+Chooses the hold-out set of a fit: always the same transitions.
 
-With a new draw in each fit, a warm-started network would be judged by what it has learned from before.
+With a new random choice in each fit, the hold-out error would include transitions that earlier fits trained on.
 """
 
 import torch as th
@@ -10,34 +10,37 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 # An odd number whose multiples spread evenly over 32 bits (Knuth, The Art of Computer Programming, 6.4).
 _SPREAD = 2654435761
 _RANGE = 2**32
-# Rows that are hashed at once, which bounds the memory that it takes.
+# Number of rows hashed at once, which limits the memory in use.
 _BLOCK = 10_000
 
 
 def row_hash(transitions: ReplayBufferSamples) -> th.Tensor:
-    """:return: a number between 0 and 1 that depends on a transition's content alone, ``(N,)``; as good as uniform"""
+    """
+    :param transitions: raw and flat
+    :return: a number between 0 and 1 per transition, which depends only on its content, ``(N,)``; approximately uniform
+    """
     parts = zip(*(part.split(_BLOCK) for part in transitions[:3]), strict=True)
     return th.cat([_hash(th.cat(list(block), dim=1)) for block in parts])
 
 
 def _hash(content: th.Tensor) -> th.Tensor:
     bits = content.float().contiguous().view(th.int32).long()
-    # Each column by a factor of its own; integer overflow wraps around.
+    # Each column has its own factor. Integer overflow wraps around.
     factors = (th.arange(1, bits.shape[1] + 1, device=bits.device) * _SPREAD) | 1
     mixed = (bits * factors).sum(dim=1)
     for shift in (32, 29):
         mixed = (mixed ^ (mixed >> shift)) * _SPREAD
-    # The high half of the product: its low bits depend on low bits alone.
+    # Use the high half of the product: the low bits of a product depend only on low bits.
     return ((mixed >> 32) % _RANGE).double() / _RANGE
 
 
 def held_out(transitions: ReplayBufferSamples, ratio: float, most: int) -> th.Tensor:
     """
-    Choose hold-out rows by their content: a transition stays on its side while the data grow, and so do copies of it.
+    Choose hold-out rows by their content, so that a transition and its copies stay in the same set as the data grow.
 
     :param transitions: at least two
-    :param ratio: share of the rows
-    :param most: rows at most; among more data the share falls, and rows leave the hold-out set but do not enter it
+    :param ratio: fraction of rows to hold out
+    :param most: maximum number of rows; with more data, the fraction falls, and rows only leave the hold-out set
     :return: bool ``(N,)``; at least one row is held out and at least one is not
     """
     n = len(transitions.observations)
@@ -45,7 +48,7 @@ def held_out(transitions: ReplayBufferSamples, ratio: float, most: int) -> th.Te
     number = row_hash(transitions)
     chosen = number < wanted / n
     if not wanted / 2 <= int(chosen.sum()) <= min(2 * wanted, n - 1):
-        # Few rows, or many copies of one: the share is kept all the same.
+        # With few rows or many copies, the hash does not give the wanted number of rows: choose the smallest hashes.
         chosen = th.zeros_like(chosen)
         chosen[number.argsort(stable=True)[:wanted]] = True
     return chosen

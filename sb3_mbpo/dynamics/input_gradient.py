@@ -1,8 +1,8 @@
 """
-Ensembles with derivatives by their inputs alone, written out.
+Ensembles with explicit gradients with respect to their inputs only.
 
-A policy that is trained along gradients through the dynamics needs none by the weights. One product computes a layer of all
-members, and autograd keeps one entry for all layers.
+A policy that is trained with gradients through the dynamics does not need gradients of the weights. One matrix product
+computes a layer of all members, and autograd stores a single entry for all layers.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Weights = list[tuple[th.Tensor, th.Tensor]]
 
 class InputGradient:
     """
-    Some members of an ensemble, with a gradient by their inputs only.
+    Computes some members of an ensemble, with gradients with respect to their inputs only.
 
     :param mlp: the ensemble
     """
@@ -33,7 +33,7 @@ class InputGradient:
     def __call__(self, x: th.Tensor, members: Sequence[int] | None = None) -> th.Tensor:
         """
         :param x: inputs of each member ``(M, B, in_size)``
-        :param members: which ones, M numbers; ``None``: all of them in turn
+        :param members: indices of the M members; ``None``: all members, in order
         :return: ``(M, B, out_size)``
         """
         layers: list[Any] = [*self.mlp.layers]
@@ -43,17 +43,18 @@ class InputGradient:
         return _Through.apply(x, weights, self.mlp.layer_norm)  # type: ignore[no-any-return]
 
     def covers(self) -> bool:
-        """Whether these are the networks whose derivatives are written out here."""
+        """Whether the explicit gradient supports these networks."""
         return LikelihoodGradient.covers(self.mlp) and not is_replaced(self.mlp, EnsembleMLP, "member")
 
     def rows(self, x: th.Tensor, members: Sequence[int], places: th.Tensor) -> th.Tensor:
         """
-        Each row by one member.
+        Compute each row with one member.
 
-        :param x: ``(B, in_size)``
-        :param members: M numbers
-        :param places: of each row, another number; the first member has the least of them, each as many; ``(B,)``
-        :return: ``(B, out_size)``
+        :param x: inputs ``(B, in_size)``
+        :param members: indices of M members
+        :param places: a different number for each row, ``(B,)``; with S = ceil(B / M), numbers from 0 to S - 1 are rows of the
+            first member, from S to 2 S - 1 of the second, and so on
+        :return: outputs ``(B, out_size)``
         """
         size = -(-len(x) // len(members))
         if x.requires_grad and self.covers():
@@ -65,11 +66,11 @@ class InputGradient:
         return output.index_copy(0, order, output)
 
     def forget(self) -> None:
-        """The weights have changed: not every optimizer counts its steps where a tensor does."""
+        """Call this when the weights have changed. Not every optimizer increases the version counter of tensors."""
         self._state = []
 
     def _of(self, members: Sequence[int], weights: Weights) -> Weights:
-        """A copy of some members' weights costs as much as a product, and serves until the weights change."""
+        """Copy some members' weights. A copy costs as much as a matrix product, so it is kept until the weights change."""
         tensors = [tensor for pair in weights for tensor in pair]
         state = [*members, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
         if state != self._state:

@@ -19,31 +19,31 @@ from sb3_mbpo.dynamics.input_gradient import InputGradient
 from sb3_mbpo.dynamics.layers import EnsembleMLP, Standardizer
 from sb3_mbpo.validation.rules import ENSEMBLE_RULES, check_ensemble
 
-# Gradient steps from one look at the hold-out set to the next.
+# Number of gradient steps between two evaluations on the hold-out set.
 LOOK_EVERY = 50
-# The first fit starts from nothing, and may take this many times as many gradient steps as the others.
+# The first fit starts from random weights, and may take this many times as many gradient steps as later fits.
 FIRST_FIT = 1.5
-# An error of a thousandth of a standard deviation is good enough: a dimension must not keep a fit going forever.
+# Errors below a thousandth of a standard deviation do not count as improvements, so that the fit ends.
 GOOD_ENOUGH = 1e-6
-# Inputs are cut at so many standard deviations: beyond them a network's guess is worse than a constant.
+# Inputs are clipped to this many standard deviations: beyond them, networks predict worse than a constant.
 FARTHEST_INPUT = 4.0
-# Variances differ clearly by this factor.
+# Two variances are clearly different if they differ by this factor.
 CLEARLY = 2.0
-# Hold-out rows that a gain of 1 is given in advance.
+# Weight of the prior that the gain is 1, in hold-out rows.
 GAIN_PRIOR = 3.0
-# A change of a dimension's standard deviation by more than this factor makes another dimension of it.
+# If the standard deviation of a dimension changes by more than this factor, its learned scale is not kept.
 LARGEST_RESCALING = 10.0
 
 
 class FitData(NamedTuple):
     """
-    What a fit works on, standardized.
+    The standardized data of a fit.
 
-    :param x: inputs to train on ``(N, obs_dim + action_dim)``
-    :param y: targets to train on ``(N, 1 + obs_dim)``
-    :param x_holdout: inputs held out
-    :param y_holdout: their targets
-    :param held_out: which of the transitions these are, bool
+    :param x: training inputs ``(N, obs_dim + action_dim)``
+    :param y: training targets ``(N, 1 + obs_dim)``
+    :param x_holdout: hold-out inputs
+    :param y_holdout: hold-out targets
+    :param held_out: which transitions are held out, bool
     """
 
     x: th.Tensor
@@ -55,40 +55,40 @@ class FitData(NamedTuple):
 
 class ProbabilisticEnsemble(DynamicsModel):
     """
-    The paper's model. Each member predicts a diagonal Gaussian and is trained by maximum likelihood; the ``n_elites`` members
-    best on a shared hold-out set make the predictions (Janner et al., 2019, appendix; Chua et al., 2018).
+    The paper's model. Each member predicts a diagonal Gaussian and is trained by maximum likelihood. The ``n_elites`` members
+    with the lowest error on a shared hold-out set make the predictions (Janner et al., 2019, appendix; Chua et al., 2018).
 
-    Weights carry over from fit to fit, and a fit that does not improve a member leaves its weights. The optimizer starts anew
-    in each fit. Its learning rate is constant until no member has improved for ``patience`` gradient steps, and then falls to
-    zero. Dimensions that are constant in the data are predicted as they are, and take no part in loss and hold-out error.
+    A fit continues from the weights of the last one; members that it does not improve keep their weights. The optimizer is
+    reset in each fit. Its learning rate is constant until no member has improved for ``patience`` gradient steps, then it
+    decays to zero. Dimensions that are constant in the data are predicted as constant and ignored in loss and hold-out error.
 
-    :param n_members: number of networks
-    :param n_elites: how many of them predict
-    :param net_arch: sizes of the hidden layers
-    :param layer_norm: normalize what goes into each hidden layer but the first
-    :param learning_rate: of Adam
-    :param weight_decays: L2 factor per layer, input to output (weights only);
-        ``None``: the original's 2.5e-5 ... 1e-4 (spread evenly over another depth)
-    :param batch_size: transitions per member and gradient step
-    :param holdout_ratio: share of the data held out, see :mod:`.holdout`
-    :param max_holdout: most transitions held out
-    :param patience: gradient steps without a member improving after which the learning rate falls
-    :param min_improvement: relative fall of a member's hold-out error that counts as improving
-    :param max_updates: most gradient steps in one fit, half as many again in the first; ``None``: no bound
-    :param bootstrap: train each member on rows drawn with replacement (the paper), so that it misses a third of the data;
-        ``False``: on all of them, so that members differ by their first weights and the order of their batches
-    :param beta: weight of a row and dimension in the loss, its predicted variance to this power: with 0 (the paper) what is
-        predicted badly counts less and is learned late (Seitzer et al., 2022, arXiv 2203.09168)
-    :param target_mode: ``"delta"``: predict next_obs - obs (the paper); ``"next"``: predict next_obs; ``"auto"``: of each
-        dimension, the one that varies less in the data
-    :param normalize_targets: standardize each target dimension, so that reward and every observation weigh the same in loss
-        and hold-out error; ``False``: raw targets and their mean squared error (the paper)
+    :param n_members: Number of networks
+    :param n_elites: Number of networks that make predictions
+    :param net_arch: Sizes of the hidden layers
+    :param layer_norm: Apply layer normalization to the input of each layer except the first
+    :param learning_rate: Learning rate of Adam
+    :param weight_decays: L2 factor of the weights of each layer, from input to output; ``None``: 2.5e-5 ... 1e-4 as in the
+        original code, evenly spaced for another number of layers
+    :param batch_size: Number of transitions per member and gradient step
+    :param holdout_ratio: Fraction of the transitions held out, see :mod:`.holdout`
+    :param max_holdout: Maximum number of transitions held out
+    :param patience: Number of gradient steps without an improvement after which the learning rate decays
+    :param min_improvement: Relative decrease of the hold-out error that counts as an improvement
+    :param max_updates: Maximum number of gradient steps per fit, 1.5 times as many in the first; ``None``: no limit
+    :param bootstrap: Train each member on rows drawn with replacement, as in the paper, so that it misses a third of the data.
+        ``False``: train on all rows, so that members differ only by their initial weights and the order of their batches
+    :param beta: The loss of a row and dimension is weighted by its predicted variance to this power. With 0, as in the paper,
+        badly predicted values have less weight and are learned late (Seitzer et al., 2022, arXiv 2203.09168)
+    :param target_mode: ``"delta"``: predict next_obs - obs, as in the paper. ``"next"``: predict next_obs. ``"auto"``: for
+        each dimension, the one that varies less in the data
+    :param normalize_targets: Standardize each target dimension, so that all have the same weight in loss and hold-out error.
+        ``False``: use raw targets and their mean squared error, as in the paper
     """
 
     min_transitions = 10
-    # A penalty or bonus at the end of an episode is learned better as a function of the transition (rewards/learned.py).
+    # Rewards at the end of an episode are learned better as a function of the transition (rewards/learned.py).
     own_reward = False
-    # Logarithms of the variance, in the units of the targets: where the learned bounds start (original code).
+    # Initial learned bounds of the log-variance, in the units of the targets (original code).
     initial_log_variance = (-10.0, 0.5)
 
     def __init__(
@@ -123,11 +123,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.patience, self.min_improvement = patience, min_improvement
         self.max_updates, self.bootstrap, self.beta = max_updates, bootstrap, beta
         self.target_mode, self.normalize_targets = target_mode, normalize_targets
-        # The weights are drawn on the CPU, so that a seed means the same network on every device.
+        # The weights are drawn on the CPU, so that a seed gives the same network on every device.
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
         out_dim = 1 + obs_dim
         self.input_standardizer = Standardizer(obs_dim + action_dim, limit=FARTHEST_INPUT)
-        # Targets are never cut: a rare large reward is information. A constant one gets next to no noise from the start.
+        # Targets are never clipped: a rare large reward matters. A constant target gets almost no noise from the start.
         self.target_standardizer = Standardizer(out_dim, limit=float("inf"), constant_std=1e-3)
         self.mlp = EnsembleMLP(n_members, obs_dim + action_dim, 2 * out_dim, list(net_arch), on_cpu, layer_norm)
         low, high = self.initial_log_variance
@@ -143,8 +143,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.optimizer: th.optim.Adam = self._make_optimizer()
 
     holdout_errors: th.Tensor
-    relative: th.Tensor  # of each dimension of the observation: 1, its change is predicted, or 0, its next value
-    gain: th.Tensor  # factor of each member's standardized mean: below 1 where hold-out rows say that it promises too much
+    relative: th.Tensor  # per dimension of the observation: 1 if its change is predicted, 0 if its next value
+    gain: th.Tensor  # factor of each member's standardized mean: below 1 if it exaggerates on the hold-out rows
 
     def _decay_per_layer(self, weight_decays: Sequence[float] | None) -> list[float]:
         if weight_decays is not None:
@@ -159,39 +159,39 @@ class ProbabilisticEnsemble(DynamicsModel):
         return th.optim.Adam(groups, lr=self.learning_rate, fused=True)
 
     def _renew_optimizer(self) -> None:
-        """Forget the moments of an earlier fit, and the settings that a loaded optimizer brings along."""
+        """Reset Adam's moments of an earlier fit, and the settings of a loaded optimizer."""
         self.optimizer.state.clear()
         for group, decay in zip(self.optimizer.param_groups, [*self.weight_decays, 0.0], strict=True):
             group["lr"], group["weight_decay"] = self.learning_rate, decay
 
     @property
     def usable(self) -> bool:  # type: ignore[override]
-        """Whether enough members had a good fit; without one, nothing is imagined."""
+        """Whether at least ``n_elites`` members had a good fit."""
         return int(self.holdout_errors.isfinite().sum()) >= self.n_elites
 
     @property
     def elites(self) -> th.Tensor:  # type: ignore[override]
-        """Indices of the ``n_elites`` members with the least hold-out error, ``(n_elites,)``."""
+        """Indices of the ``n_elites`` members with the lowest hold-out error, ``(n_elites,)``."""
         return self.holdout_errors.argsort(stable=True)[: self.n_elites]
 
     def _distribution(self, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        :param x: standardised inputs ``(members, B, obs_dim + action_dim)``
-        :return: mean and log-variance of the standardised targets, each ``(members, B, 1 + obs_dim)``
+        :param x: standardized inputs ``(members, B, obs_dim + action_dim)``
+        :return: mean and log-variance of the standardized targets, each ``(members, B, 1 + obs_dim)``
         """
         return self._bounded(self.mlp(x))
 
     def _bounded(self, output: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """:return: mean and log-variance, each ``(..., 1 + obs_dim)``, of the networks' ``output (..., 2 (1 + obs_dim))``"""
         mean, log_variance = output.chunk(2, dim=-1)
-        # Soft bounds, so that a gradient is left beyond them (Chua et al., 2018, appendix A.1).
+        # Soft bounds, so that the gradient does not vanish beyond them (Chua et al., 2018, appendix A.1).
         log_variance = self.max_log_variance - nn.functional.softplus(self.max_log_variance - log_variance)
         log_variance = self.min_log_variance + nn.functional.softplus(log_variance - self.min_log_variance)
         return mean, log_variance
 
     def _to_prediction(self, targets: th.Tensor, obs: th.Tensor) -> th.Tensor:
         """
-        :param targets: standardised targets ``(..., 1 + obs_dim)``
+        :param targets: standardized targets ``(..., 1 + obs_dim)``
         :return: reward and next observation in the environment's units, same shape
         """
         raw = self.target_standardizer.inverse(targets * self.target_standardizer.varies)
@@ -199,7 +199,7 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def predict(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Every member's distribution, elites or not.
+        The predicted distribution of every member, not only of the elites.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
@@ -213,21 +213,21 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     @th.no_grad()
     def predict_mean(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """See ``DynamicsModel.predict_mean``; the mean of the elites' means."""
+        """See ``DynamicsModel.predict_mean``. Returns the mean of the elites' means."""
         parts = zip(obs.split(1000), actions.split(1000), strict=True)
         return th.cat([self.predict(*part)[0][self.elites].mean(dim=0) for part in parts])
 
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Draw from one elite per row. Each serves an equal share of the rows, drawn anew ("TS1" of Chua et al., 2018). The draw
-        is differentiable in observations and actions; the weights get no gradient.
+        Draw each row from one elite. Rows are assigned at random in each call, equally many to each elite ("TS1" of Chua et
+        al., 2018). Gradients flow to observations and actions, not to the weights.
 
         :param obs: ``(B, obs_dim)``
         :param actions: ``(B, action_dim)``
         :return: next observations ``(B, obs_dim)`` and rewards ``(B,)``
         """
         x = self.input_standardizer(th.cat([obs, actions], dim=-1))
-        # Each elite has as many places for rows, of which some stay empty.
+        # Each elite has the same number of places for rows; some of them stay empty.
         elites, size = self.elites, -(-len(x) // self.n_elites)
         places = th.randperm(size * self.n_elites, generator=self.generator, device=x.device)[: len(x)]
         mean, log_variance = self._bounded(self._input_gradient.rows(x, elites.tolist(), places))
@@ -237,13 +237,13 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def negative_log_likelihood(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         """
-        The training loss without weight decay: sum over members of the mean of exp(beta l) ((mu - y)^2 exp(-l) + l), without a
-        gradient of the first factor, plus 0.01 (sum of upper - sum of lower bounds of l), l the log-variance. Constant targets
-        are left out.
+        The training loss without weight decay: sum over members of the mean of exp(beta l) ((mu - y)^2 exp(-l) + l), plus 0.01
+        (sum of upper - sum of lower bounds of l), where l is the log-variance. No gradient flows through the first factor.
+        Constant targets are ignored.
 
-        :param x: standardised inputs ``(members, B, obs_dim + action_dim)``
-        :param y: standardised targets ``(members, B, 1 + obs_dim)``
-        :return: a scalar
+        :param x: standardized inputs ``(members, B, obs_dim + action_dim)``
+        :param y: standardized targets ``(members, B, 1 + obs_dim)``
+        :return: the loss, a scalar
         """
         mean, log_variance = self._distribution(x)
         varies = self.target_standardizer.varies
@@ -255,17 +255,17 @@ class ProbabilisticEnsemble(DynamicsModel):
     @th.no_grad()
     def _holdout_error(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
         """
-        How wrong each member's mean is: the squared error over rows, and its mean over the dimensions that vary.
+        Squared error of each member's mean prediction, averaged over rows and over the dimensions that vary.
 
-        That mean is geometric where targets are standardized, and an error counts as no larger than that of a constant: a
-        dimension that cannot be predicted, such as a reward that is almost always the same, would outweigh all others in an
-        arithmetic mean, end the fit early and choose the elites.
+        For standardized targets, the mean over dimensions is geometric, and errors are clipped to that of a constant. In an
+        arithmetic mean, a dimension that cannot be predicted, such as an almost constant reward, would outweigh all others,
+        end the fit early and determine the elites.
 
         :param x: standardized inputs ``(B, obs_dim + action_dim)``
         :param y: standardized targets ``(B, 1 + obs_dim)``
-        :return: ``(members,)``; infinite for a member whose prediction is not a number
+        :return: ``(members,)``; infinite if a prediction of the member is NaN
         """
-        # In pieces that stay in a CPU's caches.
+        # In blocks that fit a CPU's caches.
         means = [self._distribution(part.expand(len(self.holdout_errors), -1, -1))[0] for part in x.split(1000)]
         errors = ((th.cat(means, dim=1) - y) ** 2).mean(dim=1)
         varies = self.target_standardizer.varies > 0.5
@@ -282,11 +282,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         Whether the ensemble has improved by ``min_improvement``.
 
-        Dimensions that nothing is known of must not dilute what the others gain: log(error) n / log(0.1) of n dimensions are
-        known to a tenth if the others are unknown, and the mean over these must have improved.
+        Unpredictable dimensions must not hide improvements of the others. The error means as much as log(error) n / log(0.1)
+        of n dimensions with an error of a tenth and the others with 1, and the mean over the former must have improved.
 
         :param error: mean hold-out error of the members, see :meth:`_holdout_error`
-        :param best: the least so far
+        :param best: the lowest error so far
         """
         if not self.normalize_targets or best == math.inf:
             return error < best * (1 - self.min_improvement)
@@ -297,11 +297,11 @@ class ProbabilisticEnsemble(DynamicsModel):
     @th.no_grad()
     def _fit_gain(self, x: th.Tensor, y: th.Tensor) -> None:
         """
-        Shrink the predictions of dimensions that hold-out rows show to be exaggerated: what cannot be predicted, such as
-        contact forces, is predicted to be its mean, and not worse.
+        Shrink predictions that are exaggerated on the hold-out rows, so that unpredictable dimensions, such as contact forces,
+        are not predicted worse than by their mean.
 
-        The gain is the least-squares factor of the mean, sum(m y) / sum(m^2), between 0 and 1; ``GAIN_PRIOR`` rows that say 1
-        are added, for few rows tell little.
+        The gain is the least-squares factor of the mean, sum(m y) / sum(m^2), between 0 and 1. ``GAIN_PRIOR`` rows with a gain
+        of 1 are added, because few rows are not reliable.
 
         :param x: standardized inputs ``(B, obs_dim + action_dim)``
         :param y: standardized targets ``(B, 1 + obs_dim)``
@@ -321,8 +321,8 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def _choose_targets(self, transitions: ReplayBufferSamples) -> None:
         """
-        Predict the change of a dimension or its next value, whichever varies less: a position changes little from step to
-        step, while a contact force has nothing to do with the one before. A choice is changed where it is ``CLEARLY`` wrong.
+        For each dimension, predict its change or its next value, whichever varies less. A position changes little in a step; a
+        contact force does not depend on the previous one. A choice changes only if the other one is ``CLEARLY`` better.
         """
         if self.target_mode != "auto":
             return
@@ -332,20 +332,20 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.relative.copy_((of_change * favored < of_next) | (of_change == 0))
 
     def _split(self, transitions: ReplayBufferSamples) -> FitData:
-        """Hold rows out, fit the standardizers to the others, and keep predictions what they were."""
+        """Split off the hold-out rows, fit the standardizers to the others, and keep the predictions unchanged."""
         relative = self.relative.clone()
         self._choose_targets(transitions)
         inputs = th.cat([transitions.observations, transitions.actions], dim=-1)
         targets = self._targets(transitions)
         left_out = held_out(transitions, self.holdout_ratio, self.max_holdout)
         before = [copy.deepcopy(part) for part in (self.input_standardizer, self.target_standardizer)]
-        # What was learned of a target says nothing of another one.
+        # What was learned for one target is not valid for another.
         before[1].varies[1:] *= relative == self.relative
         self.input_standardizer.fit(inputs[~left_out])
         magnitude = th.cat([targets[:, :1], transitions.next_observations], dim=-1).abs().amax(dim=0)
         self.target_standardizer.fit(targets[~left_out], magnitude)
         if not self.normalize_targets:
-            # Raw targets; a constant one is its mean all the same.
+            # Raw targets, but the mean of constant ones is still subtracted.
             self.target_standardizer.mean.mul_(1 - self.target_standardizer.varies)
             self.target_standardizer.std.fill_(1.0)
         if self.usable:
@@ -356,15 +356,15 @@ class ProbabilisticEnsemble(DynamicsModel):
     @th.no_grad()
     def _keep_predictions(self, inputs: Standardizer, targets: Standardizer) -> None:
         """
-        Change the first and the last layer so that new standardizers leave the predictions as they were.
+        Adapt the first and the last layer to the new standardizers, so that the predictions do not change.
 
-        A fit then starts from what the last one has learned. The gain is found anew.
+        A fit then starts from what the last one has learned. The gain is fitted again.
 
-        :param inputs: the standardizer of the inputs before
-        :param targets: that of the targets
+        :param inputs: the previous standardizer of the inputs
+        :param targets: the previous standardizer of the targets
         """
         scale, shift = _change(inputs, self.input_standardizer)
-        # An input that has become constant goes on with its value.
+        # An input that has become constant keeps its effect.
         still = (inputs.varies > 0.5) & (self.input_standardizer.varies < 0.5)
         shift = th.where(still, inputs(self.input_standardizer.mean), shift)
         first: Any = self.mlp.layers[0]
@@ -389,7 +389,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         """
         Gradient steps on batches drawn for each member.
 
-        :param rows: those of ``data.x`` that each member learns from, ``(members, N)``
+        :param rows: indices of the rows of ``data.x`` that each member learns from, ``(members, N)``
         :param rates: learning rate of each step
         :return: mean loss
         """
@@ -406,16 +406,16 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
         """
-        Train until no member improves on the hold-out set, then give each member its best weights back and rank them.
+        Train until no member improves on the hold-out set, then restore the best weights of each member and rank the members.
 
-        A fit that diverges (which warns, see ``divergence.py``) or is interrupted leaves everything as it was.
+        If a fit diverges (a warning is issued, see ``divergence.py``) or is interrupted, the previous state is restored.
 
         :param transitions: see ``DynamicsModel.fit``; at least ``min_transitions``
-        :param progress: called with a few words now and then; what it raises ends the fit
+        :param progress: called from time to time with a short text; it may raise to abort the fit
         :return: ``train_loss``, ``holdout_error`` (mean over elites), ``explained_reward``, ``explained_obs`` of the held-out
-            rows (see :func:`.explained_variance.explained`), ``updates``, ``epochs`` (updates in passes over the data),
-            ``elites``, ``diverged``
-        :raises ValueError: too few transitions
+            rows (see :func:`.explained_variance.explained`), ``updates``, ``epochs`` (passes over the data), ``elites``,
+            ``diverged``
+        :raises ValueError: there are too few transitions
         """
         if (n := len(transitions.observations)) < self.min_transitions:
             raise ValueError(f"fit needs at least {self.min_transitions} transitions, got {n}")
@@ -447,11 +447,11 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def _train(self, data: FitData, progress: Progress, before: LastGood) -> tuple[float, int, bool]:
         """
-        Train, and leave each member with the weights that were best on the hold-out set, those before the fit among them.
+        Train, then restore for each member the weights, including those before the fit, that were best on the hold-out set.
 
-        :param before: judges the weights that the last step left
-        :return: mean loss of the last steps, the number of steps, and whether these weights were sound or anything was learned
-            on the way to them
+        :param before: checks whether the final weights are sound
+        :return: mean loss of the last steps, the number of steps, and whether the final weights were sound or any member has
+            improved before
         """
         weights, bounds = list(self.mlp.parameters()), [self.min_log_variance, self.max_log_variance]
         best, best_bounds = ([part.detach().clone() for part in parts] for parts in (weights, bounds))
@@ -485,7 +485,7 @@ class ProbabilisticEnsemble(DynamicsModel):
 
 
 def _mean(errors: th.Tensor) -> float:
-    """:return: mean of the members' errors that are finite; infinite if none is"""
+    """:return: mean of the finite errors of the members; infinite if there are none"""
     finite = errors[errors.isfinite()]
     return finite.mean().item() if len(finite) else math.inf
 
@@ -493,7 +493,7 @@ def _mean(errors: th.Tensor) -> float:
 def _change(old: Standardizer, new: Standardizer) -> tuple[th.Tensor, th.Tensor]:
     """
     :return: scale and shift with ``old(x) = new(x) * scale + shift``, ``(size,)`` each; 1 and 0 for a dimension that is
-        constant by one of them or whose unit is another by far: what was learned of it says nothing now
+        constant in one of them or whose scale has changed too much, so that what was learned is not valid
     """
     scale, shift = new.std / old.std, (new.mean - old.mean) / old.std
     alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING) & (old.varies > 0.5) & (new.varies > 0.5)

@@ -1,1 +1,1 @@
-"""SAC's update, faster: derivatives written out on the CPU, one CUDA graph on a GPU."""
+"""A faster SAC update: explicit gradients on the CPU, a CUDA graph on a GPU."""

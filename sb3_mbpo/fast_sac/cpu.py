@@ -1,4 +1,4 @@
-"""The fast SAC update: what Stable-Baselines3's ``SAC.train`` computes, with derivatives written out instead of autograd."""
+"""The fast SAC update on the CPU: the same as SB3's ``SAC.train``, with explicit gradients instead of autograd."""
 
 import math
 from collections.abc import Iterable
@@ -17,20 +17,20 @@ from torch import nn
 @th.no_grad()
 def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> None:
     """
-    ``SAC.train`` on given batches, to rounding: same noise from the same random stream, same equations, same log entries.
+    ``SAC.train`` on given batches, equal up to rounding: same noise from the same generator, same equations, same log entries.
 
-    SB3's objects stay the only truth: parameters and optimizer states are changed in place, and nothing outlives the call.
-    Covers what ``uncovered.why_not_fast`` lets pass; does not ask it.
+    The parameters and optimizer states of SB3's objects are changed in place; no other state is kept. Supports the agents
+    that ``eligibility.why_not_fast`` accepts, but does not check them.
 
-    :param agent: the agent whose networks are trained
-    :param batches: one for each update, all of one size
+    :param agent: the agent to train
+    :param batches: one batch per update, all of the same size
     """
     agent.policy.set_training_mode(True)
     optimizers: list[Any] = [agent.actor.optimizer, agent.critic.optimizer]
     optimizers += [] if agent.ent_coef_optimizer is None else [agent.ent_coef_optimizer]
     agent._update_learning_rate(optimizers)
     sources, targets = ([p.detach() for p in net.parameters()] for net in (agent.critic, agent.critic_target))
-    # No gradient is better than that of an update of SB3's, long ago.
+    # Clear stale gradients left by an earlier SB3 update.
     for optimizer in optimizers:
         optimizer.zero_grad()
     update, history = None, []
@@ -52,13 +52,13 @@ def _linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 
 def _adam_step(optimizer: Any, grads: list[th.Tensor]) -> None:
-    """One step of an SB3 optimizer, on its own state, for gradients that autograd never saw."""
+    """One step of an SB3 optimizer, on its own state, with gradients that were not computed by autograd."""
     group = optimizer.param_groups[0]
     states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
-    # The very first step makes the state; the fused operation is private to torch and knows float32 counters only.
+    # The first step creates the state. The fused operation is private in torch, and needs float32 counters.
     if hasattr(th, "_fused_adam_") and all(state and state["step"].dtype == th.float32 for state in states):
         averages, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        th._foreach_add_(steps, th.ones(()), alpha=1)  # a number would be made a tensor once for each counter
+        th._foreach_add_(steps, th.ones(()), alpha=1)  # a number would be converted to a tensor for each counter
         beta1, beta2 = group["betas"]
         options: Any = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0}
         th._fused_adam_(group["params"], grads, averages, squares, [], steps, amsgrad=False, maximize=False, **options)
@@ -70,7 +70,7 @@ def _adam_step(optimizer: Any, grads: list[th.Tensor]) -> None:
 
 
 class _Hidden:
-    """Layers ``h_l = relu(W_l h_{l-1} + b_l)`` on SB3's own weights, for ``rows`` inputs, ``learnt`` of them in the loss."""
+    """Layers ``h_l = relu(W_l h_{l-1} + b_l)`` on SB3's weights, for ``rows`` inputs; the first ``learnt`` are in the loss."""
 
     def __init__(self, linears: list[nn.Linear], rows: int, learnt: int) -> None:
         self.weights = [linear.weight.detach() for linear in linears]
@@ -88,7 +88,7 @@ class _Hidden:
         return x
 
     def backward(self, x: th.Tensor) -> None:
-        """From ``deltas[-1]``, the loss by the last output, to ``grads``."""
+        """Compute ``grads`` from ``deltas[-1]``, the gradient of the last output."""
         for i in reversed(range(len(self.weights))):
             delta = _through_relu(self.deltas[i], self.learnt[i])
             th.sum(delta, 0, out=self.grads[2 * i + 1])
@@ -117,14 +117,14 @@ class _Critic:
         th.addmv(self.bias, self.hidden.forward(x), self.weight[0], out=q)
 
     def backward(self, x: th.Tensor, delta: th.Tensor) -> None:
-        """From ``delta (B,)``, the loss by ``Q(x)``, to ``grads``."""
+        """Compute ``grads`` from ``delta (B,)``, the gradient of ``Q(x)``."""
         th.mm(delta.unsqueeze(0), self.hidden.outputs[-1], out=self.grads[-2])
         th.sum(delta, 0, keepdim=True, out=self.grads[-1])
         th.mm(delta.unsqueeze(1), self.weight, out=self.hidden.deltas[-1])
         self.hidden.backward(x)
 
     def action_gradient(self, chosen: th.Tensor, obs_dim: int) -> th.Tensor:
-        """``dQ/da (action_dim, n)`` in the rows ``chosen (n,)`` of the last forward pass."""
+        """:return: ``dQ/da (action_dim, n)`` for the rows ``chosen (n,)`` of the last forward pass"""
         net, n = self.hidden, len(chosen)
         delta = net.deltas[-1][:n].copy_(self.weight.expand(n, -1))
         for i in reversed(range(len(net.weights))):
@@ -135,7 +135,7 @@ class _Critic:
 
 
 class _Actor:
-    """The squashed Gaussian policy, for ``rows`` states and as many next states; what is per action is ``(action_dim, N)``."""
+    """The squashed Gaussian policy, for ``rows`` states and ``rows`` next states. Actions are ``(action_dim, N)``."""
 
     def __init__(self, actor: Actor, rows: int) -> None:
         self.hidden, self.heads = _Hidden(_linears(actor.latent_pi), 2 * rows, rows), _linears([actor.mu, actor.log_std])  # type: ignore
@@ -147,7 +147,7 @@ class _Actor:
         return th.cat([getattr(head, name) for head in self.heads])
 
     def forward(self, obs: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """``a = tanh(mean + std * noise)``, and ``log pi(a | s)``, ``(N,)``."""
+        """:return: ``a = tanh(mean + std * noise)`` and ``log pi(a | s)``, ``(N,)``"""
         self.weight, bias = self._stacked("weight"), self._stacked("bias").unsqueeze(1)
         mean, self.raw_log_std = th.addmm(bias, self.weight, self.hidden.forward(obs).t()).chunk(2)
         self.log_std = self.raw_log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
@@ -158,7 +158,7 @@ class _Actor:
         return self.actions, terms.sum(0).add_(len(noise) * 0.5 * math.log(2 * math.pi)).neg_()
 
     def backward(self, obs: th.Tensor, dq: th.Tensor, alpha: th.Tensor) -> None:
-        """From ``dq = dQ/da`` to ``grads`` of ``mean(alpha log pi - Q)`` over the first columns, those of ``obs``."""
+        """Compute ``grads`` of ``mean(alpha log pi - Q)`` over the first columns, those of ``obs``, from ``dq = dQ/da``."""
         n = len(obs)
         actions, slope, alpha = self.actions[:, :n], self.slope[:, :n], alpha / n
         by_mean = slope * (2 * alpha * actions / (slope + self.epsilon) - dq / n)
@@ -172,13 +172,13 @@ class _Actor:
 
 
 class _Update:
-    """One gradient step of SAC on an agent's own networks and optimizers, for batches of ``rows``; the targets stay."""
+    """One gradient step of SAC on an agent's networks and optimizers, for batches of ``rows``, without the target update."""
 
     def __init__(self, agent: SAC, rows: int) -> None:
         self.agent, self.actor = agent, _Actor(agent.actor, rows)
         self.critics = [_Critic(network, rows) for network in agent.critic.q_networks]  # type: ignore
         self.targets = [_Critic(network, rows) for network in agent.critic_target.q_networks]  # type: ignore
-        shared = self.critics[0].hidden  # never needed at the same time; the fewer buffers, the more of them in the cache
+        shared = self.critics[0].hidden  # never needed at the same time; with fewer buffers, more of them fit the cache
         for critic, target in zip(self.critics, self.targets, strict=True):
             critic.hidden.deltas, critic.hidden.picked, target.hidden.outputs = shared.deltas, shared.picked, shared.deltas
         new, action_dim = self.critics[0].weight.new_empty, len(self.actor.weight_grads) // 2
@@ -188,13 +188,17 @@ class _Update:
         self.q, self.dq, self.noise = new(len(self.critics), rows), new(action_dim, rows), new(2, rows, action_dim)
 
     def __call__(self, data: ReplayBufferSamples) -> list[th.Tensor]:
-        """Learn from a batch; returns the entropy coefficient, the losses of actor and critics, and its own if it has one."""
+        """
+        Learn from a batch.
+
+        :return: entropy coefficient, losses of actor and critics, and the loss of the entropy coefficient if it is learned
+        """
         space, normalize = self.agent.observation_space, self.agent.policy.normalize_images
         for part, raw in zip(self.obs, (data.observations, data.next_observations), strict=False):
             part.copy_(preprocess_obs(raw, space, normalize).flatten(1))  # type: ignore[union-attr]
         self.obs[2].copy_(self.obs[0])
         self.actions[2].copy_(data.actions)
-        for noise in self.noise:  # drawn one by one, as by SB3
+        for noise in self.noise:  # drawn one after the other, as in SB3
             noise.normal_()
         actions, log_probs = self.actor.forward(self.obs[:2].flatten(0, 1), self.noise.flatten(0, 1).t())
         self.actions[:2].copy_(actions.t().unflatten(0, (2, -1)))
@@ -204,7 +208,7 @@ class _Update:
         return [alpha, self._actor_step(alpha, log_prob), critic_loss, *ent_coef_loss]
 
     def _ent_coef_step(self, log_prob: th.Tensor) -> list[th.Tensor]:
-        """``J(alpha) = -log alpha mean(log pi + target entropy)``; returns alpha before the step and, if learned, the loss."""
+        """``J(alpha) = -log alpha mean(log pi + target entropy)``. Returns alpha before the step and, if learned, the loss."""
         agent: Any = self.agent
         if agent.ent_coef_optimizer is None:
             return [agent.ent_coef_tensor.to(log_prob.dtype).view(1)]
@@ -226,7 +230,7 @@ class _Update:
         return self.q.square().sum().view(1) / (2 * len(returns))
 
     def _actor_step(self, alpha: th.Tensor, log_prob: th.Tensor) -> th.Tensor:
-        """``J(pi) = mean(alpha log pi(a | s) - min_i Q_i(s, a))``: in each row only the least critic passes a gradient on."""
+        """``J(pi) = mean(alpha log pi(a | s) - min_i Q_i(s, a))``: the gradient of each row comes from its smallest critic."""
         for critic, q in zip(self.critics, self.q, strict=True):
             critic.forward(self.inputs[0], q)
         values, least = self.q.min(0)

@@ -1,4 +1,4 @@
-"""The SAC update on a GPU: the equations of ``sac_update`` in fixed shapes, captured once as a CUDA graph, then replayed."""
+"""The fast SAC update on a GPU: the equations of ``cpu.py`` with fixed shapes, captured once as a CUDA graph and replayed."""
 
 import math
 import warnings
@@ -17,23 +17,23 @@ from sb3_mbpo.fast_sac.side_stream import SideStream
 from sb3_mbpo.fast_sac.stacks import LEAD, Stack, lead_of
 from sb3_mbpo.fast_sac.static_memory import SACMemory, adam_settings, optimizers_of
 
-# What was captured for an agent, and for which settings; not an attribute, so that it is neither saved nor copied with it.
+# Captured updates of agents with their settings. Not an attribute of the agent, so that it is not saved or copied.
 _UPDATES: "WeakKeyDictionary[SAC, tuple[Any, _Update | None]]" = WeakKeyDictionary()
 
 
 @th.no_grad()
 def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
     """
-    ``SAC.train`` on given batches, to rounding: same noise from the same random stream, same equations, same log entries.
+    ``SAC.train`` on given batches, equal up to rounding: same noise from the same generator, same equations, same log entries.
 
-    Between calls, SB3's objects are the only truth: parameters and optimizer states are read at the start and written at the
-    end. What CUDA captured stays, and is captured anew when shapes or Adam's settings change. Where Adam's counters are on the
-    CPU, the host waits for the GPU once, to log. Covers what ``uncovered.why_not_fast`` and ``sac_memory.why_not_static`` let
-    pass; does not ask them. On a CPU the same code runs uncaptured.
+    Parameters and optimizer states are read from SB3's objects at the start of a call and written back at the end. The CUDA
+    graph is kept, and captured again when shapes or Adam's settings change. If Adam's counters are on the CPU, the host waits
+    for the GPU only once, to log. Supports the agents that ``eligibility.why_not_fast`` and ``static_memory.why_not_static``
+    accept, but does not check them. On a CPU, the same code runs without a capture.
 
-    :param agent: the agent whose networks are trained
-    :param batches: one for each update, all of one size
-    :return: whether it was done; ``False`` where the capture failed (which warns once), and the agent is as before
+    :param agent: the agent to train
+    :param batches: one batch per update, all of the same size
+    :return: whether the updates were done; ``False`` if the capture failed, which warns once and leaves the agent unchanged
     """
     agent._update_learning_rate(optimizers_of(agent))
     update, n_updates = None, 0
@@ -48,7 +48,7 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
         n_updates += 1
     assert update is not None
     update.memory.write(agent, n_updates)
-    # Of no effect on what stands above, and here it takes no time: the GPU is still busy.
+    # This does not affect the update, and costs no time here because the GPU is still busy.
     agent.policy.set_training_mode(True)
     for optimizer in optimizers_of(agent):
         optimizer.zero_grad()
@@ -61,7 +61,7 @@ def train(agent: SAC, batches: Iterable[ReplayBufferSamples]) -> bool:
 
 
 def _update_for(agent: SAC, batch: ReplayBufferSamples) -> "_Update | None":
-    """The update captured for this agent and batches like this one; ``None`` where that was tried in vain."""
+    """:return: the captured update for this agent and batches of this shape; ``None`` if the capture failed"""
     groups = [optimizer.param_groups[0] for optimizer in optimizers_of(agent)]
     adams = [(g["betas"], g["eps"], [(p.shape, p.dtype, p.device) for p in g["params"]]) for g in groups]
     epsilon, together = agent.actor.action_dist.epsilon, len({*adam_settings(agent)[1:]})  # type: ignore[union-attr]
@@ -73,7 +73,7 @@ def _update_for(agent: SAC, batch: ReplayBufferSamples) -> "_Update | None":
 
 
 def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update | None":
-    """An update whose ``run`` replays a CUDA graph, after the pattern of https://pytorch.org/docs/stable/notes/cuda.html."""
+    """:return: update whose ``run`` replays a CUDA graph, see https://pytorch.org/docs/stable/notes/cuda.html"""
     if device.type != "cuda":
         return _Update(agent, batch)
     generator = th.cuda.default_generators[device.index]
@@ -81,7 +81,7 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
     try:
         update, graph, stream = _Update(agent, batch), th.cuda.CUDAGraph(), th.cuda.Stream(device)
         stream.wait_stream(th.cuda.current_stream(device))
-        # All that the first steps change is read anew, or forked: the noise comes from the default generator.
+        # The warm-up steps change only memory that is read again, and the forked default generator.
         with th.random.fork_rng([device]), th.cuda.stream(stream):
             for _ in range(3):
                 update.run()
@@ -89,14 +89,14 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
                 try:
                     update.run()
                 finally:
-                    # Or the end of the capture would complain of what is still beside, not of an interruption.
+                    # Otherwise, an interruption would be hidden by an error about the side stream at the end of the capture.
                     update.side.join()
         th.cuda.current_stream(device).wait_stream(stream)
     except BaseException as error:
-        # The first steps may still be at work on memory that is free from here on.
+        # The warm-up steps may still use memory that is freed from here on.
         th.cuda.synchronize(device)
-        # The generator would go on believing in the capture, and refuse to draw. What was captured before draws from the state
-        # that is replaced, so it has to be captured anew.
+        # Replace the generator's state: it would still be in capture mode and refuse to draw. Earlier graphs draw from the
+        # replaced state, so they must be captured again.
         generator.graphsafe_set_state(random_state)
         for other in [other for other, (_, known) in _UPDATES.items() if known is not None]:
             del _UPDATES[other]
@@ -110,7 +110,7 @@ def _captured(agent: SAC, batch: ReplayBufferSamples, device: Any) -> "_Update |
 
 
 class _Actions:
-    """Actions ``values (N, action_dim)`` of the squashed Gaussian, and what derivatives need."""
+    """Actions ``values (N, action_dim)`` of the squashed Gaussian, and the intermediate results for gradients."""
 
     def __init__(self, heads: th.Tensor, noise: th.Tensor) -> None:
         mean, self.raw_log_std = heads.chunk(2, dim=1)
@@ -119,14 +119,14 @@ class _Actions:
         self.values = (mean + self.spread).tanh_()
 
     def log_probs(self, noise: th.Tensor, epsilon: float, one: th.Tensor) -> th.Tensor:
-        """``log pi`` of each row, ``(N,)``; called once, before :meth:`backward`."""
+        """:return: ``log pi`` of each row ``(N,)``; must be called before :meth:`backward`"""
         self.slope = th.addcmul(one, self.values, self.values, value=-1)
         self.lifted_slope = self.slope + epsilon
         terms = th.addcmul(self.log_std, noise, noise, value=0.5).add_(self.lifted_slope.log())
         return -noise.shape[1] * 0.5 * math.log(2 * math.pi) - terms.sum(1)
 
     def backward(self, dq: th.Tensor, scale: th.Tensor, out: th.Tensor) -> None:
-        """``<dq, a> - sum(scale log pi)`` of the first ``len(dq)`` rows, by mean and log_std: ``out``, side by side."""
+        """Store in ``out`` the gradients of ``<dq, a> - sum(scale log pi)`` for mean and log_std of the first rows."""
         n = len(dq)
         by_mean, by_log_std = out.chunk(2, dim=1)
         by_action = th.addcmul(dq, self.values[:n] / self.lifted_slope[:n], scale, value=-2)
@@ -136,7 +136,7 @@ class _Actions:
 
 
 class _Update:
-    """One gradient step of SAC in static memory, for batches like the one given; keeps nothing of the agent."""
+    """One gradient step of SAC in static memory, for batches of the same shape. Does not keep a reference to the agent."""
 
     def __init__(self, agent: Any, batch: ReplayBufferSamples) -> None:
         self.memory = memory = SACMemory(agent)
@@ -146,7 +146,7 @@ class _Update:
         self.actor = Stack(memory.actor, memory.pi_shapes, (2, self.rows), self.side)
         self.all_critics = Stack(memory.all_critics, memory.q_shapes, (2 * self.n, self.rows), self.side)
         self.critics = Stack(memory.critics, memory.q_shapes, (self.n, self.rows), self.side)
-        # Side by side, once for each critic: (s, pi(s)), (s', pi(s')), (s, a); then done, reward and, if it varies, discount.
+        # Concatenated, once per critic: (s, pi(s)), (s', pi(s')), (s, a); then done, reward and, if it varies, discount.
         width = LEAD + self.obs_dim + heads // 2
         self.batch = new(self.rows, 3 * self.n * width + 2 + (batch.discounts is not None))
         inputs, outcomes = self.batch.tensor_split([3 * self.n * width], dim=1)
@@ -154,13 +154,13 @@ class _Update:
         self.epsilon, self.lead = agent.actor.action_dist.epsilon, lead_of(self.rows, memory.actor)
         self.noise, self.by_heads = new(2, self.rows, heads // 2), new(1, self.rows, heads)
         self.one, self.gamma, self.rate, self.minus_target_entropy = (new(1) for _ in range(4))
-        # What is logged: alpha and the losses of actor, critics and, if it is learned, alpha.
+        # Logged values: alpha and the losses of actor, critics and, if it is learned, alpha.
         self.logged = new(3 + (memory.log_alpha is not None))
         self.sums, self.last_rate = th.zeros_like(self.logged, dtype=th.float64), 0.0
         self.one.fill_(1)
 
     def read(self, agent: Any) -> None:
-        """Take over what SB3's objects hold."""
+        """Read parameters, optimizer states and settings from SB3's objects."""
         self.memory.read(agent)
         if self.memory.log_alpha is None:
             self.logged[:1].copy_(agent.ent_coef_tensor)
@@ -170,34 +170,34 @@ class _Update:
         self.sums.zero_()
 
     def means(self, n_steps: int) -> Any:
-        """Of what is logged, over ``n_steps``; waits for the GPU."""
+        """:return: means of the logged values over ``n_steps``; waits for the GPU"""
         sums = np.array(self.sums.tolist())
-        # So far the sum of squared errors.
+        # This is the sum of squared errors.
         sums[2] /= 2 * self.rows
         return sums / n_steps
 
     def put(self, agent: Any, data: ReplayBufferSamples, rate: float) -> None:
-        """Lay a batch, and the share of the critics that goes into their targets, where ``run`` looks for them."""
+        """Store a batch, and the rate of the target update, for the next ``run``."""
         raw, options = (data.observations, data.next_observations), (agent.observation_space, agent.policy.normalize_images)
         obs, next_obs = (preprocess_obs(part, *options).flatten(1) for part in raw)  # type: ignore[union-attr]
-        # The first two actions only keep the place of the policy's.
+        # The first two actions are placeholders for the policy's.
         inputs = [part for each in (obs, next_obs, obs) for part in self.n * [self.lead, each, data.actions]]
         discounts = [] if data.discounts is None else [data.discounts]
         th.cat([*inputs, data.dones, data.rewards, *discounts], dim=1, out=self.batch)
-        # Asking the tensor would be to wait, filling it each time a launch more.
+        # Reading the tensor would wait for the GPU, and filling it each time would be one more launch.
         if rate != self.last_rate:
             self.rate.fill_(rate)
             self.last_rate = rate
 
     def run(self) -> None:
-        """Learn from the batch. All of it is captured: it must neither wait for the GPU nor depend on values."""
-        # What is read beside has a name here, or its memory would be handed on before the join.
-        for noise in self.noise:  # drawn one by one, as by SB3
+        """Learn from the batch. This is captured, so it must not wait for the GPU or depend on values."""
+        # Inputs of the side stream need a name here. Otherwise, their memory would be reused before the join.
+        for noise in self.noise:  # drawn one after the other, as in SB3
             noise.normal_()
         outputs = self.actor.forward(self.inputs[: 2 * self.n : self.n, :, : LEAD + self.obs_dim])
         noise = self.noise.flatten(0, 1)
         actions = _Actions(outputs[-1].flatten(0, 1), noise)
-        # Until the next update, alpha is what it was before this one's step.
+        # alpha is the value before this update's step.
         alpha = self.logged[:1]
         with self.side.beside():
             log_probs = actions.log_probs(noise, self.epsilon, self.one)
@@ -218,7 +218,7 @@ class _Update:
         self.sums += self.logged
 
     def _alpha_gradient(self, log_probs: th.Tensor) -> None:
-        """``J(alpha) = -log alpha mean(log pi + target entropy)``, where alpha is learned."""
+        """``J(alpha) = -log alpha mean(log pi + target entropy)``, if alpha is learned."""
         log_alpha, grad = self.memory.log_alpha, self.memory.alpha_grad
         if log_alpha is not None and grad is not None:
             th.exp(log_alpha, out=self.logged[:1])
@@ -226,7 +226,7 @@ class _Update:
             th.mul(log_alpha, grad, out=self.logged[3:])
 
     def _critic_step(self, penalty: th.Tensor) -> th.Tensor:
-        """``J(Q) = 1/2 sum_i mean (Q_i(s, a) - r - (1 - done) gamma (min_j Q'_j(s', a') - penalty))^2``; these errors."""
+        """:return: errors in ``J(Q) = 1/2 sum_i mean (Q_i(s, a) - r - (1 - done) gamma (min_j Q'_j(s', a') - penalty))^2``"""
         outputs = self.all_critics.forward(self.inputs[self.n :])
         self.side.join()
         dones, rewards, *discounts = self.outcomes
@@ -239,7 +239,7 @@ class _Update:
         return errors
 
     def _least_critic(self) -> tuple[th.Tensor, th.Tensor]:
-        """``min_i Q_i(s, pi(s)) (B,)``, and ``-1/B`` of it by the action, ``(B, action_dim)``."""
+        """:return: ``min_i Q_i(s, pi(s)) (B,)``, and ``-1/B`` times its gradient in the action, ``(B, action_dim)``"""
         outputs = self.critics.forward(self.inputs[: self.n])
         values, least = outputs[-1].min(0, keepdim=True)
         delta = self.critics.backward(outputs, th.zeros_like(outputs[-1]).scatter_(0, least, -1 / self.rows))

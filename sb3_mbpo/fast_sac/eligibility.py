@@ -1,4 +1,4 @@
-"""The agents that the fast SAC update does not cover."""
+"""Checks whether the fast SAC update supports an agent."""
 
 from itertools import chain
 from typing import Any
@@ -13,21 +13,21 @@ from torch import nn
 
 _KNOWN_MODULES = (SACPolicy, Actor, ContinuousCritic, FlattenExtractor, nn.Flatten, nn.Sequential, nn.Linear, nn.ReLU)
 _NAMES = {kind: frozenset(dir(kind)) for kind in (*_KNOWN_MODULES, SquashedDiagGaussianDistribution, th.optim.Adam)}
-# Not empty where something else takes part in a forward or backward pass; ``_global_...`` are those of all modules.
+# Attributes that are not empty if there are hooks; ``_global_...`` are the hooks of all modules.
 _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def why_not_fast(agent: SAC, *callers: type) -> str | None:
     """
-    Why our update cannot stand in for this agent's ``SAC.train``; ``None`` where it can.
+    Check whether the fast update can replace this agent's ``SAC.train``.
 
-    Not seen: methods replaced on a class of SB3 or torch, and hooks on all optimizers at once.
+    Methods replaced on a class of SB3 or torch, and hooks on all optimizers, are not detected.
 
-    :param agent: the agent as it is now
-    :param callers: the class whose ``train`` asks, and would else call ``super().train``, if there is one; then classes whose
-        ``train`` may come next, and calls ``super().train``
-    :return: a short phrase for a log line
+    :param agent: the agent in its current state
+    :param callers: the class whose ``train`` calls this, and would otherwise call ``super().train``; then classes whose
+        ``train`` may come next and calls ``super().train``
+    :return: why not, as a short phrase for the log; ``None`` if it can
     """
     train = getattr(getattr(super(callers[0], agent) if callers else agent, "train", None), "__func__", None)
     for caller in callers[1:]:
@@ -39,12 +39,12 @@ def why_not_fast(agent: SAC, *callers: type) -> str | None:
 
 
 def _is_changed(part: Any) -> bool:
-    """Whether an object has something of its own in place of what its class has: a method replaced, itself compiled."""
+    """:return: whether the instance overrides attributes of its class: a method was replaced, or the module was compiled"""
     return not _NAMES[type(part)].isdisjoint(vars(part))
 
 
 def _unknown_network(agent: SAC) -> str | None:
-    """What is not as in SB3's own ``MlpPolicy`` with ReLU."""
+    """:return: how the networks differ from SB3's ``MlpPolicy`` with ReLU, or ``None``"""
     actor: Any = agent.actor
     critics: tuple[Any, ...] = (agent.critic, agent.critic_target)
     # Compiled or not, SB3 trains the actor and the critics as they are.
@@ -59,7 +59,7 @@ def _unknown_network(agent: SAC) -> str | None:
         return "custom action distribution"
     if any(map(_is_changed, [*modules, actor.action_dist])):
         return "compiled modules or replaced methods"
-    # To ask a module for what it does not have takes long: each kind for its own hooks.
+    # Looking up a missing attribute of a module is slow, so each kind is checked only for its own hooks.
     tensors = [*chain(*(module._parameters.values() for module in modules)), agent.log_ent_coef]
     of_modules = [getattr(module, hooks) for module in modules for hooks in _MODULE_HOOKS]
     of_tensors = [getattr(tensor, hooks) for tensor in tensors if tensor is not None for hooks in _TENSOR_HOOKS]
@@ -75,7 +75,7 @@ def _unknown_network(agent: SAC) -> str | None:
 
 
 def _unknown_optimizer(agent: SAC) -> str | None:
-    """What is not plain Adam over all parameters of one network, all of them float32 on the CPU or on one GPU."""
+    """:return: how the optimizers differ from plain Adam over all float32 parameters of a network, or ``None``"""
     actor, critic = agent.actor, agent.critic
     layers: list[list[Any]] = [[*actor.latent_pi, actor.mu, actor.log_std], [*chain(*critic.q_networks)]]  # type: ignore
     parameters = [[p for layer in part if isinstance(layer, nn.Linear) for p in (layer.weight, layer.bias)] for part in layers]
@@ -98,7 +98,7 @@ def _unknown_optimizer(agent: SAC) -> str | None:
 
 
 def _unknown_critics(agent: SAC) -> str | None:
-    """What is not critics of one shape, and the same once more as targets, in tensors of their own."""
+    """:return: how the critics differ from critics of equal shape with separate targets of the same shape, or ``None``"""
     networks: Any = (agent.critic, agent.critic_target)
     critic, target = ([*network.parameters()] for network in networks)
     kinds = [[(p.shape, p.dtype, p.device) for p in parameters] for parameters in (critic, target)]

@@ -1,4 +1,4 @@
-"""A second stream of a GPU, for work that the main one need not wait for at once."""
+"""A second CUDA stream, for work that the main stream does not need immediately."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,21 +8,21 @@ import torch as th
 
 class SideStream:
     """
-    Launches that run beside those of the current stream, also where both become one CUDA graph; on a CPU, each in its turn.
+    Runs operations in parallel with the current stream, also inside a CUDA graph. On a CPU, they run sequentially.
 
-    Before :meth:`join`, what they read must neither be freed nor overwritten, and what they write must not be read.
+    Before :meth:`join`, the inputs of these operations must not be freed or overwritten, and their outputs must not be read.
 
-    :param device: where the work is done
+    :param device: Device of the operations
     """
 
     def __init__(self, device: th.device) -> None:
         self._stream = th.cuda.Stream(device) if device.type == "cuda" else None
-        # In a capture, to wait for a stream that takes no part in it is an error.
+        # During a capture, waiting for a stream that is not part of it is an error.
         self._to_join = False
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is launched within waits for all that was launched before, and nothing waits for it before :meth:`join`."""
+        """Operations inside this context wait for all earlier ones. Later ones do not wait for them before :meth:`join`."""
         if self._stream is None:
             yield
             return
@@ -32,7 +32,7 @@ class SideStream:
             yield
 
     def join(self) -> None:
-        """What is launched from now on waits for all that runs beside, if anything does."""
+        """Later operations wait for all operations of this stream."""
         if self._stream is not None and self._to_join:
             th.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._to_join = False

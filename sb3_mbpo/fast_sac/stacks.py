@@ -1,4 +1,4 @@
-"""Networks of one shape side by side in static memory: few operations for all of them, and always at the same addresses."""
+"""Networks of equal shape in one block of static memory: few operations for all of them, and constant addresses."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -9,12 +9,12 @@ from torch.optim.adam import adam
 
 from sb3_mbpo.fast_sac.side_stream import SideStream
 
-# Numbers in front of each input, a one and zeros, and of each row of weights, a bias and zeros: one product does both.
-# Four, so that what comes after them begins where a GPU likes to read, if layers are a multiple of four wide.
+# Number of values before each input (a one and zeros) and before each row of weights (a bias and zeros): one matrix product
+# then includes the bias. Four values keep the rest aligned if layer sizes are multiples of four.
 LEAD = 4
-# Numbers: so do whole networks, and their moments for Adam.
+# Networks and their Adam moments start at multiples of this many values.
 _ALIGNMENT = 64
-# Numbers: the fused kernel of Adam gives a short tensor to one block of threads, so the work on a long one is divided.
+# Long tensors are split into pieces of this many values, because Adam's fused kernel uses one thread block per short tensor.
 _PIECE = 4096
 
 Shapes = list[tuple[int, int]]
@@ -25,17 +25,17 @@ def _sizes(shapes: Shapes) -> list[int]:
 
 
 def aligned(size: int) -> int:
-    """The room for so many numbers."""
+    """:return: number of values that ``size`` values take in memory, with alignment"""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def row_size(shapes: Shapes) -> int:
-    """The room for a network with layers of these shapes ``(out, in)``."""
+    """:return: number of values that a network with layers of these shapes ``(out, in)`` takes in memory"""
     return aligned(sum(_sizes(shapes)))
 
 
 def layers_of(rows: th.Tensor, shapes: Shapes) -> list[th.Tensor]:
-    """The parts of ``rows (n, row_size)`` that are ``[bias, 0, 0, 0, weight]``, ``(n, out, LEAD + in)``, layer by layer."""
+    """:return: for each layer, its part ``[bias, 0, 0, 0, weight]`` of ``rows (n, row_size)``, ``(n, out, LEAD + in)``"""
     sizes = _sizes(shapes)
     parts = rows[:, : sum(sizes)].split(sizes, dim=1)
     return [part.unflatten(1, (n_out, -1)) for part, (n_out, _) in zip(parts, shapes, strict=True)]
@@ -43,11 +43,12 @@ def layers_of(rows: th.Tensor, shapes: Shapes) -> list[th.Tensor]:
 
 def views_of(rows: th.Tensor, shapes: Shapes, heads: int = 1) -> list[th.Tensor]:
     """
-    The parts of ``rows`` that stand for weight and bias of each linear layer in turn, network by network.
+    The parts of ``rows`` with weight and bias of each linear layer, ordered by network and layer.
 
-    :param rows: ``(n, row_size)``
+    :param rows: memory of ``n`` networks ``(n, row_size)``
     :param shapes: ``(out, in)`` of each layer
-    :param heads: linear layers that the last one consists of
+    :param heads: number of linear layers that are combined in the last one
+    :return: views of ``rows``
     """
     layers = layers_of(rows, shapes)
     parts = [part for network in zip(*layers, strict=True) for part in (*network[:-1], *network[-1].chunk(heads))]
@@ -55,7 +56,7 @@ def views_of(rows: th.Tensor, shapes: Shapes, heads: int = 1) -> list[th.Tensor]
 
 
 def lead_of(rows: int, like: th.Tensor) -> th.Tensor:
-    """What stands in front of an input: a one and zeros, ``(rows, LEAD)``."""
+    """:return: the values before an input: a one and zeros, ``(rows, LEAD)``"""
     return like.new_tensor([1.0] + [0.0] * (LEAD - 1)).repeat(rows, 1)
 
 
@@ -63,10 +64,10 @@ class Stack:
     """
     ``n`` networks of linear layers with ReLU between them.
 
-    :param rows: their parameters ``(n, row_size)``
+    :param rows: Their parameters ``(n, row_size)``
     :param shapes: ``(out, in)`` of each layer
-    :param inputs: how many inputs there will be, ``(m, B)``; ``m`` is ``n``, or any number if ``n`` is one
-    :param side: where gradients are computed, beside what the next layer waits for
+    :param inputs: Shape ``(m, B)`` of the inputs; ``m`` is ``n``, or any number if ``n`` is 1
+    :param side: Stream for the gradients of the weights, which the next layer does not need
     """
 
     def __init__(self, rows: th.Tensor, shapes: Shapes, inputs: tuple[int, int], side: SideStream) -> None:
@@ -76,10 +77,10 @@ class Stack:
 
     def forward(self, x: th.Tensor) -> list[th.Tensor]:
         """
-        ``h_l = relu(h_{l-1} W_l^T + b_l)``, the last without relu.
+        ``h_l = relu(h_{l-1} W_l^T + b_l)``, the last one without relu.
 
-        :param x: ``h_0`` behind its lead, ``(m, B, LEAD + in)``
-        :return: all ``h_l``, ``h_0`` included, each behind its lead but the last; overwritten by the next call
+        :param x: ``h_0`` after its lead, ``(m, B, LEAD + in)``
+        :return: all ``h_l`` including ``h_0``, each after its lead except the last; overwritten by the next call
         """
         outputs = [x, *self._hidden]
         for layer, before, hidden in zip(self.layers, outputs, self._hidden, strict=False):
@@ -89,11 +90,13 @@ class Stack:
 
     def backward(self, outputs: list[th.Tensor], delta: th.Tensor, grads: Sequence[th.Tensor] = ()) -> th.Tensor:
         """
-        :param outputs: of :meth:`forward`, ``n`` of them; the last one is not looked at
-        :param delta: the loss by the last output, ``(n, B, out)``
-        :param grads: where the loss by each layer goes, if it is wanted: :func:`layers_of` rows of their own; then all that
-            runs beside is joined
-        :return: the loss by the first layer's output, before its relu
+        Compute gradients.
+
+        :param outputs: outputs of :meth:`forward` for ``n`` inputs; the last one is not used
+        :param delta: gradient of the last output, ``(n, B, out)``
+        :param grads: :func:`layers_of` separate rows, where the gradients of the layers are stored, and the side stream is
+            joined; empty: they are not computed
+        :return: gradient of the first layer's output, before its relu
         """
         deltas = [delta]
         for i in reversed(range(len(self.layers))):
@@ -101,7 +104,7 @@ class Stack:
                 with self._side.beside():
                     th.bmm(deltas[-1].transpose(1, 2), outputs[i], out=grads[i])
             if i > 0:
-                # delta W_i where h_i > 0: relu's derivative, in one operation.
+                # delta W_i where h_i > 0: the gradient of relu, in one operation.
                 delta = th.bmm(deltas[-1], self.layers[i][:, :, LEAD:])
                 deltas.append(th.ops.aten.threshold_backward(delta, outputs[i][:, :, LEAD:], 0))
         if grads:
@@ -111,41 +114,41 @@ class Stack:
 
 class Mirror:
     """
-    Memory that holds the numbers of other tensors in an order of its own, with zeros between them.
+    Memory with a copy of other tensors, in a different order and with zeros between them.
 
-    :param memory: ``(N,)``; zero where no view looks
-    :param views: given ``memory`` or its like, the parts that stand for the tensors, in their order, of their sizes
+    :param memory: The memory ``(N,)``; zero outside of all views
+    :param views: Maps ``memory``, or a tensor of its shape, to the parts that correspond to the tensors, in their order
     """
 
     def __init__(self, memory: th.Tensor, views: Callable[[th.Tensor], list[th.Tensor]]) -> None:
         self.memory, self._zero = memory, memory.new_zeros(1)
         parts = views(index := th.zeros(memory.shape, dtype=th.int64))
         self._sizes = [part.numel() for part in parts]
-        # Of each place in memory its place among all numbers of the tensors, after a zero; and the other way round.
+        # Index in memory -> index among all values of the tensors, after a zero; and the inverse.
         for part, numbers in zip(parts, (1 + th.arange(sum(self._sizes))).split(self._sizes), strict=True):
             part.copy_(numbers.view_as(part))
         places = index.argsort(stable=True)[len(index) - sum(self._sizes) :]
         self._index, self._places = index.to(memory.device), places.to(memory.device)
 
     def read(self, tensors: list[th.Tensor]) -> None:
-        """Take over what the tensors hold."""
+        """Copy the tensors to memory."""
         numbers = th.cat([self._zero, *(tensor.reshape(-1) for tensor in tensors)])
         th.index_select(numbers, 0, self._index, out=self.memory)
 
     def write(self, tensors: list[th.Tensor]) -> None:
-        """Let the tensors hold what stands in memory."""
+        """Copy memory to the tensors."""
         parts = self.memory.index_select(0, self._places).split(self._sizes)
         th._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 class StaticAdam:
     """
-    What Adams without options other than betas and eps do, each on a part of its own; the learning rate is a tensor.
+    Several Adam optimizers with the same settings, without options other than betas and eps. The learning rate is a tensor.
 
-    A number whose gradient and moments are zero stays as it is, unless eps is zero.
+    A parameter whose gradient and moments are zero does not change, unless eps is zero.
 
-    :param group: their settings, as in ``param_groups``
-    :param parts: of each, parameters, gradients, first and second moments: ``(N,)``
+    :param group: Settings of the optimizers, as in ``param_groups``
+    :param parts: For each optimizer: parameters, gradients, first and second moments, each ``(N,)``
     """
 
     def __init__(self, group: Any, parts: Sequence[Sequence[th.Tensor]]) -> None:
@@ -154,17 +157,17 @@ class StaticAdam:
         pieces = [[tensor.split(_PIECE) for tensor in part] for part in parts]
         self._pieces: list[Any] = [[*chain(*tensors)] for tensors in zip(*pieces, strict=True)]
         counts = [len(values) for values, *_ in pieces]
-        # The fused kernel knows float32 counters only.
+        # The fused kernel needs float32 counters.
         counters = th.zeros(sum(counts), dtype=th.float32, device=self.learning_rate.device)
         self._steps, self._counters_of = list(counters.unbind()), counters.split(counts)
 
     def set_counters(self, counts: Sequence[float]) -> None:
-        """:param counts: the steps so far of each part"""
+        """:param counts: number of steps so far of each optimizer"""
         for counters, count in zip(self._counters_of, counts, strict=True):
             counters.fill_(count)
 
     def step(self) -> None:
-        """One step from the gradients."""
+        """Do one step with the current gradients."""
         params, grads, averages, squares = self._pieces
         options: Any = {"lr": self.learning_rate, "beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "fused": True}
         adam(params, grads, averages, squares, [], self._steps, amsgrad=False, maximize=False, weight_decay=0.0, **options)

@@ -1,4 +1,4 @@
-"""The networks of a SAC agent, and the moments of their optimizers, in one piece of memory that stays where it is."""
+"""The networks of a SAC agent and their optimizers' moments in one block of memory with constant addresses."""
 
 from itertools import groupby
 from typing import Any
@@ -11,13 +11,13 @@ from sb3_mbpo.fast_sac.stacks import Mirror, StaticAdam, aligned, layers_of, row
 
 
 def optimizers_of(agent: Any) -> list[Any]:
-    """In the order in which their parameters stand in memory: critics, actor and, if it is learned, log alpha."""
+    """:return: optimizers of critics, actor and, if it is learned, log alpha: the order of their parameters in memory"""
     optional = [] if agent.ent_coef_optimizer is None else [agent.ent_coef_optimizer]
     return [agent.critic.optimizer, agent.actor.optimizer, *optional]
 
 
 def counts_of(agent: SAC) -> list[set[float]]:
-    """The steps so far of each optimizer's parameters."""
+    """:return: for each optimizer, the different numbers of steps of its parameters"""
     counts = []
     for optimizer in optimizers_of(agent):
         states = [optimizer.state.get(parameter) for parameter in optimizer.param_groups[0]["params"]]
@@ -27,17 +27,20 @@ def counts_of(agent: SAC) -> list[set[float]]:
 
 
 def why_not_static(agent: SAC) -> str | None:
-    """What keeps :class:`SACMemory` from standing in for an agent's optimizers, as a short phrase; ``None``: nothing."""
+    """
+    :param agent: the agent in its current state
+    :return: why :class:`SACMemory` cannot replace its optimizers, as a short phrase; ``None`` if it can
+    """
     if any(len(counts) > 1 for counts in counts_of(agent)):
         return "on a GPU, unequal numbers of steps of one optimizer's parameters"
-    # What stands between the parameters would not stay zero.
+    # The values between the parameters would not stay zero.
     if not all(np.float32(optimizer.param_groups[0]["eps"]) > 0 for optimizer in optimizers_of(agent)):
         return "on a GPU, an eps of zero"
     return None
 
 
 def _originals(agent: Any) -> tuple[list[th.Tensor], list[th.Tensor]]:
-    """SB3's tensors in the order of ``SACMemory``, and their counters; states are made and kept as by Adam."""
+    """:return: SB3's tensors in the order of ``SACMemory``, and Adam's counters; missing Adam states are created"""
     parameters, averages, squares, counters = [], [], [], []
     for group, states in ((optimizer.param_groups[0], optimizer.state) for optimizer in optimizers_of(agent)):
         for parameter in group["params"]:
@@ -46,7 +49,7 @@ def _originals(agent: Any) -> tuple[list[th.Tensor], list[th.Tensor]]:
                 state["step"] = th.zeros((), device=parameter.device if group["fused"] else "cpu")
                 state["exp_avg"], state["exp_avg_sq"] = th.zeros_like(parameter), th.zeros_like(parameter)
             elif not group["fused"]:
-                # SB3 loads it onto the GPU, where to read it is to wait.
+                # SB3 loads it to the GPU, where reading it would wait for the GPU.
                 state["step"] = state["step"].cpu()
             parameters.append(parameter)
             averages.append(state["exp_avg"])
@@ -56,7 +59,7 @@ def _originals(agent: Any) -> tuple[list[th.Tensor], list[th.Tensor]]:
 
 
 def adam_settings(agent: SAC) -> list[tuple[Any, ...]]:
-    """By which optimizers can take a step together."""
+    """:return: settings of each optimizer; optimizers with equal settings can do a step together"""
     groups = (optimizer.param_groups[0] for optimizer in optimizers_of(agent))
     return [(*group["betas"], group["eps"], group["lr"]) for group in groups]
 
@@ -65,7 +68,7 @@ class SACMemory:
     """
     Target critics, critics, actor and log alpha, then first and second moments of the last three.
 
-    :param agent: whose shapes and settings of Adam it is for; nothing of it is kept
+    :param agent: The agent, whose shapes and Adam settings are used; no reference to it is kept
     """
 
     def __init__(self, agent: Any) -> None:
@@ -80,7 +83,7 @@ class SACMemory:
         self._mirror = Mirror(memory, self._views)
 
         _, learned, *moments = self._parts(memory)
-        # Of each optimizer what it changes, its gradients and its moments.
+        # For each optimizer: parameters, gradients and moments.
         parts = [*zip(*(kind.split(self._sizes) for kind in (learned, th.zeros_like(learned), *moments)), strict=True)]
         (_, q_grads, *_), (pi, pi_grads, *_), *of_alpha = parts
         #: Rows of target critics, then critics; of the critics; of the actor.
@@ -92,7 +95,7 @@ class SACMemory:
         #: Log alpha and its gradient ``(1,)``, if it is learned.
         self.log_alpha: th.Tensor | None = of_alpha[0][0][:1] if of_alpha else None
         self.alpha_grad: th.Tensor | None = of_alpha[0][1][:1] if of_alpha else None
-        # The critics' step comes first; the others need not wait for each other.
+        # The critics' step comes first. The others may be done together.
         settings = adam_settings(agent)
         self._together = [[0], *([*which] for _, which in groupby(range(1, len(groups)), key=settings.__getitem__))]
         self._adams = [StaticAdam(groups[which[0]], [parts[i] for i in which]) for which in self._together]
@@ -110,8 +113,8 @@ class SACMemory:
         return views
 
     def read(self, agent: SAC) -> None:
-        """Take over what SB3's objects hold."""
-        # Before they are made where there are none yet, and fetched from a GPU.
+        """Read parameters and optimizer states from SB3's objects."""
+        # Count the steps before missing states are created and counters are moved from the GPU.
         counts = [max(of_one) for of_one in counts_of(agent)]
         self._mirror.read(_originals(agent)[0])
         for adam, which in zip(self._adams, self._together, strict=True):
@@ -119,16 +122,16 @@ class SACMemory:
             adam.set_counters([counts[i] for i in which])
 
     def write(self, agent: SAC, n_steps: int) -> None:
-        """Give SB3's objects what they hold after ``n_steps``."""
+        """Write parameters and optimizer states to SB3's objects, after ``n_steps``."""
         tensors, counters = _originals(agent)
         self._mirror.write(tensors)
         th._foreach_add_(counters, n_steps)
 
     def step_critics(self) -> None:
-        """A step of Adam from the gradients of the critics."""
+        """Do an Adam step with the gradients of the critics."""
         self._adams[0].step()
 
     def step_actor_and_alpha(self) -> None:
-        """A step of Adam from the gradients of the actor and, if it is learned, of log alpha."""
+        """Do an Adam step with the gradients of the actor and, if it is learned, of log alpha."""
         for adam in self._adams[1:]:
             adam.step()

@@ -1,1 +1,1 @@
-"""``ModelBased``: what turns an off-policy algorithm of SB3 into a model-based one."""
+"""``ModelBased``: a mixin that makes an off-policy algorithm of SB3 model-based."""

@@ -1,4 +1,4 @@
-"""How a model-based agent gets its real transitions: through the boundary, else as ever."""
+"""Validates env outputs during ``collect_rollouts`` and ``reset``; collection itself is unchanged SB3."""
 
 import warnings
 from typing import Any
@@ -16,14 +16,16 @@ from sb3_mbpo.validation.unsupported import check_env
 class Collecting(Saving):
     """The part of :class:`ModelBased` that steps and resets the env."""
 
-    # Kept out of the zip, see below.
+    # Not saved, see _excluded_save_params.
     _boundary: Boundary | None = None
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        See SB3.
+        Set the env, see SB3.
 
-        :raises ValueError: see :func:`.unsupported.check_env`
+        :param env: the new env
+        :param force_reset: see SB3
+        :raises ValueError: the env is not supported, see :func:`.unsupported.check_env`
         """
         check_env(env)
         super().set_env(env, force_reset)
@@ -42,7 +44,7 @@ class Collecting(Saving):
         **kwargs: Any,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None
-        # Wrappers may have been put in or taken out since the last time.
+        # Wrappers may have been added or removed since the last call.
         self._boundary = Boundary(self.env)
         if reset_num_timesteps or self._last_obs is None:
             self._boundary.watch("reset", 0 if reset_num_timesteps else self.num_timesteps)
@@ -53,10 +55,12 @@ class Collecting(Saving):
 
     def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
-        See SB3.
+        Collect real transitions, see SB3. Every output of the env is checked before it is stored.
 
-        :raises InvalidTransition: the env returned what cannot be learned from
-        :raises ValueError: or learning has diverged, see :meth:`check_parameters`
+        :param env: the training env
+        :return: see SB3
+        :raises InvalidTransition: the env returned an invalid observation, reward or end of an episode
+        :raises ValueError: learning has diverged, see :meth:`check_parameters`
         """
         if self._boundary is None or self._boundary.env is not env:
             self._boundary = Boundary(env)
@@ -65,14 +69,14 @@ class Collecting(Saving):
         try:
             return super().collect_rollouts(env, *args, **kwargs)
         except ValueError:
-            # Of PyTorch's distributions, or of an env that was given such actions.
+            # PyTorch's distributions and some envs raise ValueError for NaN. Check whether the parameters are the cause.
             self.check_parameters()
             raise
         finally:
             self._leave(self._boundary)
 
     def _sample_action(self, *args: Any, **kwargs: Any) -> Any:
-        # What SB3 calls right before it steps the env. Nothing of the user's runs between, so nobody sees the env watched.
+        # SB3 calls this right before it steps the env. No user code runs in between, so users never see the watched env.
         actions = super()._sample_action(*args, **kwargs)
         if self._boundary is not None and self._boundary.in_use:
             self._boundary.watch("step", self.num_timesteps)
@@ -83,5 +87,5 @@ class Collecting(Saving):
         boundary.in_use = False
         if boundary.in_doubt:
             boundary.in_doubt = False
-            # The envs have moved on from there: a transition from it would be made up. Without it, SB3 resets them.
+            # The envs have moved on from _last_obs, so the next transition would be false. Without it, SB3 resets the envs.
             self._last_obs = None

@@ -1,4 +1,4 @@
-"""What an agent lends to its imagination: policy, dynamics and termination, in the terms of branched rollouts."""
+"""The agent's policy, dynamics, reward and termination, as branched rollouts call them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,30 +13,30 @@ from sb3_mbpo.dynamics.base import DynamicsModel, KnownReward
 from sb3_mbpo.model_based.collecting import Collecting
 from sb3_mbpo.rewards.learned import LearnedReward, TransitionReward
 from sb3_mbpo.terminations.known import in_env_terms
-from sb3_mbpo.trust.filters import FILTERS, Filtering, Rule
+from sb3_mbpo.trust.filters import FILTERS, RolloutFilter, Rule
 
 
 class Imagining(Collecting):
-    """The part of :class:`ModelBased` that branched rollouts are made with."""
+    """The part of :class:`ModelBased` that provides what branched rollouts call."""
 
     dynamics: DynamicsModel
     policy: Any
     actor: Any
     reward_fn: str | Callable[..., th.Tensor] | None
     rollout_filter: str | Rule | None
-    filter_memory: list[float]
+    filter_state: list[float]
     termination: Any
     learned_termination: Any
     learned_reward: LearnedReward
 
     @property
     def learns_reward(self) -> bool:
-        """Whether the reward is learned as a function of the transition; else it is known, or the dynamics predicts it."""
+        """Whether the reward is learned as a function of the transition, not known or predicted by the dynamics."""
         return self.reward_fn is None and not self.dynamics.own_reward
 
     @property
     def known_reward(self) -> Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor] | None:
-        """``reward_fn`` on flat observations and actions in [-1, 1], if it is a function."""
+        """``reward_fn`` for flat observations and actions in [-1, 1]; ``None`` if it is not a function."""
         if self.reward_fn is None or (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             return None
         reward_fn = resolve(self.reward_fn, "reward_fn")
@@ -44,7 +44,7 @@ class Imagining(Collecting):
 
     @property
     def imagined_dynamics(self) -> DynamicsModel:
-        """What imagined transitions come from: the dynamics, with the learned reward of a transition or a known one."""
+        """The dynamics that model rollouts sample from, with the learned or the known reward if there is one."""
         if self.learns_reward:
             return TransitionReward(self.dynamics, self.learned_reward, self.terminates)
         known = self.known_reward
@@ -52,9 +52,11 @@ class Imagining(Collecting):
 
     def without_unused_rewards(self, transitions: ReplayBufferSamples) -> ReplayBufferSamples:
         """
+        Set rewards to 0 if they do not come from the dynamics, so that they do not affect its loss, hold-out error and
+        disagreement.
+
         :param transitions: real transitions
-        :return: what the dynamics is fitted to: a reward that comes from elsewhere is 0, a constant, so that it takes no part
-            in loss, hold-out error and disagreement
+        :return: the transitions that the dynamics is fitted to
         """
         unused = not self.dynamics.own_reward and (self.learns_reward or self.known_reward is not None)
         return transitions._replace(rewards=th.zeros_like(transitions.rewards)) if unused else transitions
@@ -63,13 +65,13 @@ class Imagining(Collecting):
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, terminated: th.Tensor
     ) -> th.Tensor | None:
         """
-        The reward that an imagined transition gets.
+        Reward of imagined transitions, if it does not come from the dynamics.
 
         :param obs: raw observations ``(B, obs_dim)``
         :param actions: in [-1, 1], ``(B, action_dim)``
         :param next_obs: raw observations ``(B, obs_dim)``
         :param terminated: whether the episode ends, bool ``(B,)``
-        :return: ``(B,)``; ``None`` if the dynamics predicts it together with the next observation
+        :return: rewards ``(B,)``; ``None`` if the dynamics predicts them together with the next observation
         """
         if self.learns_reward:
             return self.learned_reward(obs, actions, next_obs, terminated)
@@ -79,9 +81,9 @@ class Imagining(Collecting):
     @th.no_grad()
     def predict_mean(self, steps: ReplayBufferSamples) -> th.Tensor:
         """
-        What the agent expects of real steps: the dynamics' mean, with the reward that is paid in imagination.
+        Expected outcome of real steps: the mean of the dynamics, with the reward that imagined transitions would get.
 
-        :param steps: raw and flat
+        :param steps: real steps, raw and flat
         :return: reward and next observation ``(B, 1 + obs_dim)``
         """
         prediction = self.dynamics.predict_mean(steps.observations, steps.actions)
@@ -89,20 +91,22 @@ class Imagining(Collecting):
         rewards = self.predict_reward(steps.observations, steps.actions, prediction[:, 1:], ended)
         return prediction if rewards is None else th.cat([rewards.unsqueeze(1), prediction[:, 1:]], dim=1)
 
-    def filtering(self, transitions: ReplayBufferSamples) -> Filtering | None:
+    def make_rollout_filter(self, transitions: ReplayBufferSamples) -> RolloutFilter | None:
         """
+        Make the filter of the next model rollout from the argument ``rollout_filter``.
+
         :param transitions: all real transitions
-        :return: what ``rollout_filter`` stands for, at work in the next refill
+        :return: the filter; ``None`` if ``rollout_filter`` is ``None``
         """
         if self.rollout_filter is None:
             return None
         name = self.rollout_filter if isinstance(self.rollout_filter, str) else ""
         rule = FILTERS.get(name) or resolve(self.rollout_filter, "rollout_filter")
-        return Filtering(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_memory)
+        return RolloutFilter(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_state)
 
     @contextmanager
     def imagining(self) -> Iterator[Callable[[th.Tensor], th.Tensor]]:
-        """Lends the policy, in evaluation mode, as ``branched_rollout`` wants it."""
+        """Yields the policy as ``branched_rollout`` calls it, in evaluation mode; restores the mode afterwards."""
         training = self.policy.training
         self.policy.set_training_mode(False)
         try:

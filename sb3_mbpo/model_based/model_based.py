@@ -1,4 +1,4 @@
-"""The conductor: builds the parts of model-based learning around an SB3 algorithm, and keeps SB3's contract."""
+"""``ModelBased``: adds dynamics, model buffer and model rollouts to an SB3 algorithm, behind SB3's own interface."""
 
 import inspect
 import warnings
@@ -46,50 +46,50 @@ SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 class ModelBased(ModelLearning, Resuming, Exporting):
     """
-    Mixed in before an SB3 off-policy algorithm, lets it learn from imagined transitions as well (Janner et al., 2019).
+    Mixin for SB3's off-policy algorithms: the algorithm also learns from imagined transitions (Janner et al., 2019).
 
-    Takes every argument of that algorithm, by the same name and with the same meaning and default, except that
-    ``gradient_steps`` is 20; and, by keyword only:
+    It accepts every argument of the algorithm, with the same name, meaning and default, except that ``gradient_steps``
+    defaults to 20. The arguments below are keyword-only:
 
-    :param real_ratio: share of real rows in a batch; 1: the plain algorithm, bit for bit; 0: imagined rows only; ``"auto"``:
-        as many as let each real row be drawn as often as with one update a transition: 0.05 for 20 updates (the paper), 0.2
-        for 5, see :func:`.replay_buffer.balanced_ratio`. Replaced by that number at construction
-    :param model_train_freq: env transitions from one fit of the dynamics to the next
-    :param rollout_batch_size: real states that imagined rollouts start from after each fit
-    :param rollout_schedule: the rollout length k: a number; or ``min_length``, ``max_length``, ``start`` and ``end`` (env
-        transitions) of a linear growth; or ``"auto"``: as far as the dynamics predicts the newest real steps, at most 15, see
-        :func:`.explained_variance.reliable_length`; or a callable from env transitions to k
-    :param retained_rollouts: imagined are the transitions of so many last fits
-    :param model_buffer_size: most imagined transitions kept; ``None``: what schedule and retention imply
-    :param termination_fn: when imagined episodes end: ``None``: as in this env where that is known, else learned;
-        ``"learned"``; ``"never"``; or a function ``(obs, actions, next_obs) -> bool (B,)`` of float32 tensors on the agent's
-        device, observations raw, actions in the env's scale, both in the env's shapes (or its dotted name)
-    :param reward_fn: what imagined transitions are paid: ``None``: learned as a function of the transition and of whether it
-        ends the episode, unless a ``dynamics_class`` of yours has its own; ``"joint"``: predicted by the dynamics together
-        with the next observation (the paper); or a function of the same inputs as ``termination_fn``, ``-> float (B,)`` (or
-        its dotted name)
-    :param imagined_margin: imagined rewards and observations stay within the range of the real ones, and so many ranges on
-        either side; ``None``: unbounded. A reward of a ``reward_fn`` is not bounded
-    :param min_explained_variance: share of the variance of rewards, and of next observations, that the dynamics must explain
-        of the steps since its last fit for batches to have all their imagined rows; with less they have fewer, and with half
-        of it none. ``None``: all of them always (the paper)
-    :param rollout_filter: which imagined transitions are learned from and which branches end early, by how far the members of
-        the dynamics disagree: ``None``: all and none (the paper); ``"macura"``, ``"infoprop"``, ``"m2ac"``; or a rule, see
-        ``trust/filters.py`` (or its dotted name)
-    :param dynamics_window: number of newest real transitions that the dynamics, the termination and the bounds of imagined
-        values are fitted to, that ``reward_fn`` is compared with, and that rollouts start from, for a world that changes
-        slowly; ``None``: all. Imagined transitions of fits before that leave, too; real rows of a batch still come from the
-        whole buffer. See also :meth:`forget_transitions`
-    :param dynamics_class: a ``DynamicsModel`` (or its dotted name)
-    :param dynamics_kwargs: its keyword arguments
+    :param real_ratio: Fraction of real rows in a batch. 1: equal to the plain algorithm, bit for bit. 0: imagined rows only.
+        ``"auto"``: each real row is drawn as often as with one update per transition: 0.05 for 20 updates per transition (as
+        in the paper), 0.2 for 5, see :func:`.replay_buffer.balanced_ratio`; replaced by that number at construction
+    :param model_train_freq: Number of env transitions between two fits of the dynamics
+    :param rollout_batch_size: Number of real start states of each model rollout
+    :param rollout_schedule: The rollout length k. A whole number; or a mapping with ``min_length``, ``max_length``, ``start``
+        and ``end`` (env transitions), for linear growth; or a callable from env transitions to k; or ``"auto"``: the number of
+        steps, at most 15, over which the dynamics predicts the newest real steps well, see
+        :func:`.auto_rollout_length.reliable_length`
+    :param retained_rollouts: Number of most recent model rollouts (one per fit) kept in the model buffer
+    :param model_buffer_size: Maximum number of imagined transitions; ``None``: no limit beyond ``retained_rollouts``
+    :param termination_fn: When imagined episodes end. ``None``: by the env's own rule if it is known, otherwise by a learned
+        rule. ``"learned"``, ``"never"``, or a function (or its dotted name) ``(obs, actions, next_obs) -> bool (B,)``. Its
+        inputs are float32 tensors on the agent's device in the env's shapes: raw observations, and actions in the env's scale
+    :param reward_fn: Reward of imagined transitions. ``None``: learned as a function of the transition and of whether it ends
+        the episode, unless a custom ``dynamics_class`` provides rewards. ``"joint"``: predicted by the dynamics together with
+        the next observation, as in the paper. Or a function (or its dotted name) with the inputs of ``termination_fn`` that
+        returns float ``(B,)``
+    :param prediction_clip_margin: Imagined rewards and observations are clipped to the range of the real data, extended on
+        both sides by this many times the range. ``None``: not clipped. Rewards of a ``reward_fn`` are never clipped
+    :param min_explained_variance: Fraction of the variance of rewards, and of next observations, that the dynamics must
+        explain on the steps since its last fit to be fully used. Below it, batches have fewer imagined rows, and none at half
+        of it. ``None``: always fully used, as in the paper
+    :param rollout_filter: Filters imagined transitions by the disagreement of the ensemble members: which transitions are kept
+        and which branches end early. ``None``: keep every transition and end no branch early, as in the paper. Or
+        ``"macura"``, ``"infoprop"``, ``"m2ac"``, or a rule (or its dotted name), see ``trust/filters.py``
+    :param dynamics_window: For an env that changes slowly: only this many newest real transitions are used to fit dynamics,
+        termination and clip bounds, to check ``reward_fn``, and as start states. Imagined transitions of earlier fits leave,
+        too. Real rows of a batch still come from the whole buffer. ``None``: use all. See also :meth:`forget_transitions`
+    :param dynamics_class: Subclass of ``DynamicsModel`` (or its dotted name)
+    :param dynamics_kwargs: Keyword arguments of ``dynamics_class``
 
-    A :class:`.RolloutCallback` fits the dynamics and makes model rollouts in ``learn``. To do so at other times, set
+    In ``learn``, a :class:`.RolloutCallback` fits the dynamics and makes model rollouts. To do so at other times, set
     ``rollout_callback_class`` in a subclass, or call :meth:`fit_dynamics` and :meth:`generate_rollouts`.
     """
 
-    #: Defaults that differ from those of the algorithm that this is mixed into.
+    #: Defaults that differ from those of the SB3 algorithm.
     DEFAULTS: ClassVar[dict[str, Any]] = {"gradient_steps": 20}
-    #: Decides in ``learn`` when to fit the dynamics and when to make model rollouts. A subclass may replace it.
+    #: Decides during ``learn`` when to fit the dynamics and when to make model rollouts. A subclass may replace it.
     rollout_callback_class: ClassVar[type[RolloutCallback]] = RolloutCallback
 
     def __init__(
@@ -105,7 +105,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         model_buffer_size: int | None = None,
         termination_fn: str | Callable[..., th.Tensor] | None = None,
         reward_fn: str | Callable[..., th.Tensor] | None = None,
-        imagined_margin: float | None = 1.0,
+        prediction_clip_margin: float | None = 1.0,
         min_explained_variance: float | None = 0.1,
         rollout_filter: str | Rule | None = None,
         dynamics_window: int | None = None,
@@ -116,15 +116,15 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         signature = inspect.signature(super().__init__)
         check_names(kwargs, signature, type(self))
         given = signature.bind_partial(policy, env, *args, **kwargs).arguments
-        as_ever = "gradient_steps" not in given
+        uses_default_gradient_steps = "gradient_steps" not in given
         ours = inspect.signature(ModelBased.__init__).parameters
         kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in ours and name not in given}
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
-        for warning in read_first(policy, env, passed, as_ever):
+        for warning in read_first(policy, env, passed, uses_default_gradient_steps):
             warnings.warn(warning, stacklevel=3)
 
-        # A number from _setup_model on.
+        # "auto" is replaced by a number in _setup_model.
         self.real_ratio: Any = real_ratio
         self.model_train_freq = model_train_freq
         self.rollout_batch_size = rollout_batch_size
@@ -133,7 +133,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.model_buffer_size = model_buffer_size
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
-        self.imagined_margin = imagined_margin
+        self.prediction_clip_margin = prediction_clip_margin
         self.min_explained_variance = min_explained_variance
         self.rollout_filter = rollout_filter
         self.dynamics_window = dynamics_window
@@ -143,31 +143,31 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         super().__init__(*bound.args, **bound.kwargs)
 
     def _begin_life(self) -> None:
-        """What a new agent has measured and counted: nothing."""
-        #: What ends imagined episodes: a function, or "learned". Found at construction, saved, never looked up again.
+        """Initialize counters and measurements."""
+        #: Termination of imagined episodes: a function, or "learned". Determined at construction, then saved with the agent.
         self.termination: Any = None
         #: ``lifetime_timesteps`` at the last fit.
         self.dynamics_fitted_at: int | None = None
-        #: k under ``rollout_schedule="auto"``, measured before each fit but the first.
-        self.trusted_length = 1
-        #: Of the imagined rows that ``real_ratio`` leaves room for, the part that the dynamics has earned, see the gate.
-        self.imagined_share = 1.0
-        #: Squared errors on the steps after each fit, smoothed over the fits: of the reward and each dimension.
+        #: k of ``rollout_schedule="auto"``, measured before each fit except the first.
+        self.auto_rollout_length = 1
+        #: Fraction of the imagined rows allowed by ``real_ratio`` that batches really have, see ``min_explained_variance``.
+        self.imagined_fraction = 1.0
+        #: Squared errors of the reward and of each dimension on the steps after each fit, smoothed over the fits.
         self.forward_errors: list[float] = []
-        #: Least and largest of real rewards and observations at the last fit, with their margin; kept by DHMBPO alone.
+        #: Bounds of rewards and observations at the last fit, see ``prediction_clip_margin``; only DHMBPO stores them.
         self.prediction_bounds: list[float] = []
-        #: Fits in a row after which nothing was imagined because too little was explained.
+        #: Number of successive fits after which the dynamics explained too little to be used.
         self.unused_fits = 0
-        #: What the rule of ``rollout_filter`` remembers of the refills so far.
-        self.filter_memory: list[float] = []
-        #: Whether :meth:`forget_transitions` was called: the first fit after it needs fewer rows, and updates wait for it.
+        #: State of the rule of ``rollout_filter`` that is kept from one model rollout to the next.
+        self.filter_state: list[float] = []
+        #: Whether :meth:`forget_transitions` was called. The next fit then needs fewer rows, and updates wait for it.
         self.forgot_transitions = False
         self._earlier_timesteps = 0
         self._printed_threads = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # What help() and editors show.
+        # help() and editors show this signature.
         cls.__signature__ = joined_signature(cls, ModelBased, **cls.DEFAULTS)  # type: ignore[attr-defined]
 
     def _setup_model(self) -> None:
@@ -191,31 +191,31 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.learned_reward = LearnedReward(
             self.dynamics.obs_dim, self.dynamics.action_dim, seed=self.seed, device=self.device
         )
-        # Without a termination_fn it came from the env; a loaded agent has it saved and does not look again.
+        # Without a termination_fn, it was read from the env. A loaded agent uses the saved one.
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
         self._warn_of_moving_statistics(7)
         self._warned_of_termination = False
-        #: What was warned of, and is not again.
+        #: Names of warnings that were issued and are not repeated.
         self._warned_of: list[str] = []
         if self.reward_fn is not None and not (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
         if self.rollout_filter is not None:
-            dry_run_filter(self.filtering, self.rollout_filter, self.dynamics)
+            dry_run_filter(self.make_rollout_filter, self.rollout_filter, self.dynamics)
         if self.verbose >= 1:
             print(estimate(self))
         for warning in too_large(self):
             warnings.warn(warning, stacklevel=6)
 
     def _balanced_ratio(self) -> float:
-        """What ``real_ratio="auto"`` stands for."""
+        """:return: the number that replaces ``real_ratio="auto"``"""
         self._convert_train_freq()
         frequency: Any = self.train_freq
         if self.gradient_steps < 0:
-            # As many updates as transitions.
+            # SB3 does one update per transition.
             return balanced_ratio(1)
-        # How many transitions an episode has is not known: as few as possible are real.
+        # The number of transitions of an episode is unknown, so the smallest ratio is used.
         known = frequency.unit is TrainFrequencyUnit.STEP
         return balanced_ratio(self.gradient_steps / (frequency.frequency * self.n_envs) if known else inf)
 
@@ -242,7 +242,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
             warnings.warn(warning, stacklevel=stacklevel)
 
     def _find_termination(self) -> Any:
-        """What ``termination_fn`` stands for in this env."""
+        """:return: ``"learned"``, or the function that ``termination_fn`` means in this env"""
         if self.termination_fn is None and self.env is not None:
             known, reason = known_termination(self.env)
             if self.verbose >= 1:
@@ -258,7 +258,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
 
     @property
     def waits_for_transitions(self) -> bool:
-        """Whether updates wait, after :meth:`forget_transitions`, until there are transitions for a fit."""
+        """Whether updates are paused after :meth:`forget_transitions` until there are enough transitions for a fit."""
         if not self.forgot_transitions or self.dynamics_fitted_at is not None:
             return False
         buffer = self.replay_buffer
@@ -267,29 +267,29 @@ class ModelBased(ModelLearning, Resuming, Exporting):
 
     def forget_transitions(self, keep: int = 0) -> None:
         """
-        Call this when the world has changed: real transitions of before leave, and all imagined ones.
+        Remove old real transitions and all imagined ones. Call this when the env has changed.
 
-        Networks, optimizers, counters and the schedule of k stay. The agent goes on acting with its policy. It makes no
-        updates until there are 200 real transitions (or ``learning_starts``, if that is less); then the dynamics is
-        fitted to these, new transitions are imagined, and everything goes on as before. What has been measured of the
-        dynamics (k of "auto", the imagined share, the memory of a ``rollout_filter``) starts anew.
+        Networks, optimizers, counters and the rollout schedule are kept, and the agent keeps acting with its policy. Updates
+        are paused until there are 200 real transitions (or ``learning_starts``, if that is less). Then the dynamics is fitted
+        to these, a model rollout is made, and training continues as before. Measurements of the dynamics (k of "auto", the
+        imagined fraction, the state of a ``rollout_filter``) are reset.
 
-        May be called between two calls of ``learn`` (with ``reset_num_timesteps=False`` in the second, or SB3 acts at random
-        for ``learning_starts`` steps again), or in a callback.
+        It may be called in a callback, or between two calls of ``learn``. Pass ``reset_num_timesteps=False`` to the second
+        call; otherwise SB3 acts at random for ``learning_starts`` steps again.
 
-        :param keep: number of newest real transitions that already are of the changed world, and stay
-        :raises ValueError: ``keep`` is no whole number of at least 0
+        :param keep: number of newest real transitions to keep, because they are from the changed env
+        :raises ValueError: ``keep`` is not a whole number of at least 0
         """
         whole(0).check("forget_transitions: keep", keep)
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
-        self.dynamics_fitted_at, self.trusted_length, self.imagined_share, self.filter_memory = None, 1, 1.0, []
+        self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_state = None, 1, 1.0, []
         self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
         self._warned_of_termination = False
         self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
 
     def train(self, *args: Any, **kwargs: Any) -> None:
-        """See SB3; waits after :meth:`forget_transitions`."""
+        """Do gradient updates, see SB3. Does nothing while :attr:`waits_for_transitions`."""
         if not self.waits_for_transitions:
             super().train(*args, **kwargs)
 
@@ -313,21 +313,28 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         progress_bar: bool = False,
     ) -> SelfModelBased:
         """
-        See SB3; ``tb_log_name`` is the name of the class unless given.
+        Train the agent, see SB3.
 
-        :raises ValueError: an argument out of range
+        :param total_timesteps: number of env transitions
+        :param callback: see SB3
+        :param log_interval: number of episodes between two log outputs
+        :param tb_log_name: name of the run in TensorBoard; ``None``: the name of the class
+        :param reset_num_timesteps: whether ``num_timesteps`` starts at 0; ``lifetime_timesteps`` is never reset
+        :param progress_bar: whether to show a progress bar, which also shows the progress of fits and model rollouts
+        :return: the agent
+        :raises ValueError: an argument is out of range
         """
         total_timesteps = read_learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         tb_log_name = tb_log_name or type(self).__name__
         with ExitStack() as stack:
-            # Both change how numbers are rounded. With the model off, the agent is the plain algorithm to the last bit.
+            # Both change how numbers are rounded. With real_ratio=1, the agent must equal the plain algorithm bit for bit.
             if self.real_ratio < 1:
                 stack.enter_context(flush_denormals())
                 self._set_threads(stack)
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _set_threads(self, stack: ExitStack) -> None:
-        """On a CPU, choose the number of threads until the stack is closed, and print it where it is new."""
+        """On a CPU, set the number of threads until the stack is closed. It is printed when it changes."""
         if self.device.type != "cpu":
             return
         line = stack.enter_context(one_thread_by_default())
@@ -346,19 +353,24 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         try:
             result = super()._setup_learn(total_timesteps, *args, **kwargs)
         finally:
-            # Also where the env's reset raises.
+            # Must also run if the env's reset raises.
             self._earlier_timesteps += before - self.num_timesteps
         self.replay_buffer.real_ratio = self.real_ratio
         if self.real_ratio < 1 and self.dynamics_fitted_at is not None and self.replay_buffer.size() == 0:
             warnings.warn(
-                f"After {self.lifetime_timesteps} steps, the agent goes on with an empty replay buffer, and its dynamics will "
-                "forget the old transitions. Keep them with save_replay_buffer, and call load_replay_buffer",
+                f"After {self.lifetime_timesteps} steps, the agent continues with an empty replay buffer, and its dynamics "
+                "will forget the old transitions. Save them with save_replay_buffer, and load them with load_replay_buffer",
                 stacklevel=3,
             )
         return result
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """See SB3. What ends imagined episodes stays as it is, and is held against the new env's transitions."""
+        """
+        Set the env, see SB3. The termination of imagined episodes is kept and compared with the new env's transitions.
+
+        :param env: the new env
+        :param force_reset: see SB3
+        """
         super().set_env(env, force_reset)
         assert self.env is not None
         self._warned_of_termination = False
@@ -368,13 +380,17 @@ class ModelBased(ModelLearning, Resuming, Exporting):
             known, reason = known_termination(self.env)
             if known != self.termination:
                 warnings.warn(
-                    f"set_env: imagined episodes still end by {self.termination}, found in the first env; for this one: "
-                    f"{reason}. Make a new agent, or pass termination_fn",
+                    f"set_env: imagined episodes still end by {self.termination}, the rule of the first env; for this env: "
+                    f"{reason}. Create a new agent, or pass termination_fn",
                     stacklevel=2,
                 )
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """See SB3; seeds the dynamics, the learned reward and termination and the draws among imagined rows as well."""
+        """
+        Seed the agent, see SB3. Also seeds the dynamics, the learned reward and termination, and the model buffer's draws.
+
+        :param seed: the seed; ``None``: nothing is seeded
+        """
         super().set_random_seed(seed)
         names = ("dynamics", "learned_reward", "learned_termination", "replay_buffer")
         for part in (getattr(self, name, None) for name in names):

@@ -1,4 +1,4 @@
-"""How a model-based agent's `learn` is saved, left and resumed, if it has a ResumeCallback."""
+"""Hooks in ``learn`` and ``collect_rollouts`` that let a ResumeCallback save, stop and resume a run."""
 
 from functools import partial
 from typing import Any, TypeVar
@@ -16,19 +16,19 @@ SelfResuming = TypeVar("SelfResuming", bound="Resuming")
 
 
 class Resuming(Collecting):
-    """The part of :class:`ModelBased` that lets a ``ResumeCallback`` in."""
+    """The part of :class:`ModelBased` that calls a ``ResumeCallback``, if there is one."""
 
-    #: The ``ResumeCallback`` of the present ``learn``, if there is one.
-    resumable: ResumeCallback | None = None
+    #: The ``ResumeCallback`` of the current ``learn``, if there is one.
+    resume_callback: ResumeCallback | None = None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "resumable"]
+        return [*super()._excluded_save_params(), "resume_callback"]
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         everything = super()._init_callback(callback, progress_bar)
         check_evaluation(self.env, all_callbacks(everything))
-        if self.resumable is not None:
-            self.resumable.begin(everything)
+        if self.resume_callback is not None:
+            self.resume_callback.begin(everything)
         return everything
 
     def learn(
@@ -40,20 +40,20 @@ class Resuming(Collecting):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfResuming:
-        """See SB3."""
-        # A run that goes on also goes on with its log.
+        """See SB3 and :meth:`.ModelBased.learn`."""
+        # A resumed run also continues its log.
         reset = reset_num_timesteps and not (self.num_timesteps == 0 and will_resume(callback))
         try:
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset, progress_bar)
         except Interrupted:
-            assert self.resumable is not None
-            self.resumable.undo_train()
+            assert self.resume_callback is not None
+            self.resume_callback.undo_train()
             return self
         finally:
-            if self.resumable is not None:
-                self.resumable.end()
+            if self.resume_callback is not None:
+                self.resume_callback.end()
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
-        """See SB3; before it is the point at which a run is saved, resumed and left."""
+        """See SB3. A run is saved, resumed and stopped right before it."""
         collect = partial(super().collect_rollouts, *args, **kwargs)
-        return collect() if self.resumable is None else self.resumable.rollout(collect)
+        return collect() if self.resume_callback is None else self.resume_callback.rollout(collect)

@@ -1,4 +1,4 @@
-"""When MBPO fits the dynamics and imagines, between collecting and training."""
+"""When the dynamics is fitted and model rollouts are made: between collecting and training."""
 
 from typing import Any
 
@@ -7,18 +7,17 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from sb3_mbpo.checkpoints.training_state import undone_on_error
 from sb3_mbpo.model_based.model_learning import ModelLearning
 
-# Between two fits of the dynamics it is looked so often whether the learned termination has missed a real one.
+# Number of times between two fits of the dynamics that the learned termination is compared with new real terminations.
 LOOKS_AT_ENDS = 10
 
 
 class RolloutCallback(BaseCallback):
     """
-    Decides when the agent fits its dynamics and makes model rollouts. ``learn`` installs it by itself.
+    Decides when the agent fits its dynamics and makes model rollouts. ``learn`` adds it automatically.
 
-    The work is the agent's: see :meth:`.ModelLearning.fit_dynamics` and :meth:`.ModelLearning.generate_rollouts`. The callback
-    holds no state of its own, so a run may be cut and continued anywhere. For another one, set the class attribute
-    ``rollout_callback_class`` of a subclass of the agent's class; :meth:`due` and :meth:`update_model` are made to be
-    overridden.
+    The agent does the work in :meth:`.ModelLearning.fit_dynamics` and :meth:`.ModelLearning.generate_rollouts`. The callback
+    has no state of its own, so a run can be stopped and resumed anywhere. To customize it, override :meth:`due` or
+    :meth:`update_model`, and set the class attribute ``rollout_callback_class`` in a subclass of the agent's class.
     """
 
     # Any class that mixes in ModelBased.
@@ -26,14 +25,14 @@ class RolloutCallback(BaseCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        #: Shows how far a fit or a rollout is, if there is one.
+        #: Also shows the progress of fits and model rollouts, if there is one.
         self.progress_bar: ProgressBarCallback | None = None
 
     def _on_step(self) -> bool:
         return True
 
     def on_resume(self) -> None:
-        """A run that was left in ``train()`` goes on there, with no end of a rollout before it."""
+        """A run that was stopped in ``train()`` resumes there, so ``_on_rollout_end`` is not called before it."""
         self._mix()
 
     def _on_rollout_end(self) -> None:
@@ -49,10 +48,8 @@ class RolloutCallback(BaseCallback):
 
     def due(self) -> bool:
         """
-        Whether the model is updated now: right before the first update, then whenever a multiple of ``model_train_freq`` has
-        passed.
-
-        An agent loaded without its imagined data starts with a fit as well.
+        :return: whether the dynamics must be fitted now: right before the first update, then at every multiple of
+            ``model_train_freq``. An agent loaded without its imagined transitions starts with a fit, too
         """
         agent = self.model
         # SB3 trains only past learning_starts, and never without gradient steps.
@@ -65,27 +62,27 @@ class RolloutCallback(BaseCallback):
         if fitted_at is not None and buffer.model_buffer.refills:
             if agent.lifetime_timesteps // frequency <= fitted_at // frequency:
                 return False
-        # Asked last, for it looks at all rows: ends whose last observation was lost are no transitions to learn from.
+        # Checked last, because it reads all rows. Transitions whose last observation was lost do not count.
         return len(buffer.real_transitions(agent.dynamics_window).rewards) >= agent.dynamics.min_transitions
 
     def update_model(self) -> None:
-        """Fit, and imagine where the dynamics has earned it. An error takes back both."""
+        """Fit the dynamics, and make a model rollout unless ``imagined_fraction`` is 0. After an error, both are undone."""
         agent = self.model
         with undone_on_error(agent):
             self._log(agent.fit_dynamics(progress=self._say))
-            if agent.dynamics.usable and agent.imagined_share > 0:
+            if agent.dynamics.usable and agent.imagined_fraction > 0:
                 self._log(agent.generate_rollouts(progress=self._say))
             else:
-                # An empty one: the next attempt comes with the next fit, not with the next step.
+                # An empty model rollout, so that the next attempt comes with the next fit, not with the next step.
                 agent.replay_buffer.model_buffer.begin_refill()
             transitions = agent.replay_buffer.real_transitions(agent.dynamics_window)
             self._log(agent.judge_values(transitions))
-        # Last, for nothing takes them back.
+        # Last, because they cannot be undone.
         agent.relabel()
         agent.adapt_networks(transitions)
 
     def _steps_with_new_ends(self) -> int:
-        """:return: newest steps of each env among which the learned termination may miss an end; 0: it is not looked now"""
+        """:return: number of newest steps of each env to compare the learned termination with; 0: no comparison is due"""
         agent = self.model
         if agent.termination != "learned" or not len(agent.replay_buffer.model_buffer):
             return 0
@@ -116,15 +113,15 @@ class RolloutCallback(BaseCallback):
 
     def _say(self, what: str) -> None:
         """
-        Say how far a long piece of work is.
+        Show the progress of a fit or a model rollout.
 
-        :raises Interrupted: it is to be broken off
+        :raises Interrupted: the run was asked to stop
         """
-        if self.model.resumable is not None:
-            self.model.resumable.check()
+        if self.model.resume_callback is not None:
+            self.model.resume_callback.check()
         self._show(what)
 
     def _show(self, what: str) -> None:
-        """Show a few words beside the progress bar; none to clear."""
+        """Show a short text beside the progress bar; an empty one clears it."""
         if self.progress_bar is not None:
             self.progress_bar.pbar.set_description(what)

@@ -1,4 +1,4 @@
-"""The reward as a learned function of the transition: observation, action, next observation, and whether the episode ends."""
+"""The learned reward: a function of observation, action, next observation, and whether the episode ends."""
 
 import math
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from sb3_mbpo.dynamics.input_gradient import InputGradient
 from sb3_mbpo.dynamics.layers import EnsembleMLP, Standardizer
 
 _N_MEMBERS, _BATCH, _MOST_ROWS, _BLOCK = 3, 128, 20_000, 5_000
-# Most gradient updates of a fit, from the initial weights and from trained ones, of either network; and from one look at the
-# held-out rows to the next.
+# Maximum number of gradient updates of the first fit and of later fits, for each network; and updates between two evaluations
+# on the held-out rows.
 _MOST_UPDATES = {"going_on": (1000, 400), "extra_at_end": (400, 200)}
 _LOOK = 25
-# Of few rows there are fewer updates: so many passes over them. Ends are few, and each of them counts.
+# With few rows, the number of updates is limited to this many passes over them, more for ends, which are rare.
 _PASSES = {"going_on": 200, "extra_at_end": 1000}
 _LEARNING_RATE = 2e-3
-# Rows with this remainder of their hash are held out by no member, member 0, member 1, ...
+# Number of folds of rows that go on, and of ends. Member i holds out fold i.
 _FOLDS_OF_MANY, _FOLDS_OF_FEW = 10, 3
-# A network that depends on the transition replaces a constant if it errs by less than this share of the constant's error.
+# A network replaces the constant if its error is below this fraction of the constant's error.
 _CLEARLY_BETTER = 0.8
 
 
@@ -31,18 +31,19 @@ class LearnedReward(nn.Module):
     """
     r(s, a, s', end) = f(s, a, s') + end * g(s, a, s'): a regression on real rewards by mean squared error.
 
-    f is trained on transitions that go on, and g on what the others paid beyond f. A bonus or penalty at the end is therefore
-    not paid in transitions that go on. g begins as a constant, the mean of what ends paid beyond f, so that a bonus that is
-    always the same is known after one end; it becomes a network when that predicts ends it was not trained on clearly better.
+    f is trained on transitions that go on, and g on the difference between the rewards of terminal transitions and f. So a
+    bonus or penalty at the end does not affect other transitions. g starts as a constant, the mean of these differences, so
+    that a constant bonus is learned from one end. It is replaced by a network once the network predicts held-out ends clearly
+    better.
 
-    In training, half of the next observations are the real ones and half what the dynamics predicts in their place. The
-    regression then relies on differences between observations only as far as the dynamics gets them right.
-    The prediction is deterministic: noise of the reward would only add variance to the critic's target.
+    In training, half of the next observations are real and half are predicted by the dynamics. The regression then uses
+    differences between observations only as far as the dynamics predicts them correctly. The prediction is deterministic,
+    because noise of the reward would only add variance to the critic's target.
 
-    :param obs_dim: size of a flat observation
-    :param action_dim: size of a flat action
-    :param seed: of its own generator; ``None``: one from the system
-    :param device: where the parameters live
+    :param obs_dim: Size of a flat observation
+    :param action_dim: Size of a flat action
+    :param seed: Seed of its own random generator; ``None``: a random seed from the system
+    :param device: Device of the parameters
     """
 
     fitted: th.Tensor
@@ -59,7 +60,7 @@ class LearnedReward(nn.Module):
         self.to(device)
 
     def seed(self, seed: int | None) -> None:
-        """:param seed: of the coming minibatches, not of the weights; ``None``: one from the system"""
+        """:param seed: seed of future minibatches, not of the weights; ``None``: a random seed from the system"""
         if seed is None:
             self.generator.seed()
         else:
@@ -67,10 +68,10 @@ class LearnedReward(nn.Module):
 
     def forward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, terminated: th.Tensor) -> th.Tensor:
         """
-        :param obs: raw, ``(B, obs_dim)``
-        :param actions: in [-1, 1], ``(B, action_dim)``
-        :param next_obs: raw, ``(B, obs_dim)``
-        :param terminated: bool ``(B,)``
+        :param obs: raw observations ``(B, obs_dim)``
+        :param actions: actions in [-1, 1] ``(B, action_dim)``
+        :param next_obs: raw next observations ``(B, obs_dim)``
+        :param terminated: whether the episode ends, bool ``(B,)``
         :return: expected rewards ``(B,)``
         """
         inputs = _inputs(obs, actions, next_obs)
@@ -84,17 +85,17 @@ class LearnedReward(nn.Module):
         self, transitions: ReplayBufferSamples, dynamics: DynamicsModel, progress: Progress | None = None
     ) -> dict[str, float | str]:
         """
-        Train on from the present weights for a fixed number of updates, with a new optimizer whose learning rate falls to 0.
+        Continue training for a fixed number of updates, with a new optimizer whose learning rate decays to 0.
 
-        Each member holds out rows of its own. The weights that predict held-out rows best are kept, those before the fit
-        included.
+        Each member has its own held-out rows. The weights with the lowest error on held-out rows are kept, which may be those
+        before the fit.
 
-        :param transitions: all real transitions, as the dynamics gets them
-        :param dynamics: predicts next observations in the place of real ones
-        :param progress: called now and then with a few words
-        :return: ``reward_error`` and, if there are ends to hold out, ``end_reward_error``: root mean squared errors of
-            held-out rewards, given the predicted next observation, in the env's units; ``explained_reward``, the share of the
-            variance that this leaves explained of rewards on the way (1 of rewards that hardly vary)
+        :param transitions: all real transitions that the dynamics learns from
+        :param dynamics: predicts next observations, which replace half of the real ones
+        :param progress: called from time to time with a short text; it may raise to abort the fit
+        :return: ``reward_error`` and, if there are enough ends, ``end_reward_error``: root mean squared errors of held-out
+            rewards, given the predicted next observation, in the env's units; ``explained_reward``: explained fraction of the
+            variance of rewards of transitions that go on (1 if they hardly vary)
         """
         ended = transitions.dones.squeeze(1) > 0.5
         metrics: dict[str, float | str] = {}
@@ -120,7 +121,7 @@ class LearnedReward(nn.Module):
             if not at_end:
                 variance = rewards.double().var(correction=0).item()
                 varies = variance > SMALL**2 * rewards.double().square().mean().item()
-                # A standard error more: few rows may be lucky, and the best of many looks is. A constant explains nothing.
+                # Add one standard error: with few rows, the error may be low by chance. A constant explains nothing.
                 n = max(int((fold % _FOLDS_OF_MANY < _N_MEMBERS).sum()), 1)
                 unexplained = variance if error is None else error * (1 + math.sqrt(2 / n))
                 metrics["explained_reward"] = max(0.0, 1 - unexplained / variance) if varies else 1.0
@@ -133,31 +134,31 @@ class LearnedReward(nn.Module):
 
 
 class _Regression(nn.Module):
-    """An ensemble that predicts one number; each member holds out rows of its own."""
+    """An ensemble that predicts one number. Each member has its own held-out rows."""
 
     def __init__(self, size: int, net_arch: list[int], generator: th.Generator) -> None:
         super().__init__()
         self.inputs = Standardizer(size)
-        # Targets are never cut: a rare large reward is information. A constant one gets next to no spread.
+        # Targets are never clipped: a rare large reward matters. A constant target gets a very small standard deviation.
         self.target = Standardizer(1, limit=float("inf"), constant_std=1e-3)
         self.network = EnsembleMLP(_N_MEMBERS, size, 1, net_arch, generator)
         self._make_constant()
 
     def _make_constant(self) -> None:
-        """Predict the mean of the targets, whatever the input is."""
+        """Predict the mean of the targets for every input."""
         with th.no_grad():
             self.network.layers[-1].weight.zero_()  # type: ignore[operator, union-attr]
             self.network.layers[-1].bias.zero_()  # type: ignore[operator, union-attr]
 
     def members(self, inputs: th.Tensor) -> th.Tensor:
-        """:return: standardised predictions ``(members, B)`` of ``inputs (B, size)``"""
+        """:return: standardized predictions ``(members, B)`` for ``inputs (B, size)``"""
         x = self.inputs(inputs).expand(_N_MEMBERS, -1, -1)
-        # Nothing asks for a gradient by inputs and weights.
+        # Gradients with respect to inputs and weights are never needed together.
         through = InputGradient(self.network)
         return (through(x) if x.requires_grad and through.covers() else self.network(x)).squeeze(-1)
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
-        """:return: ``(B,)``, the members' mean, in the unit of the targets"""
+        """:return: mean of the members' predictions ``(B,)``, in the unit of the targets"""
         return self.target.inverse(self.members(inputs).mean(dim=0))
 
     def fit(
@@ -171,15 +172,18 @@ class _Regression(nn.Module):
         progress: Progress | None,
     ) -> float | None:
         """
-        :param inputs: with the real and with the predicted next observation, ``(2, N, size)``
-        :param targets: for these, ``(2, N)``
-        :param fold: a whole number of each row, which decides who holds it out, ``(N,)``
-        :param usual: ``None``, or the constant to fall back on where rows are few
+        :param inputs: inputs with the real and with the predicted next observation, ``(2, N, size)``
+        :param targets: targets of both, ``(2, N)``
+        :param fold: a whole number per row that determines which member holds it out, ``(N,)``
+        :param updates: number of gradient updates
+        :param generator: random generator of the minibatches
+        :param usual: constant to use if the network is not clearly better; ``None``: always use the network
+        :param progress: called from time to time with a short text
         :return: mean squared error of held-out rows with the predicted next observation; ``None``: no row was held out
         """
         n_folds = _FOLDS_OF_MANY if usual is None else _FOLDS_OF_FEW
         if len(th.unique(fold % n_folds)) < n_folds:
-            # Of few rows, or of copies, none may fall to a member: by rank each gets its share.
+            # With few rows, or copies, a fold may be empty. Folds by rank have equal sizes.
             fold = fold.argsort(stable=True).argsort()
         fold = fold % n_folds
         held_out = [(fold == i).nonzero().squeeze(1) for i in range(_N_MEMBERS)]
@@ -190,7 +194,7 @@ class _Regression(nn.Module):
         self.inputs.fit(inputs.flatten(0, 1))
         self.target.fit(targets.reshape(-1, 1))
         if any(not len(rows) for rows in kept_in) or any(not len(rows) for rows in held_out):
-            # Too few to judge a network by.
+            # Too few rows to evaluate a network.
             if trained:
                 self.load_state_dict(before)
             return None
@@ -220,7 +224,7 @@ class _Regression(nn.Module):
         generator: th.Generator,
         progress: Progress | None,
     ) -> tuple[float, dict[str, th.Tensor]]:
-        """:return: least error of held-out rows, and the parameters that have it"""
+        """:return: lowest error of held-out rows, and its parameters"""
         parameters = list(self.network.parameters())
         optimizer = th.optim.Adam(parameters, lr=_LEARNING_RATE)
         x, y = self.inputs(inputs).flatten(0, 1), self.target(targets.reshape(-1, 1))
@@ -244,23 +248,23 @@ class _Regression(nn.Module):
 
     @th.no_grad()
     def _error(self, inputs: th.Tensor, targets: th.Tensor, held_out: list[th.Tensor]) -> float:
-        """Mean over the members of the mean squared error of the rows that each holds out; nan without rows."""
+        """:return: mean squared error of each member's held-out rows, averaged over the members; NaN without rows"""
         errors = []
         for i, rows in enumerate(held_out):
             predicted = self.network.member(i, self.inputs(inputs[rows])).squeeze(-1)
-            # In double precision, where squares of large rewards are finite.
+            # In double precision, so that squares of large rewards are finite.
             errors.append((self.target.inverse(predicted).double() - targets[rows]).square().mean())
         return th.stack(errors).mean().item()
 
 
 class TransitionReward(DynamicsWrapper):
     """
-    Another dynamics model whose rewards are those of a :class:`LearnedReward` instead.
+    Replaces the rewards of another dynamics model by those of a :class:`LearnedReward`.
 
-    :param dynamics: predicts the next observation
-    :param reward: the learned reward
-    :param termination: ``(obs, actions, next_obs) -> bool (B,)``: whether an imagined transition ends its episode
-    :param limit: ``(rewards, ended) -> rewards``, each ``(B,)``: keeps rewards within bounds; ``None``: as they are
+    :param dynamics: The wrapped model, which predicts the next observation
+    :param reward: The learned reward
+    :param termination: Maps ``(obs, actions, next_obs)`` to bool ``(B,)``: whether an imagined transition ends its episode
+    :param limit: Maps ``(rewards, ended)``, each ``(B,)``, to clipped rewards; ``None``: rewards are not clipped
     """
 
     own_reward = True
@@ -278,14 +282,14 @@ class TransitionReward(DynamicsWrapper):
     def adjust(
         self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, rewards: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
-        """See ``DynamicsWrapper.adjust``; the rewards are learned ones."""
+        """See ``DynamicsWrapper.adjust``; rewards come from the learned reward."""
         return next_obs, self._paid(obs, actions, next_obs)
 
     def _paid(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         finite = next_obs.isfinite().all(dim=1, keepdim=True)
-        # A termination function of the user's is not asked about numbers that are none; such a row is dropped later.
+        # A user's termination function is never called with NaN or infinity. Such rows are dropped later.
         asked = next_obs if finite.all() else th.where(finite, next_obs, obs)
-        # Which transitions end has no gradient.
+        # The termination has no gradient.
         ended = self.termination(obs.detach(), actions.detach(), asked.detach())
         rewards = self.reward(obs, actions, asked, ended)
         return rewards if self.limit is None else self.limit(rewards, ended)
@@ -297,7 +301,7 @@ def _inputs(obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tenso
 
 @th.no_grad()
 def _both_inputs(rows: ReplayBufferSamples, dynamics: DynamicsModel) -> th.Tensor:
-    """:return: ``(2, N, size)``, with real and with predicted next observations; a prediction that is not finite counts not"""
+    """:return: inputs ``(2, N, size)`` with real and with predicted next observations; real ones replace non-finite ones"""
     blocks = zip(rows.observations.split(_BLOCK), rows.actions.split(_BLOCK), strict=True)
     predicted = th.cat([dynamics.sample(obs, actions)[0] for obs, actions in blocks])
     predicted = th.where(predicted.isfinite().all(dim=1, keepdim=True), predicted, rows.next_observations)
@@ -305,5 +309,5 @@ def _both_inputs(rows: ReplayBufferSamples, dynamics: DynamicsModel) -> th.Tenso
 
 
 def _folds(rows: ReplayBufferSamples) -> th.Tensor:
-    """A number of each row's own content ``(N,)``, so that rows held out now were not trained on by an earlier fit."""
+    """:return: whole numbers ``(N,)`` that depend on the rows' content, so that held-out rows stay held out in later fits"""
     return (row_hash(rows) * 2**24).long()

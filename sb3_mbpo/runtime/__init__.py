@@ -1,1 +1,1 @@
-"""The machine: threads, memory, denormal numbers, versions."""
+"""Settings and information of the machine: threads, memory, denormal numbers, versions."""

@@ -1,4 +1,4 @@
-"""Numbers too small to be told from zero at full precision: a CPU computes with them many times slower."""
+"""Denormal numbers, which are so close to zero that a CPU computes with them many times slower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,19 @@ import torch as th
 
 
 def flushed() -> bool:
-    """Whether this thread takes denormal results for zero."""
-    # torch sets this state and does not tell it.
+    """:return: whether denormal results are set to zero in this thread"""
+    # torch can set this state, but not read it.
     return not (th.full((1,), 1e-39) * 1.0).any()
 
 
 @contextmanager
 def flush_denormals() -> Iterator[None]:
     """
-    Within, denormal results are zero, in this thread and those it starts; afterwards, what was set before, in this thread.
+    Set denormal results to zero in this context. Afterwards, the previous mode of this thread is restored.
 
-    Threads that it starts, such as torch's workers at their first use, take the mode over and keep it.
+    Threads that are started in this context, such as torch's workers at their first use, inherit the mode and keep it.
 
-    Adam's moments of units that never fire decay into denormals and stay there.
+    This matters because Adam's moments of inactive units decay to denormal numbers and stay there.
     """
     before = flushed()
     th.set_flush_denormal(True)

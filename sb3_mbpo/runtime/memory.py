@@ -1,4 +1,4 @@
-"""How much memory an agent is going to take, said before it takes it."""
+"""Estimates the memory that an agent will need."""
 
 import os
 import sys
@@ -11,31 +11,31 @@ from typing import Any
 
 import torch as th
 
-from sb3_mbpo.buffers.model_buffer import grown
+from sb3_mbpo.buffers.model_buffer import next_capacity
 from sb3_mbpo.buffers.replay_buffer import ROWS
 from sb3_mbpo.buffers.rollout_blocks import ROLLOUT_BLOCK
-from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule, make_schedule
+from sb3_mbpo.rollouts import LONGEST_AUTO, LinearRolloutSchedule, make_schedule
 
 # Bytes of a float32 and of an index.
 NUMBER, INDEX = 4, 8
-# Of a container: bytes that it may have, or "max".
+# Memory limit of a container: a number of bytes, or "max".
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-# A weight, its gradient and Adam's two moments.
+# Each weight has a gradient and two Adam moments.
 COPIES_OF_A_WEIGHT = 4
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """
-    Bytes, at most: as if no imagined episode ended before its k steps.
+    Maximum memory in bytes, if no imagined episode ends before its k steps.
 
     :param real_buffer: SB3's arrays, when full
-    :param first_model_buffer: the imagined transitions before k begins to grow
-    :param model_buffer: the same at the end of the schedule of k
-    :param growing: the same as it moves to its last, largest place, the old one included
-    :param rollouts: what a refill needs besides, at the end of the schedule
+    :param first_model_buffer: the model buffer before k starts to grow
+    :param model_buffer: the model buffer at the end of the schedule of k
+    :param growing: the old and the new model buffer while it is copied to its largest size
+    :param rollouts: additional memory of a model rollout, at the end of the schedule
     :param networks: weights, gradients and optimizers
-    :param lengths: the first and the last k
+    :param lengths: first and last k
     """
 
     real_buffer: int
@@ -48,7 +48,7 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """All of it at the worst moment."""
+        """Maximum total memory at any time."""
         return self.real_buffer + max(self.model_buffer, self.growing) + self.rollouts + self.networks
 
     def __str__(self) -> str:
@@ -60,12 +60,15 @@ class MemoryEstimate:
             model_buffer += f", {in_words(self.growing)} while it grows"
         return (
             f"memory: at most {in_words(self.peak)}: real buffer {in_words(self.real_buffer)}; model buffer {model_buffer}; "
-            f"refills {in_words(self.rollouts)}; networks and optimizers {in_words(self.networks)}"
+            f"model rollouts {in_words(self.rollouts)}; networks and optimizers {in_words(self.networks)}"
         )
 
 
 def in_words(n_bytes: float) -> str:
-    """:return: ``1.2 GB``; units of 1000"""
+    """
+    :param n_bytes: number of bytes
+    :return: text such as ``1.2 GB``, with units of 1000
+    """
     for unit in ("B", "kB", "MB"):
         if n_bytes < 999.5:
             return f"{n_bytes:.3g} {unit}"
@@ -75,22 +78,23 @@ def in_words(n_bytes: float) -> str:
 
 def lengths_of(schedule: Any, first_refill: int, model_train_freq: int, retained_rollouts: int) -> Iterator[int]:
     """
-    k of the refills that matter for memory: where it stays, the model buffer is full after ``retained_rollouts``.
+    k of the model rollouts that matter for memory: if k is constant, the model buffer is full after ``retained_rollouts``.
 
-    :param schedule: ``rollout_schedule``; of a function nothing is known but its value at ``first_refill``
-    :param first_refill: env transitions at the first refill
-    :param model_train_freq: env transitions from one refill to the next
-    :param retained_rollouts: refills kept
+    :param schedule: ``rollout_schedule``; for a function, only its value at ``first_refill`` is used
+    :param first_refill: number of env transitions at the first model rollout
+    :param model_train_freq: number of env transitions between two model rollouts
+    :param retained_rollouts: number of model rollouts kept
+    :return: an iterator over k
     """
     if schedule == "auto":
-        # At the least until the buffer is full, then at the most.
+        # The minimum until the buffer is full, then the maximum.
         turn = first_refill + retained_rollouts * model_train_freq
-        schedule = LinearSchedule(1, LONGEST_AUTO, turn, turn)
+        schedule = LinearRolloutSchedule(1, LONGEST_AUTO, turn, turn)
     schedule = make_schedule(schedule)
-    end = schedule.end if isinstance(schedule, LinearSchedule) else first_refill
+    end = schedule.end if isinstance(schedule, LinearRolloutSchedule) else first_refill
     times = [first_refill, *range((first_refill // model_train_freq + 1) * model_train_freq, end, model_train_freq)]
     times += [max(times[-1], end) + i * model_train_freq for i in range(retained_rollouts + 1)]
-    known = isinstance(schedule, LinearSchedule)
+    known = isinstance(schedule, LinearRolloutSchedule)
     for k, run in groupby(int(schedule(time if known else first_refill)) for time in times):
         for _, _ in zip(run, range(retained_rollouts + 1), strict=False):
             yield k
@@ -100,15 +104,15 @@ def model_buffer_rows(
     lengths: Iterable[int], n_branches: int, block: int, retained_rollouts: int, max_rows: int | None
 ) -> Iterator[tuple[int, int, int, int]]:
     """
-    The model buffer's growth, followed without its content.
+    Simulate the growth of the model buffer.
 
-    :param lengths: k of each refill
+    :param lengths: k of each model rollout
     :param n_branches: ``rollout_batch_size``
-    :param block: branches added at once
-    :param retained_rollouts: refills kept
+    :param block: number of branches added at once
+    :param retained_rollouts: number of model rollouts kept
     :param max_rows: ``model_buffer_size``
-    :return: of each refill: rows held in its end; rows there is room for; rows in use as it last grew: the old place and what
-        was copied from it, and the same with the whole of the new place, which a GPU hands out at once
+    :return: for each model rollout: number of rows at its end; capacity in rows; rows in use during the last growth: the old
+        capacity plus the copied rows (CPU), and the old plus the new capacity (a GPU allocates all of it)
     """
     refills: deque[int] = deque(maxlen=retained_rollouts)
     capacity, bound = 0, max_rows or sys.maxsize
@@ -120,7 +124,7 @@ def model_buffer_rows(
         for start in range(0, n_branches, block) if min(expected, bound) > capacity else ():
             new = min(block, n_branches - start) * k
             if min(held + new, bound) > capacity:
-                larger = grown(capacity, min(held + new, bound), expected, max_rows)
+                larger = next_capacity(capacity, min(held + new, bound), expected, max_rows)
                 copied, allocated, capacity = capacity + min(held, bound - min(new, bound)), capacity + larger, larger
             held = min(held + new, bound)
         refills.append(n_branches * k)
@@ -129,17 +133,20 @@ def model_buffer_rows(
 
 def estimate(agent: Any) -> MemoryEstimate:
     """
-    :param agent: a ModelBased algorithm with all its parts, just built or loaded
+    Estimate the memory of an agent.
+
+    :param agent: a ModelBased algorithm with all its parts, just created or loaded
+    :return: the estimate
     """
     buffer = agent.replay_buffer
     on_cpu = agent.device.type == "cpu"
-    # Nothing is imagined with the model off.
+    # With real_ratio=1, there are no model rollouts.
     n_branches, retained = agent.rollout_batch_size * (agent.real_ratio < 1), agent.retained_rollouts
     block = min(n_branches, ROLLOUT_BLOCK.get(agent.device.type, n_branches))
     lengths = list(lengths_of(agent.rollout_schedule, max(agent.learning_starts, 0) + 1, agent.model_train_freq, retained))
     course = list(model_buffer_rows(lengths, n_branches, block, retained, agent.model_buffer_size))
     width = sum(buffer.model_buffer.widths)
-    # In steps, joined, packed: two of the three at a time; and where to put them.
+    # Transitions exist per step, concatenated and packed, two of the three at a time; and their indices.
     of_a_block = block * max(lengths) * (2 * width * NUMBER + 2 * INDEX)
     weights = (
         p
@@ -158,7 +165,7 @@ def estimate(agent: Any) -> MemoryEstimate:
 
 
 def machine_memory() -> int | None:
-    """:return: bytes of this machine, or of the container that the process is in; ``None``: the system does not say"""
+    """:return: memory of this machine, or the limit of its container, in bytes; ``None`` if it is unknown"""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -172,25 +179,25 @@ def machine_memory() -> int | None:
 def most_imagined(agent: Any) -> int:
     """
     :param agent: see :func:`too_large`
-    :return: bytes of the full model buffer, at the end of the schedule of k
+    :return: size of the full model buffer at the end of the schedule of k, in bytes
     """
     schedule = agent.rollout_schedule
-    schedule = LinearSchedule(LONGEST_AUTO, LONGEST_AUTO, 0, 0) if schedule == "auto" else make_schedule(schedule)
-    # Of a function nothing is known but its first value.
-    longest = schedule.max_length if isinstance(schedule, LinearSchedule) else int(schedule(0))
+    schedule = LinearRolloutSchedule(LONGEST_AUTO, LONGEST_AUTO, 0, 0) if schedule == "auto" else make_schedule(schedule)
+    # For a function, only its first value is known.
+    longest = schedule.max_length if isinstance(schedule, LinearRolloutSchedule) else int(schedule(0))
     rows = agent.rollout_batch_size * agent.retained_rollouts * longest
     return min(rows, agent.model_buffer_size or sys.maxsize) * sum(agent.replay_buffer.model_buffer.widths) * NUMBER
 
 
 def too_large(agent: Any) -> Iterator[str]:
     """
-    Warn of replay buffers that do not fit. Memory is taken as they fill, so a run may die after hours.
+    Warn if the replay buffers do not fit into memory. They allocate it as they fill, so a run may fail after hours.
 
-    :param agent: a ModelBased algorithm, just built or loaded
+    :param agent: a ModelBased algorithm, just created or loaded
     :return: warnings
     """
     real = {"buffer_size": sum(getattr(agent.replay_buffer, name).nbytes for name in ROWS)}
-    # Nothing is imagined with the model off.
+    # With real_ratio=1, there are no model rollouts.
     imagined = {"rollout_batch_size": most_imagined(agent)} if agent.real_ratio < 1 else {}
     places = [("this machine", machine_memory(), real if agent.device.type == "cuda" else real | imagined)]
     if agent.device.type == "cuda":
@@ -199,6 +206,6 @@ def too_large(agent: Any) -> Iterator[str]:
         if total is not None and sum(parts.values()) > total:
             name = max(parts, key=parts.__getitem__)
             yield (
-                f"{name}={getattr(agent, name)}: full replay buffers take {in_words(sum(parts.values()))}, and {place} has "
-                f"{in_words(total)}. A run that fills them will be ended by the system. Lower {name}"
+                f"{name}={getattr(agent, name)}: full replay buffers take {in_words(sum(parts.values()))}, but {place} has "
+                f"{in_words(total)}. The system will end a run that fills them. Lower {name}"
             )

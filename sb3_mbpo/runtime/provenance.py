@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, hardware, commit."""
+"""Information about the origin of a result: versions, hardware, commit."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("sb3_mbpo", "stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasiu
 
 
 def versions() -> dict[str, str]:
-    """:return: of Python and of the packages that training depends on, as far as they are installed"""
+    """:return: versions of Python and of the installed packages that training depends on"""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -25,11 +25,11 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """:return: operating system, processor, number of cores, and graphics cards if there are any"""
+    """:return: operating system, processor, number of cores, and GPUs if there are any"""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        # Where Python knows the architecture only.
+        # Python may know only the architecture.
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     cards = [th.cuda.get_device_name(i) for i in range(th.cuda.device_count())]
@@ -38,8 +38,8 @@ def hardware() -> dict[str, Any]:
 
 def commit(folder: Path) -> str | None:
     """
-    :param folder: maybe the root of a git checkout
-    :return: its commit, with ``+`` where files differ from it; ``None``: it is no checkout, or there is no git
+    :param folder: a folder
+    :return: its commit, with ``+`` if files differ from it; ``None`` without git, or if it is not the root of a checkout
     """
     if not (folder / ".git").exists():
         return None
@@ -53,17 +53,17 @@ def commit(folder: Path) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """:return: all of that for this process"""
+    """:return: versions, hardware and commit of this process"""
     checkout = Path(__file__).resolve().parents[2]
     return {"versions": versions(), "hardware": hardware(), "commit": commit(checkout)}
 
 
 def merged(items: Iterable[Any]) -> Any:
     """
-    What several runs have in common and where they differ.
+    Merge the values of several runs.
 
-    :param items: values of one kind; mappings are merged key by key
-    :return: the value, if all agree; else the list of the different ones, in order of appearance
+    :param items: values of the same kind; mappings are merged key by key
+    :return: the value if all are equal; otherwise the list of different values, in order of appearance
     """
     items = list(items)
     if items and all(isinstance(item, dict) for item in items):

@@ -1,4 +1,4 @@
-"""How many threads PyTorch computes with inside ``learn``: one, unless the user has chosen."""
+"""The number of PyTorch threads in ``learn``: one, unless the user has set it."""
 
 import os
 from collections.abc import Iterator
@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch as th
 
-# Either one sets PyTorch's number of threads when it is loaded.
+# Each of them sets PyTorch's number of threads when it is loaded.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# "1" where two logical cores may share one physical core; Linux only.
+# "1" if two logical cores may share one physical core; Linux only.
 HYPER_THREADING = Path("/sys/devices/system/cpu/smt/active")
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
+    """:return: number of cores that this process may use"""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_counts(cores: int) -> set[int]:
     """
-    :param cores: logical cores
-    :return: numbers of threads that PyTorch takes by itself: one per core, with MKL one per physical core
+    :param cores: number of logical cores
+    :return: possible defaults of PyTorch's number of threads: one per core, or one per physical core with MKL
     """
     if HYPER_THREADING.exists() and HYPER_THREADING.read_text().strip() != "1":
         return {cores}
@@ -30,9 +30,11 @@ def default_counts(cores: int) -> set[int]:
 
 def user_choice() -> str | None:
     """
-    What shows that the user has chosen the number of threads; ``None``: it is PyTorch's default.
+    Find out whether the user has set the number of threads.
 
-    PyTorch does not record who set the number. So ``torch.set_num_threads`` with the default itself is not recognized.
+    PyTorch does not record who set the number, so ``torch.set_num_threads`` with the default value is not recognized.
+
+    :return: name of the variable or function that set it; ``None`` if it is PyTorch's default
     """
     for name in VARIABLES:
         if os.environ.get(name):
@@ -44,7 +46,7 @@ def user_choice() -> str | None:
 @contextmanager
 def chosen(count: int) -> Iterator[None]:
     """
-    Within, the number of threads counts as chosen by the user. Does not set it.
+    In this context, the number of threads counts as set by the user. It is not changed.
 
     :param count: number of threads
     """
@@ -61,10 +63,11 @@ def chosen(count: int) -> Iterator[None]:
 
 def describe(count: int, choice: str | None) -> str:
     """
-    One line about the threads of a run.
+    Describe the threads of a run.
 
     :param count: number of threads
-    :param choice: as of :func:`user_choice`
+    :param choice: result of :func:`user_choice`
+    :return: one line for the log
     """
     cores = available_cores()
     line = f"CPU threads: {count} of {cores} core{'s' if cores > 1 else ''}"
@@ -73,21 +76,20 @@ def describe(count: int, choice: str | None) -> str:
     line += f" ({choice})" if cores > 1 else ""
     if count == 1 or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         return line
-    return line + ". Beside other work they can be many times slower than one, unless OMP_WAIT_POLICY=PASSIVE is set as well"
+    return line + ". If other programs run, they can be many times slower than one, unless OMP_WAIT_POLICY=PASSIVE is also set"
 
 
 @contextmanager
 def one_thread_by_default() -> Iterator[str]:
     """
-    Within, PyTorch computes with one thread, unless the user has chosen a number; afterwards with as many as before.
+    In this context, PyTorch uses one thread, unless the user has set a number. Afterwards, the previous number is restored.
 
-    Several threads wait for each other at each of the many small operations of an update, and OpenMP's threads compute
-    while they wait. On cores that other processes need as well, each wait then lasts until the operating system gives
-    the other thread its turn.
+    Several threads wait for each other at each of the many small operations of an update, and OpenMP's threads are busy while
+    they wait. If other processes need the same cores, each wait lasts until the operating system schedules the other thread.
 
-    A number that is set within is kept. Other threads of this process keep theirs.
+    A number that is set inside this context is kept. Other threads of this process keep their number.
 
-    :yield: one line about the threads
+    :yield: one line for the log
     """
     before, choice = th.get_num_threads(), user_choice()
     if choice is not None:

@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, chec
 from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedule
 
 from sb3_mbpo.arguments.arguments import resolve
-from sb3_mbpo.rollouts import LONGEST_AUTO, LinearSchedule
+from sb3_mbpo.rollouts import LONGEST_AUTO, LinearRolloutSchedule
 from sb3_mbpo.runtime.provenance import versions
 from sb3_mbpo.saving.plain_values import decode, decode_box, encode, encode_box, is_a
 from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS
@@ -25,7 +25,14 @@ AGENTS: dict[str, type] = {}
 #: What counts the agent's life, and is restored.
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
-    *("_episode_num", "_n_updates", "_current_progress_remaining", "trusted_length", "imagined_share", "filter_memory"),
+    *(
+        "_episode_num",
+        "_n_updates",
+        "_current_progress_remaining",
+        "auto_rollout_length",
+        "imagined_fraction",
+        "filter_state",
+    ),
     *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
 )
 
@@ -43,7 +50,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
 _NOTHING = type(None)
 # What a description may say of an argument; of the others, what their default is. Text that `resolve` would import is none.
 _TYPES: dict[str, tuple[type, ...]] = {
-    "imagined_margin": (int, float, type(None)),
+    "prediction_clip_margin": (int, float, type(None)),
     "min_explained_variance": (int, float, type(None)),
     "learning_rate": (int, float, ConstantSchedule, LearningRateSchedule, FloatSchedule),
     "train_freq": (int, tuple),
@@ -57,7 +64,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "ent_coef": (int, float, str),
     "target_entropy": (int, float, str),
     "real_ratio": (int, float),
-    "rollout_schedule": (int, dict, LinearSchedule, str),
+    "rollout_schedule": (int, dict, LinearRolloutSchedule, str),
     "model_buffer_size": (_NOTHING, int),
     "dynamics_window": (_NOTHING, int),
     "termination_fn": (_NOTHING, str, *KNOWN_TERMINATIONS),
@@ -252,13 +259,13 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
     value = decode(encoded[name], name)
     if name == "_current_progress_remaining":
         fine = is_a(value, (int, float))
-    elif name == "imagined_share":
+    elif name == "imagined_fraction":
         fine = is_a(value, (int, float)) and 0 <= value <= 1
     elif name in ("forgot_transitions", "normalized_observations"):
         fine = isinstance(value, bool)
-    elif name == "trusted_length":
+    elif name == "auto_rollout_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
-    elif name in ("filter_memory", "forward_errors", "prediction_bounds"):
+    elif name in ("filter_state", "forward_errors", "prediction_bounds"):
         fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")

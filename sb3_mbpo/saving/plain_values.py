@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedul
 from torch import nn, optim
 
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
-from sb3_mbpo.rollouts import LinearSchedule
+from sb3_mbpo.rollouts import LinearRolloutSchedule
 from sb3_mbpo.terminations.known import HealthyRange, LeavesHealthyRange, NeverTerminates, TipFalls
 from sb3_mbpo.trust.filters import M2AC, Infoprop, Macura
 
@@ -88,7 +88,7 @@ _KINDS: dict[type, _Kind] = {
         (ConstantSchedule, ConstantSchedule, {"val": _NUMBER}),
         (LearningRateSchedule, LearningRateSchedule, dict.fromkeys(("start", "end", "end_fraction"), _NUMBER)),
         (FloatSchedule, FloatSchedule, {"value_schedule": (ConstantSchedule, LearningRateSchedule)}),
-        (LinearSchedule, LinearSchedule, dict.fromkeys(("min_length", "max_length", "start", "end"), (int,))),
+        (LinearRolloutSchedule, LinearRolloutSchedule, dict.fromkeys(("min_length", "max_length", "start", "end"), (int,))),
         (Macura, Macura, {"xi": _NUMBER, "zeta": _NUMBER, "window": (int,)}),
         (Infoprop, Infoprop, {"step_quantile": _NUMBER, "budget_quantile": _NUMBER, "horizon": (int,)}),
         (M2AC, M2AC, {"alpha": _NUMBER}),

@@ -32,7 +32,7 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = (
-    *("termination", "dynamics_fitted_at", "_earlier_timesteps", "trusted_length", "imagined_share", "filter_memory"),
+    *("termination", "dynamics_fitted_at", "_earlier_timesteps", "auto_rollout_length", "imagined_fraction", "filter_state"),
     *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
     *("_warned_of_termination", "_warned_of"),
 )

@@ -1,1 +1,1 @@
-"""When imagined episodes end: known rules, and a learned one."""
+"""Terminations of imagined episodes: known rules and a learned one."""

@@ -1,4 +1,4 @@
-"""When an imagined episode ends: the rules of known tasks, read from the env, and the audit of a user's own."""
+"""Termination rules of known tasks, read from the env, and the comparison of a user's own rule with the real ends."""
 
 import os
 from collections.abc import Callable
@@ -17,14 +17,14 @@ TerminationFn: TypeAlias = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor
 
 @dataclass(frozen=True)
 class NeverTerminates:
-    """Episodes end by time limits only. A non-finite observation is no end either: that is the env's own answer."""
+    """Episodes end only by time limits. As in the env, a non-finite observation does not end an episode either."""
 
     def __call__(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         return th.zeros(len(next_obs), dtype=th.bool, device=next_obs.device)
 
 
 class HealthyRange(NamedTuple):
-    """The entries ``first:stop`` of an observation, and the bounds between which they are healthy."""
+    """Entries ``first:stop`` of an observation, and their healthy range from ``low`` to ``high``."""
 
     first: int
     stop: int | None
@@ -35,15 +35,16 @@ class HealthyRange(NamedTuple):
 @dataclass(frozen=True)
 class LeavesHealthyRange:
     """
-    Terminated once an entry of ``next_obs`` leaves its range: Hopper, Walker2d, Ant, Humanoid, InvertedPendulum.
+    Terminates when an entry of ``next_obs`` leaves its range: Hopper, Walker2d, Ant, Humanoid, InvertedPendulum.
 
-    Non-finite entries end an episode where the env says so: any entry with ``finite``, any entry of a range always;
-    a NaN velocity of Walker2d or Humanoid does not, since their rules look at the position alone.
-    What observations cannot show: Hopper ends when a velocity leaves +-100, but shows velocities cut at +-10;
-    and the env compares in float64: a value within float32 rounding of a bound may be judged differently.
+    Non-finite entries end an episode if they do so in the env: any entry with ``finite``, and always an entry of a range. A
+    NaN velocity of Walker2d or Humanoid does not, because their rules check only the position. Some of the env's rules are not
+    visible in the observation: Hopper ends when a velocity leaves +-100, but its observations clip velocities to +-10. The env
+    compares in float64, so the result may differ for a value within float32 rounding of a bound.
 
-    :param closed: the bounds themselves are healthy
-    :param finite: all of ``next_obs`` must be finite (Ant's own rule looks at positions and velocities only)
+    :param ranges: the checked entries and their healthy ranges
+    :param closed: whether the bounds themselves are healthy
+    :param finite: whether all of ``next_obs`` must be finite (Ant's own rule checks only positions and velocities)
     """
 
     ranges: tuple[HealthyRange, ...]
@@ -53,7 +54,8 @@ class LeavesHealthyRange:
     def __call__(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         healthy = _finite(next_obs) if self.finite else next_obs.new_ones(len(next_obs), dtype=th.bool)
         for first, stop, low, high in self.ranges:
-            # Both bounds against the signed value: the original's `abs` of a comparison let large negatives live.
+            # Compare both bounds with the signed value: the original code took `abs` of a comparison, so large negative values
+            # did not terminate.
             x = next_obs[:, first:stop]
             healthy &= ((low <= x) & (x <= high) if self.closed else (low < x) & (x < high)).all(dim=1)
         return ~healthy
@@ -62,14 +64,14 @@ class LeavesHealthyRange:
 @dataclass(frozen=True)
 class TipFalls:
     """
-    InvertedDoublePendulum: terminated once the tip of the second pole is at ``height`` metres or below.
+    InvertedDoublePendulum: terminates when the tip of the second pole is at ``height`` meters or below.
 
-    ``next_obs`` starts with (cart, sin 1, sin 2, cos 1, cos 2); atan2 makes an angle of an imagined sine and cosine
-    off the unit circle. A NaN angle does not terminate, as in the env. What observations cannot show: the env reads
-    the tip where the last stage of the Runge-Kutta step left it, up to a centimetre from where the observed
-    angles put it.
+    ``next_obs`` starts with (cart, sin 1, sin 2, cos 1, cos 2). atan2 also works for imagined sines and cosines off the unit
+    circle. As in the env, a NaN angle does not terminate. The env uses the position of the tip after the last stage of the
+    Runge-Kutta step, which is not observed and differs by up to a centimeter from that of the observed angles.
 
-    :param link: length of either pole in metres, as in Gymnasium's own XML file
+    :param height: minimum height of the tip in meters
+    :param link: length of each pole in meters, as in Gymnasium's XML file
     """
 
     height: float = 1.0
@@ -92,8 +94,11 @@ _Read: TypeAlias = Callable[[str], Any]  # the value of a named attribute of the
 
 def _healthy(hidden: int, *entries: tuple[str, int, int | None], closed: bool = False, read: _Read) -> TerminationFn:
     """
-    :param hidden: leading positions that ``exclude_current_positions_from_observation`` hides
+    :param hidden: number of leading positions hidden by ``exclude_current_positions_from_observation``
     :param entries: (attribute with the range, first, stop), counted without the hidden positions
+    :param closed: see :class:`LeavesHealthyRange`
+    :param read: returns an attribute of the env by name
+    :return: the termination rule
     """
     if not read("_terminate_when_unhealthy"):
         return NeverTerminates()
@@ -107,7 +112,7 @@ def _inverted_pendulum(read: _Read) -> TerminationFn:
 
 
 def _inverted_double_pendulum(read: _Read) -> TerminationFn | None:
-    # The one rule that rests on a body's measures; the others speak of the same coordinates whatever the XML file.
+    # The only rule that depends on lengths in the XML file; the others use coordinates that are the same for every file.
     shipped = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets", "inverted_double_pendulum.xml")
     return TipFalls() if os.path.realpath(read("fullpath")) == os.path.realpath(shipped) else None
 
@@ -127,16 +132,16 @@ _MUJOCO: dict[str, tuple[str, Callable[..., TerminationFn | None]]] = {
     **{task.lower(): (task, _never) for task in ("Swimmer", "Reacher", "Pusher", "HumanoidStandup")},
     "half_cheetah": ("HalfCheetah", _never),
 }
-# Each of these modules defines one env class, so its name stands for the task.
+# Each of these modules defines one env class, so the module identifies the task.
 _TASKS = {f"gymnasium.envs.mujoco.{k}_{v}": (f"{task}-{v}", rule) for k, (task, rule) in _MUJOCO.items() for v in ("v4", "v5")}
 _TASKS["gymnasium.envs.classic_control.pendulum"] = ("Pendulum-v1", _never)
 
-# Wrappers that change neither the observation nor where an episode terminates. (MBPO stores raw observations.)
+# Wrappers that change neither the observation nor when an episode terminates. (MBPO stores raw observations.)
 _PLAIN_VEC_WRAPPERS = {"VecNormalize", "VecMonitor", "VecCheckNan", "VecVideoRecorder"}
 _PLAIN_WRAPPERS = {"TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo"}
 _PLAIN_WRAPPERS |= {"HumanRendering", "RenderCollection", "ClipAction", "RescaleAction", "TransformAction"}
 _PLAIN_WRAPPERS |= {"ClipReward", "NormalizeReward", "TransformReward"}
-# The RL Zoo puts its own time limit, which only reports the cut differently, in the place of Gymnasium's.
+# The RL Zoo replaces Gymnasium's time limit with its own, which only reports the truncation differently.
 _PLAIN_ELSEWHERE = {
     ("stable_baselines3.common.monitor", "Monitor"),
     ("rl_zoo3.gym_patches", "PatchedTimeLimit"),
@@ -146,10 +151,12 @@ _PLAIN_ELSEWHERE = {
 
 class Asks:
     """
-    A question put to every wrapper of an env where the env lives, by ``VecEnv.env_is_wrapped``.
+    Evaluates a predicate on every wrapper of an env, in the process of the env, by ``VecEnv.env_is_wrapped``.
 
-    A worker of SubprocVecEnv dies of an answer that cannot be pickled, as a class defined in a function.
-    ``isinstance(wrapper, self)`` is evaluated inside the worker, and only a bool comes back.
+    A worker of SubprocVecEnv dies if an answer cannot be pickled, for example a class defined in a function. Here,
+    ``isinstance(wrapper, self)`` is evaluated in the worker, and only a bool is sent back.
+
+    :param question: the predicate; it must be picklable
     """
 
     def __init__(self, question: Callable[[gym.Wrapper], bool]) -> None:
@@ -159,11 +166,16 @@ class Asks:
         return self.question(wrapper)
 
     def of(self, env: VecEnv, index: int) -> bool:
+        """
+        :param env: a VecEnv
+        :param index: index of one of its envs
+        :return: whether the predicate is true for any wrapper of this env
+        """
         return env.env_is_wrapped(cast(type[gym.Wrapper], self), indices=index)[0]
 
 
 def _is_patched(thing: Any) -> bool:
-    """Whether a method, or a property, was replaced on this one instance."""
+    """:return: whether a method or a property was replaced on this instance"""
     of_class = [getattr(type(thing), name, None) for name in vars(thing)]
     return any(callable(value) or isinstance(value, property) for value in of_class)
 
@@ -187,7 +199,7 @@ def _prints_oddly(wrapper: gym.Wrapper) -> bool:
 
 
 def _obeys(module: str, env: gym.Env) -> bool:
-    """:return: whether the innermost env is of the class in ``module``, or of one that inherits its rule unchanged"""
+    """:return: whether the innermost env is an instance of the class in ``module``, with an unchanged termination rule"""
     env = env.unwrapped
     task = next((kind for kind in type(env).__mro__ if kind.__module__ == module), None)
     methods = ("step", "_get_obs", "is_healthy", "terminated", "state_vector")
@@ -196,10 +208,10 @@ def _obeys(module: str, env: gym.Env) -> bool:
 
 
 def _task_of(env: VecEnv, index: int) -> str | None:
-    """:return: the module of the known task that an env obeys"""
+    """:return: the module of the known task of an env; ``None`` if it has none"""
 
     def obeys(module: str) -> bool:
-        # An env without any wrapper is not asked by ``env_is_wrapped``, and in another process it cannot be looked at.
+        # ``env_is_wrapped`` does not check an env without any wrapper, and an env in another process is not accessible.
         here = isinstance(env, DummyVecEnv) and _obeys(module, env.envs[index])
         return here or Asks(partial(_obeys, module)).of(env, index)
 
@@ -213,25 +225,25 @@ def _known_in_one(env: VecEnv, index: int) -> tuple[TerminationFn | None, str]:
         task, rule = _TASKS[module]
         known = rule(read=lambda name: env.get_attr(name, indices=index)[0])
         return known, f"termination: known, {task}, {known}" if known else f"termination: learned, {task} of another xml_file"
-    # A `__str__` of the user's that raises would end a worker, so only Gymnasium's own is called.
+    # A user's `__str__` that raises would end a worker, so only Gymnasium's own is called.
     chain = "the environment" if Asks(_prints_oddly).of(env, index) else env.env_method("__str__", indices=index)[0]
     if strange:
         return None, f"termination: learned, a wrapper of {chain} may change what is observed or where episodes end"
     bare = not isinstance(env, DummyVecEnv) and not Asks(_is_wrapper).of(env, index)
     if bare and env.get_attr("__module__", indices=index)[0] in _TASKS:
-        return None, f"termination: learned, {chain} in another process cannot be looked at without a wrapper, such as Monitor"
+        return None, f"termination: learned, {chain} in another process cannot be checked without a wrapper, such as Monitor"
     return None, f"termination: learned, no rule for {chain}, or a method of it was replaced"
 
 
 def known_termination(env: VecEnv) -> tuple[TerminationFn | None, str]:
     """
-    The termination rule of a task that is known, with its parameters as they are in this env.
+    The termination rule of a known task, with the parameters of this env.
 
-    Known are Gymnasium's MuJoCo tasks, v4 and v5, and Pendulum-v1. Wrappers that may change the observation or the
-    end of an episode, subclasses with another rule and sub-environments that differ make the rule unknown.
+    The known tasks are Gymnasium's MuJoCo tasks, v4 and v5, and Pendulum-v1. The rule is unknown if a wrapper may change the
+    observation or the end of an episode, if a subclass changes the rule, or if the envs of a VecEnv differ.
 
     :param env: any VecEnv
-    :return: the function or None, and a sentence for the log
+    :return: the function, or None if the rule is unknown, and a text for the log
     """
     while isinstance(env, VecEnvWrapper):
         kind = type(env)
@@ -254,10 +266,12 @@ def in_env_terms(
     transition: tuple[th.Tensor, ...], observation_space: spaces.Box, action_space: spaces.Box
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """
-    Flat rows, with actions in [-1, 1], as a ``termination_fn`` wants them: in the env's shapes, actions in its scale.
+    Convert flat transitions with actions in [-1, 1] to the inputs of a ``termination_fn``.
 
-    :param transition: obs ``(B, obs_dim)``, actions ``(B, action_dim)``, next_obs ``(B, obs_dim)``
-    :return: ``(B, *obs_shape)``, ``(B, *action_shape)``, ``(B, *obs_shape)``
+    :param transition: obs ``(B, obs_dim)``, actions in [-1, 1] ``(B, action_dim)``, next_obs ``(B, obs_dim)``
+    :param observation_space: the env's observation space
+    :param action_space: the env's action space
+    :return: obs ``(B, *obs_shape)``, actions in the env's scale ``(B, *action_shape)``, next_obs ``(B, *obs_shape)``
     """
     obs, actions, next_obs = transition
     low, high = (th.as_tensor(bound, dtype=th.float32, device=obs.device) for bound in (action_space.low, action_space.high))
@@ -267,10 +281,12 @@ def in_env_terms(
 
 def disagreement(predicted: th.Tensor, terminated: th.Tensor) -> str | None:
     """
-    :param predicted: what ``termination_fn`` says of real transitions, bool ``(N,)``
-    :param terminated: what the env said of them, ``(N,)``, time limits excluded
-    :return: a warning if more than 1 % disagree, or at least 3 and more than 10 % of the real terminations are missed:
-        terminations are so rare that a function that never terminates could stay under 1 %
+    Compare a termination function with the real ends.
+
+    :param predicted: output of ``termination_fn`` for real transitions, bool ``(N,)``
+    :param terminated: real terminations ``(N,)``, without time limits
+    :return: a warning if more than 1 % of the transitions differ, or if at least 3 and more than 10 % of the real terminations
+        are missed. Terminations are so rare that a function that never terminates could differ in less than 1 %
     """
     real = terminated.to(predicted.device) > 0.5
     missed, invented = int((real & ~predicted).sum()), int((~real & predicted).sum())

@@ -1,4 +1,4 @@
-"""A learned rule of termination, for environments whose own is not known."""
+"""A learned termination rule, for environments without a known one."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from torch import nn
 from sb3_mbpo.dynamics.layers import EnsembleMLP, Standardizer
 
 _N_MEMBERS, _HALF_BATCH, _MOST_ROWS = 3, 64, 10_000
-_FIRST_STEPS, _LATER_STEPS = 1000, 200  # minibatches of a fit of the network: from the initial weights, from trained ones
-_NEVER = 1e30  # a logit that no rule reaches, yet finite: SB3 and checkpoints expect ordinary numbers
-# With fewer terminations, surfaces are compared by cross-validation in so many folds, and no network is trained.
+_FIRST_STEPS, _LATER_STEPS = 1000, 200  # minibatches of the network's first fit and of later fits
+_NEVER = 1e30  # a logit that no rule reaches; finite, because SB3 and checkpoints expect finite numbers
+# With fewer than _ENOUGH terminations, surfaces are compared by cross-validation, and no network is trained.
 _ENOUGH, _FOLDS = 100, 3
-# A rule replaces one before it if it makes less than this share of its errors.
+# A candidate replaces an earlier one if its errors are below this fraction of the earlier one's errors.
 _CLEARLY_BETTER = 0.8
-# Where between the two classes the threshold of few terminations lies, from the others (0) to these (1). The others are many,
-# so their edge is known better.
+# With few terminations, position of the threshold between other transitions (0) and terminations (1). There are many other
+# transitions, so their boundary is known better.
 _AT = 0.1
-# Penalty of a surface's weights: small, so that terminations and other transitions are separated wherever they can be.
+# Penalty of a surface's weights. It is small, so that terminations and other transitions are separated if possible.
 _L1 = 1e-5
-# Observations of more dimensions have too many products.
+# Products are not used if the observation has more dimensions than this.
 _MOST_PRODUCTS_OF = 30
 
 
@@ -27,17 +27,17 @@ class LearnedTermination(nn.Module):
     """
     A classifier of real terminations, for environments without a known rule.
 
-    Rules of termination are mostly simple regions of the next observation: a threshold, a range, a disc. So the first
-    candidates are quadratic surfaces, fitted by logistic regression from a few terminations: in next_obs without products of
-    its entries, with them, and in next_obs, obs and action without products. A network is the last, once there are a hundred
-    terminations; a group lasso on its first layer (Scardapane et al. 2017, arXiv 1607.00485) lets go of the inputs that do not
-    matter. A later candidate is used if it errs clearly less on rows that it was not trained on.
-    A non-finite next_obs counts as terminated.
+    Most termination rules are simple regions of the next observation: a threshold, a range, a disc. So the first candidates
+    are quadratic surfaces, fitted by logistic regression: in next_obs without products of its entries, in next_obs with
+    products, and in next_obs, obs and action without products. The last candidate, if there are a hundred terminations, is a
+    network with a group lasso on its first layer (Scardapane et al. 2017, arXiv 1607.00485), which removes irrelevant inputs.
+    A later candidate is used if it has clearly fewer errors on rows it was not trained on. A non-finite next_obs counts as
+    terminated.
 
-    :param obs_shape: shape of one observation
-    :param action_shape: shape of one action
-    :param seed: of its own generator; None takes one from the operating system
-    :param device: where the parameters live
+    :param obs_shape: Shape of one observation
+    :param action_shape: Shape of one action
+    :param seed: Seed of its own random generator; ``None``: a random seed from the system
+    :param device: Device of the parameters
     """
 
     threshold: th.Tensor
@@ -57,9 +57,9 @@ class LearnedTermination(nn.Module):
             surfaces.insert(1, Surface(obs_size, products=True))
         self.surfaces = nn.ModuleList(surfaces)
         self.network = EnsembleMLP(_N_MEMBERS, size, 1, [64, 64], self.generator)
-        # Terminated above this logit: never, until a termination was seen.
+        # A transition terminates above this logit: never, until there was a termination.
         self.register_buffer("threshold", th.full((1,), _NEVER))
-        # Which candidate is used: a surface, or the network after the last of them. A float, see Standardizer.
+        # Index of the used candidate: a surface, or the network after the last surface. A float, see Standardizer.
         self.register_buffer("rule", th.zeros(1))
         # 1 once the network has been trained.
         self.register_buffer("network_trained", th.zeros(1))
@@ -69,36 +69,46 @@ class LearnedTermination(nn.Module):
     network_trained: th.Tensor
 
     def seed(self, seed: int | None) -> None:
-        """Start the generator anew: of the coming minibatches, not of the weights."""
+        """:param seed: seed of future minibatches, not of the weights; ``None``: a random seed from the system"""
         if seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(seed)
 
     def forward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        """:return: whether each transition terminates, bool ``(B,)``"""
+        """
+        :param obs: ``(B, *obs_shape)``
+        :param actions: ``(B, *action_shape)``, in the env's own scale
+        :param next_obs: ``(B, *obs_shape)``
+        :return: whether each transition terminates, bool ``(B,)``
+        """
         return self.probability(obs, actions, next_obs) > 0.5
 
     @th.no_grad()
     def probability(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        """:return: ``(B,)``, above 0.5 where the transition terminates; calibrated at that point only"""
+        """
+        :param obs: ``(B, *obs_shape)``
+        :param actions: ``(B, *action_shape)``, in the env's own scale
+        :param next_obs: ``(B, *obs_shape)``
+        :return: ``(B,)``, above 0.5 if the transition terminates; only calibrated at that value
+        """
         logits = self._logits(int(self.rule), self._inputs(obs, actions, next_obs))
         return th.where(_finite(next_obs), th.sigmoid(logits - self.threshold), 1.0)
 
     def fit(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, terminated: th.Tensor) -> dict[str, float]:
         """
-        Fit the surfaces anew, train the network on from its present weights, and choose.
+        Fit the surfaces from scratch, continue training the network, and choose the best candidate.
 
-        With a hundred terminations or more, a fifth of each class, or 10,000 rows in all if that is less, is held out to
-        choose by. The rows' own content decides which, so that those held out now were hardly ever trained on before.
-        With fewer, surfaces are compared by cross-validation, and the one that is chosen is fitted to all rows.
+        With at least a hundred terminations, a fifth of each class, or 10,000 rows in total if that is less, is held out for
+        the choice. The content of the rows determines which are held out, so that earlier fits hardly ever trained on them.
+        With fewer terminations, surfaces are compared by cross-validation, and the best one is fitted to all rows.
 
         :param obs: ``(N, *obs_shape)``
         :param actions: ``(N, *action_shape)``, in the env's own scale
         :param next_obs: ``(N, *obs_shape)``
-        :param terminated: ``(N,)``, true terminations, never the end by a time limit
-        :return: of rows that were not trained on: ``termination_positives``, the terminations among them; if there are any
-            ``termination_recall``, and if any was predicted ``termination_precision``
+        :param terminated: real terminations ``(N,)``, without time limits
+        :return: metrics on held-out rows: ``termination_positives``, the number of terminations; ``termination_recall`` if
+            there are any; ``termination_precision`` if any was predicted
         """
         content = next_obs.flatten(1).sum(dim=1, dtype=th.float32).view(th.int32).long()
         rank = (content * 2654435761 % 2**32).argsort(stable=True)
@@ -112,7 +122,7 @@ class LearnedTermination(nn.Module):
             train.append(rows[cut:])
         used = (rows if len(rows) <= _MOST_ROWS else rows[self._draw(len(rows), (_MOST_ROWS,))] for rows in train)
         if few and all(map(len, classes)):
-            # All terminations, in an order that does not depend on what they are.
+            # Use all rows, in an order that does not depend on the class.
             used = (rows if len(rows) <= _MOST_ROWS else rows[self._draw(len(rows), (_MOST_ROWS,))] for rows in classes)
         parts = [self._inputs(obs[rows], actions[rows], next_obs[rows]) for rows in used]
         positives, negatives = (part[part.isfinite().all(dim=1)] for part in parts)
@@ -124,7 +134,7 @@ class LearnedTermination(nn.Module):
                 return _metrics(*counts)
             self._choose(positives, negatives, weight, [self._inputs(obs[r], actions[r], next_obs[r]) for r in held_out])
         elif self._untrained and len(positives) + len(negatives):
-            # One class teaches nothing about the other: what was learned from both stays.
+            # With a single class, nothing can be learned. What was learned before is kept.
             self.threshold.fill_(-_NEVER if len(positives) else _NEVER)
         hits, inventions = (int(self(obs[rows], actions[rows], next_obs[rows]).sum()) for rows in held_out)
         return _metrics(len(held_out[0]), hits, inventions)
@@ -137,13 +147,15 @@ class LearnedTermination(nn.Module):
         """
         Choose a surface by cross-validation and fit it to all rows.
 
-        :param weight: transitions that each of ``negatives`` stands for
-        :return: terminations judged, those found, and transitions wrongly found (all of them, also those not in ``negatives``)
+        :param positives: inputs of terminations
+        :param negatives: inputs of other transitions
+        :param weight: number of transitions that each row of ``negatives`` represents
+        :return: numbers of terminations judged, of those found, and of false positives (scaled to all other transitions)
         """
         best, found = float("inf"), (0, 0)
         folds = min(_FOLDS, len(positives), len(negatives))
         of = [th.arange(len(rows), device=rows.device) % folds for rows in (positives, negatives)]
-        # Of a single row of a class nothing can be left out; the simplest surface is used.
+        # With a single row of a class, cross-validation is impossible; the simplest surface is used.
         for i in range(len(self.surfaces) if folds > 1 else 0):
             hits = inventions = 0
             for fold in range(folds):
@@ -161,7 +173,7 @@ class LearnedTermination(nn.Module):
         return len(positives) if folds > 1 else 0, *found
 
     def _choose(self, positives: th.Tensor, negatives: th.Tensor, weight: float, held_out: list[th.Tensor]) -> None:
-        """Fit all candidates; the best on the held-out terminations and other transitions is used."""
+        """Fit all candidates, and use the one with the fewest errors on held-out rows."""
         best = float("inf")
         for i in range(len(self.surfaces) + 1):
             if i < len(self.surfaces):
@@ -177,14 +189,14 @@ class LearnedTermination(nn.Module):
                 self.threshold.copy_(threshold)
 
     def _fit_surface(self, i: int, positives: th.Tensor, negatives: th.Tensor, weight: float) -> th.Tensor:
-        """:return: its threshold"""
+        """:return: threshold of surface ``i`` after the fit"""
         surface: Any = self.surfaces[i]
         surface.fit(positives, negatives)
         logits = surface(positives), surface(negatives)
         return _fewest_errors(*logits, weight, at=_AT if len(positives) < _ENOUGH else 0.5)
 
     def _train(self, positives: th.Tensor, negatives: th.Tensor) -> None:
-        """Train the network on, half of each minibatch of either class."""
+        """Continue training the network. Each minibatch has equally many rows of both classes."""
         self.standardizer.fit(th.cat([positives, negatives]))
         sign = th.tensor([-1.0, 1.0], device=positives.device).repeat_interleave(_HALF_BATCH)
         first = next(self.network.parameters())  # weights of the first layer: (members, inputs, outputs)
@@ -214,10 +226,10 @@ class LearnedTermination(nn.Module):
 
 class Surface(nn.Module):
     """
-    A quadratic surface between two classes, by logistic regression on standardised features.
+    A quadratic surface between two classes, by logistic regression on standardized features.
 
-    :param size: of the inputs, only the first so many are used
-    :param products: with the products of all pairs of them, else with the squares alone
+    :param size: number of inputs used, from the first on
+    :param products: use the products of all pairs of inputs; ``False``: only the squares
     """
 
     weight: th.Tensor
@@ -228,7 +240,7 @@ class Surface(nn.Module):
         self.size, self.products = size, products
         self.inputs = Standardizer(size)
         n_features = size + (size * (size + 1) // 2 if products else size)
-        # Not as sharp as that of the inputs: a square is large where its input is.
+        # A larger limit than for the inputs, because squares of large inputs are larger.
         self.features = Standardizer(n_features, limit=100.0)
         self.register_buffer("weight", th.zeros(n_features))
         self.register_buffer("bias", th.zeros(1))
@@ -241,20 +253,23 @@ class Surface(nn.Module):
         return th.cat([z, z[:, i] * z[:, j]], dim=1)
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
-        """:return: ``(B,)``, the larger the more like the first class"""
+        """
+        :param inputs: ``(B, size or more)``
+        :return: logits ``(B,)``; larger means more likely in the first class
+        """
         return self.features(self._expand(inputs)) @ self.weight + self.bias
 
     def fit(self, positives: th.Tensor, negatives: th.Tensor) -> None:
         """
-        From zero, both classes with the same weight, by L-BFGS; the optimum is the only one.
+        Fit by L-BFGS, starting from zero weights. Both classes have the same total weight. The optimum is unique.
 
         :param positives: inputs of the first class ``(P, size or more)``
-        :param negatives: of the second ``(N, size or more)``
+        :param negatives: inputs of the second class ``(N, size or more)``
         """
         rows = th.cat([positives, negatives])
         self.inputs.fit(rows[:, : self.size])
         self.features.fit(self._expand(rows))
-        # In double precision, for separable classes drive the weights far; and on the CPU, for these are many small steps.
+        # In double precision, because weights get large for separable classes; on the CPU, because there are many small steps.
         x = self.features(self._expand(rows)).double().cpu()
         sign = th.ones(len(rows), dtype=th.float64)
         sign[: len(positives)] = -1
@@ -288,19 +303,19 @@ def _metrics(judged: int, hits: int, inventions: int) -> dict[str, float]:
 
 def _fewest_errors(positives: th.Tensor, negatives: th.Tensor, weight: float, at: float = 0.5) -> th.Tensor:
     """
-    The threshold of fewest errors, the middle one where several are as good.
+    The threshold with the fewest errors; the middle one if several are equally good.
 
-    The textbook correction for balanced batches, adding the log of the real odds, supposes calibrated logits; under
-    a lasso they are not.
+    The textbook correction for balanced batches, which adds the log of the real odds, assumes calibrated logits. With a
+    lasso, they are not calibrated.
 
     :param positives: logits of terminations
     :param negatives: logits of other transitions
-    :param weight: transitions that each of ``negatives`` stands for
-    :param at: where between the two logits beside it, 0 the lower
-    :return: a scalar tensor: terminated above it
+    :param weight: number of transitions that each row of ``negatives`` represents
+    :param at: position between the two neighboring logits, where 0 is the lower one
+    :return: the threshold, a scalar tensor
     """
     logits, order = th.cat([positives, negatives]).double().sort()
-    # Errors of a threshold just above each logit: terminations up to it are missed, the others above it are invented.
+    # Errors of a threshold just above each logit: terminations up to it are missed, other transitions above it are false.
     missed = (order < len(positives)).double().cumsum(dim=0)
     errors = missed + weight * (len(negatives) - (order >= len(positives)).double().cumsum(dim=0))
     upper = th.cat([logits[1:], logits[-1:] + 1.0])

@@ -1,1 +1,1 @@
-"""How far predictions are used: bounds, filters, rollout length, imagined fraction."""
+"""Limits to the use of predictions: bounds, filters, rollout length, imagined fraction."""

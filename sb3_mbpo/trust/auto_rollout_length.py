@@ -1,7 +1,7 @@
 """
 The rollout length k of ``rollout_schedule="auto"``.
 
-How far predictions drift from real trajectories under the same actions, and how many steps that leaves.
+k is the number of steps over which predictions stay close to real trajectories with the same actions.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.explained_variance import ROUNDING
 
-# Mean squared error after k steps that is small beside the variance of the observations.
+# Maximum mean squared error after k steps, as a fraction of the variance of the observations.
 NEGLIGIBLE = 0.01
 
 
@@ -21,19 +21,19 @@ def drift(
     dynamics: DynamicsModel, steps: ReplayBufferSamples, length: int, fewest: int = 1, untold: th.Tensor | None = None
 ) -> list[th.Tensor]:
     """
-    Mean squared error of the observation after 1, 2, ... ``length`` predicted steps, from every real step on.
+    Mean squared error of the observation after 1, 2, ... ``length`` predicted steps, starting from every real step.
 
-    Each prediction is fed with the one before it and with the real action; it ends where the real episode does.
+    Each prediction starts from the previous prediction and uses the real action. It ends with the real episode.
 
     :param dynamics: draws the next observations, see ``DynamicsModel.sample``
-    :param steps: consecutive real steps of some envs, ``(T, n_envs, dim)``; dones of any kind
-    :param length: most steps
-    :param fewest: starts that a number of steps must leave room for, to be measured
-    :param untold: steps whose outcome is not known, bool ``(T, n_envs)``: trajectories end before them; ``None``: none
-    :return: of each number of steps ``(obs_dim,)``
+    :param steps: consecutive real steps of some envs, ``(T, n_envs, dim)``, with dones of any kind
+    :param length: maximum number of steps
+    :param fewest: minimum number of start states for an error to be measured
+    :param untold: steps whose next observation is unknown, bool ``(T, n_envs)``; trajectories end before them; ``None``: none
+    :return: errors ``(obs_dim,)`` after each number of steps
     """
     n_steps, n_envs = steps.dones.shape[:2]
-    # SB3 stores the observation after a reset as the next step's, and so does a dataset whose rows are joined.
+    # The next step may start with the observation of a reset, in SB3 and in joined datasets.
     goes_on = (steps.dones[:-1, :, 0] < 0.5) & (steps.next_observations[:-1] == steps.observations[1:]).all(dim=2)
     known = goes_on.new_ones(n_steps, n_envs) if untold is None else ~untold
     goes_on = th.cat([goes_on & known[1:], goes_on.new_zeros(1, n_envs)]).flatten()
@@ -51,18 +51,18 @@ def drift(
 
 def reliable_length(errors: Sequence[th.Tensor], obs: th.Tensor) -> int:
     """
-    k: the most steps over which every prediction errs by little, its mean squared error over the dimensions that vary, each at
-    most 1, below ``NEGLIGIBLE`` of their variance.
+    The largest k for which the error after each of 1, ..., k steps is small: the mean over the dimensions that vary of (mean
+    squared error / variance, clipped to 1) is at most ``NEGLIGIBLE``.
 
     :param errors: mean squared errors after 1, 2, ... steps, each ``(obs_dim,)``, see :func:`drift`
     :param obs: the real observations ``(B, obs_dim)``
-    :return: at least 1; 1 where nothing varies
+    :return: k, at least 1; 1 if no dimension varies
     """
     variance = obs.var(dim=0)
     varies = variance.sqrt() > ROUNDING * obs.abs().amax(dim=0)
     length = 0
     for error in errors:
-        # A comparison with nan says no.
+        # A comparison with NaN is False.
         if not (error / variance)[varies].clamp(max=1).mean() <= NEGLIGIBLE:
             break
         length += 1

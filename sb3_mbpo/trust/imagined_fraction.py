@@ -1,16 +1,17 @@
-"""Which fraction of the imagined rows of a batch the dynamics has earned."""
+"""The fraction of imagined rows that is used, depending on the explained variance of the dynamics."""
 
 import math
 
 
-def imagined_share(reward: float, obs: float, enough: float | None) -> float:
+def imagined_fraction(reward: float, obs: float, enough: float | None) -> float:
     """
-    Which part of the imagined rows a dynamics has earned: 2 explained / enough - 1, within 0 and 1.
+    The fraction of imagined rows that is used: 2 explained / enough - 1, clipped to [0, 1].
 
-    :param reward: share of the variance of rewards that is explained
-    :param obs: share of that of the next observations; the lesser of both counts
-    :param enough: a share of variance explained that earns all of them, and half of it none: luck explains a little as well;
-        ``None``: all of them whatever is explained
+    :param reward: explained fraction of the variance of rewards
+    :param obs: explained fraction of the variance of next observations; the smaller of both counts
+    :param enough: explained fraction from which all imagined rows are used; none are used up to half of it, because a little
+        may be explained by chance. ``None``: always use all
+    :return: fraction from 0 to 1
     """
     if enough is None:
         return 1.0

@@ -1,36 +1,35 @@
-"""What the critics say against what they can say: the largest return that the rewards seen allow."""
+"""Compares the critics' values with the largest possible return."""
 
 import math
 from typing import Any
 
 import torch as th
 
-# Rewards that are larger than this, or all smaller than its inverse, are on another scale than what they are weighed against.
+# A warning is issued if a reward is larger than this, or if all are smaller than its inverse.
 ODD_SCALE = 1e4
-# So many rewards must all be small: at first, larger ones may just not have been met.
+# Minimum number of rewards to conclude that all are small: at first, larger ones may not have occurred yet.
 MANY_REWARDS = 1000
 
 
 def return_bounds(least: float, most: float, gamma: float, entropy_bonus: float = 0.0) -> tuple[float, float] | None:
     """
-    Between which values every Q(s, a) lies if each reward is in [least, most]:
+    Bounds of Q(s, a) if each reward is in [least, most]:
 
         Q(s, a) = r_0 + sum over t >= 1 of gamma^t (r_t + alpha H_t)
 
         largest = most + gamma / (1 - gamma) max(most + alpha H_max, 0)
         smallest = least + gamma / (1 - gamma) min(least, 0)
 
-    SAC's value of a state is the mean of Q minus alpha log pi, so from the second step on each step brings alpha times the
-    entropy H_t of its action as well (none at t = 0: the action of Q is given; Haarnoja et al., 2018, equations 2 and 3).
-    An episode may end at any step, and then all that would come is 0: hence the max and the min. The entropy of a policy may
-    be as low as one likes, but a policy that pays for it does worse than the best: the lower bound leaves it out, and says how
-    far apart returns are, no more.
+    SAC's value of a state is the mean of Q minus alpha log pi. So each step except the first also contributes alpha times the
+    entropy H_t of its action (the action of Q is given; Haarnoja et al., 2018, equations 2 and 3). An episode may end at any
+    step, after which all rewards are 0; hence the max and the min. The entropy has no lower bound, so ``smallest`` ignores it:
+    it is not a bound of Q, and only used for the range of returns.
 
     :param least: smallest reward
     :param most: largest reward
     :param gamma: discount factor
-    :param entropy_bonus: alpha H_max, see :func:`entropy_bonus`; 0: the algorithm knows no entropy
-    :return: smallest, largest; ``None`` without discount, where there is no bound
+    :param entropy_bonus: alpha H_max, see :func:`entropy_bonus`; 0 for an algorithm without entropy
+    :return: smallest and largest return; ``None`` for gamma = 1, where there is no bound
     """
     if gamma >= 1:
         return None
@@ -40,13 +39,13 @@ def return_bounds(least: float, most: float, gamma: float, entropy_bonus: float 
 
 def entropy_bonus(agent: Any) -> float:
     """
-    alpha H_max: the most that entropy adds to a step's reward.
+    alpha H_max: the maximum that entropy adds to a step's reward.
 
-    No density on [-1, 1]^d, where SB3's squashed actions live, has more entropy than the uniform one: H_max = d log 2.
-    Where alpha is learned, it is the larger one of now and of the beginning: Q-values learned under a larger alpha outlive it.
+    SB3's squashed actions are in [-1, 1]^d, where the uniform density has the largest entropy: H_max = d log 2. If alpha is
+    learned, the larger of its current and its initial value is used, because Q-values learned with a larger alpha persist.
 
     :param agent: any off-policy algorithm of SB3 or sb3_contrib
-    :return: 0 for an algorithm without an entropy coefficient
+    :return: alpha H_max; 0 for an algorithm without an entropy coefficient
     """
     most = math.prod(agent.action_space.shape) * math.log(2)
     learned = getattr(agent, "log_ent_coef", None)
@@ -61,13 +60,13 @@ def entropy_bonus(agent: Any) -> float:
 @th.no_grad()
 def q_values(critic: Any, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
     """
-    :param critic: an SB3 critic: ``(obs, actions)`` to one ``(B, 1)`` for each network, or TQC's ``(B, networks, quantiles)``
-    :param obs: as the policy sees them, ``(B, *obs_shape)``
-    :param actions: in [-1, 1], ``(B, action_dim)``
-    :return: ``(B, networks)``; quantiles are averaged, for a return's mean is what is bounded by its critic
+    :param critic: an SB3 critic: it returns one ``(B, 1)`` for each network, or ``(B, networks, quantiles)`` for TQC
+    :param obs: observations as the policy gets them, ``(B, *obs_shape)``
+    :param actions: actions in [-1, 1] ``(B, action_dim)``
+    :return: Q-values ``(B, networks)``; quantiles are averaged, because the bound is for the mean return
     """
     training = critic.training
-    # The statistics of a batch normalisation must not move.
+    # The statistics of batch normalization must not change.
     critic.set_training_mode(False)
     try:
         values = critic(obs, actions)
@@ -78,42 +77,43 @@ def q_values(critic: Any, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
 
 def breach(largest_q: float, bounds: tuple[float, float] | None, input_size: float = 1.0) -> str | None:
     """
-    Whether a critic is beyond what it can be right about.
+    Check whether Q-values are too large.
 
-    Beyond the bound by its distance from the smallest return: networks err, and an imagined reward may be a whole range better
-    than any real one (``imagined_margin``). And by the size of what the critics are given, at least 1: fresh networks predict
-    numbers of that order whatever the rewards are. Where these are equal, so that returns span nothing, it takes the critics
-    some 10,000 updates to forget them: the value of a fresh network passes from one target to the next times gamma.
+    The largest return is exceeded by a tolerance, which has two parts. The first one is the range of returns, because networks
+    are inexact and imagined rewards may exceed real ones by their range (``prediction_clip_margin``). The second one is the
+    norm of the critics' inputs, at least 1, because new networks predict values of that size for any rewards. If all rewards
+    are equal, so that the range of returns is 0, the critics need about 10,000 updates to forget their initial values, because
+    a target contains gamma times the value of the initial network.
 
     :param largest_q: the largest of some Q-values
-    :param bounds: of :func:`return_bounds`
-    :param input_size: the largest norm of the observations and actions that they were computed from
-    :return: a warning; ``None``: all is well
+    :param bounds: result of :func:`return_bounds`
+    :param input_size: largest norm of the observations and actions of these Q-values
+    :return: a warning; ``None`` if the Q-values are not too large
     """
     if bounds is None or largest_q <= bounds[1] + (bounds[1] - bounds[0]) + max(1.0, input_size):
         return None
     return (
         f"The critic expects a return of {largest_q:.3g}, but the rewards seen so far allow {bounds[1]:.3g} at most "
-        "(dynamics/q_max, dynamics/q_bound): it learns from its own errors. Lower gradient_steps or learning_rate, raise "
-        "real_ratio where that is an argument, or shorten rollout_schedule"
+        "(dynamics/q_max, dynamics/q_bound): it learns from its own errors. Reduce gradient_steps or learning_rate, increase "
+        "real_ratio if that is an argument, or shorten rollout_schedule"
     )
 
 
 def odd_scale(least: float, most: float, n: int) -> str | None:
     """
-    Whether rewards are far from 1, the scale of a new network's values, of SAC's entropy and of the default learning rates.
+    Check whether the scale of rewards is far from 1, the scale of new critics, SAC's entropy and the default learning rates.
 
-    :param least: smallest reward, as the critic learns from it
+    :param least: smallest reward that the critic learns from
     :param most: largest reward
-    :param n: how many there were
-    :return: a warning; ``None``: all is well, or not yet to be told
+    :param n: number of rewards
+    :return: a warning; ``None`` if the scale is fine, or if there are too few rewards
     """
     largest = max(abs(least), abs(most))
     small = 0 < largest < 1 / ODD_SCALE and n >= MANY_REWARDS
     if not small and largest <= ODD_SCALE:
         return None
     return (
-        f"The largest reward so far is {largest:.3g} in size. New critics, the learning rate and the entropy suit rewards "
-        f"around 1, and are too {'large' if small else 'small'} beside these. Scale them in the env, as with "
-        "gymnasium.wrappers.TransformReward"
+        f"The largest reward so far is {largest:.3g} in absolute value. New critics, the learning rate and the entropy suit "
+        f"rewards around 1, and are too {'large' if small else 'small'} for these. Scale the rewards in the env, for example "
+        "with gymnasium.wrappers.TransformReward"
     )

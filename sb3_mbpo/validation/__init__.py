@@ -1,1 +1,1 @@
-"""Bad input gets one clear error: rules for arguments, checks of spaces, envs and what they return."""
+"""Checks of arguments, spaces, wrappers and env outputs, with errors that say what to do."""

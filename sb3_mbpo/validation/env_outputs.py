@@ -1,4 +1,4 @@
-"""What comes from the env is looked at before it is stored, counted or learned from."""
+"""Checks the outputs of the env before they are stored, counted or used for learning."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,27 +31,27 @@ from sb3_mbpo.validation.faults import (
     reward_fault,
 )
 
-# What hands on what its envs return, and adds nothing.
+# VecEnvs and wrappers that only pass on what their envs return.
 TRANSPARENT = (DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize)
-# What can be taken apart.
+# Types that may hold the values of step() and reset().
 SEVERAL = (tuple, list)
-# Dimensions up to which a look at Python's own numbers is faster than at NumPy's.
+# Up to this many dimensions, checking Python floats is faster than NumPy.
 SHORT = 32
 
 
 class _Env:
-    """In the place of one env of a ``DummyVecEnv``."""
+    """Replaces one env of a ``DummyVecEnv`` during a call, and checks its outputs."""
 
     def __init__(self, boundary: "Boundary", base: DummyVecEnv, index: int) -> None:
         self.boundary, self.index, self.is_last = boundary, index, index == base.num_envs - 1
         space: Any = base.observation_space
         self.shape, self.dtype = space.shape, space.dtype
-        # Of few numbers, reward included, the length of their vector is taken fastest; it vouches for each of them.
+        # For few numbers, it is fastest to check the norm of observation and reward together: if it is finite, all are.
         self.is_short = len(self.shape) == 1 and self.shape[0] <= SHORT and self.dtype.kind == "f"
 
     def __getattr__(self, name: str) -> Any:
         if name in ("boundary", "index"):
-            # A copy in the making has none yet.
+            # Not set yet while a copy is being made.
             raise AttributeError(name)
         return getattr(self.boundary.inner[self.index], name)
 
@@ -82,7 +82,7 @@ class _Env:
         if fault := reward_fault(answer[1]):
             raise boundary.refusal(f"the reward {fault}", self.index)
         if ended:
-            # A reset comes next. DummyVecEnv keeps a reference, and the env may write its next observation to the same array.
+            # DummyVecEnv keeps a reference and resets the env, which may write its next observation to the same array.
             return (np.array(answer[0]), *answer[1:])
         if self.is_last:
             boundary.finished()
@@ -105,7 +105,7 @@ class _Env:
 
 
 class _Remote:
-    """In the place of the connection to one env of a ``SubprocVecEnv``."""
+    """Replaces the connection to one env of a ``SubprocVecEnv`` during a call, and checks its outputs."""
 
     def __init__(self, boundary: "Boundary", base: SubprocVecEnv, index: int) -> None:
         self.boundary, self.base, self.index = boundary, base, index
@@ -114,7 +114,7 @@ class _Remote:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("boundary", "index"):
-            # A copy in the making has none yet.
+            # Not set yet while a copy is being made.
             raise AttributeError(name)
         return getattr(self.boundary.inner[self.index], name)
 
@@ -124,12 +124,12 @@ class _Remote:
             answer = boundary.inner[self.index].recv()
         except (EOFError, ConnectionError) as error:
             raise type(error)(
-                f"env {self.index}, after {boundary.at} steps: its process has ended; why is in its own message above"
+                f"env {self.index}, after {boundary.at} steps: its process has ended; see its own error message above"
             ) from error
         fault = self._fault(answer)
         if fault and boundary.pending is None:
             boundary.pending = boundary.refusal(fault, self.index)
-        # Not before every env has been heard: what is left in a connection would be taken for the answer to the next call.
+        # Raise only after every env has answered. Otherwise, an unread answer would be taken for that of the next call.
         if self.index < self.base.num_envs - 1:
             return answer
         if boundary.pending is not None:
@@ -141,14 +141,17 @@ class _Remote:
         return answer
 
     def _fault(self, answer: Any) -> str:
-        """:param answer: to ``step``: observation, reward, done, info, reset's info; to ``reset``: first and last of them"""
+        """
+        :param answer: of ``step``: observation, reward, done, info, reset's info; of ``reset``: observation, reset's info
+        :return: what is wrong; empty if nothing is
+        """
         parts = [("observation of reset()", answer[0])]
         if len(answer) == 5:
             obs, reward, done, info, _ = answer
             parts = [("last observation", info["terminal_observation"]), *parts] if done else [("observation", obs)]
             if fault := reward_fault(reward):
                 return f"the reward {fault}"
-            # What the worker made of terminated and truncated: the first of them that is true, else the last.
+            # The worker sends (terminated or truncated), which is the first one that is true, otherwise the last one.
             if fault := flag_fault(done) or flag_fault(info["TimeLimit.truncated"]):
                 return f"terminated or truncated {fault}"
         faults = ((what, observation_fault(obs, self.shape, self.dtype)) for what, obs in parts)
@@ -156,7 +159,7 @@ class _Remote:
 
 
 class _Inner:
-    """In the place of what a ``VecNormalize`` is around."""
+    """Replaces the VecEnv that a ``VecNormalize`` wraps during a call, and checks its outputs."""
 
     def __init__(self, boundary: "Boundary", venv: VecEnv) -> None:
         self.boundary, self.venv = boundary, venv
@@ -182,29 +185,28 @@ STAND_INS: dict[type, tuple[str, Callable[..., Any]]] = {DummyVecEnv: ("envs", _
 
 class Boundary:
     """
-    Stands between an env and an agent for the length of one ``step`` or ``reset``, and leaves no trace on the env.
+    Checks the outputs of an env during one ``step`` or ``reset``. Afterwards, the env is unchanged.
 
-    A ``VecNormalize`` takes what it gets into its statistics, and a ``DummyVecEnv`` spreads an observation that is too small
-    over its whole row: behind them it is too late to look. So the places where they ask for the next values are exchanged
-    until they have them. Behind vectorised wrappers or envs that are not SB3's own, whose insides are unknown, arrays are
-    looked at.
+    Outputs must be checked before ``VecNormalize`` adds them to its statistics, and before ``DummyVecEnv`` broadcasts an
+    observation that is too small to its whole row. So the envs inside are replaced during the call by objects that check
+    their outputs. If there are VecEnvs or wrappers that are not SB3's own, the arrays that they return are checked instead.
 
-    :param env: the agent's, with all its wrappers
+    :param env: The agent's env, with all wrappers
     """
 
     def __init__(self, env: VecEnv) -> None:
         self.env = env
-        #: The agent's ``num_timesteps`` before the call that is watched.
+        #: The agent's ``num_timesteps`` before the checked call.
         self.at = 0
-        #: Steps are to be watched.
+        #: Whether steps are checked.
         self.in_use = False
-        #: A call has begun and has not come to its end: where the envs stand is unknown.
+        #: Whether a call has started and not finished, so that the state of the envs is unknown.
         self.in_doubt = False
-        #: What is to be raised once every env has been heard.
+        #: The error to raise once every env has answered.
         self.pending: InvalidTransition | None = None
-        #: What there are stand-ins for at present: the envs, or the connections to them. Empty: nothing is exchanged.
+        #: The replaced envs, or the connections to them. Empty: nothing is replaced.
         self.inner: Any = ()
-        # The call that is taken over, where arrays are looked at, and what the env's own dictionary had under that name.
+        # If arrays are checked: the method that is replaced on the env, and its entry in the env's own dictionary.
         self._taken: str | None = None
         self._before: Any = None
         self._attributes = vars(env)
@@ -212,30 +214,30 @@ class Boundary:
         while isinstance(layers[-1], VecEnvWrapper):
             layers.append(layers[-1].venv)
         base = layers[-1]
-        # What is exchanged during a call: an attribute of the innermost layer, and what stands there meanwhile.
+        # What is replaced during a call: an attribute of the innermost VecEnv, and its replacement.
         self._of_base, self._place, self._stand_ins = vars(base), "", []
         if type(base) in STAND_INS and isinstance(base.observation_space, spaces.Box):
             self._place, stand_in = STAND_INS[type(base)]
             self._stand_ins = [stand_in(self, base, i) for i in range(base.num_envs)]
-        # What its statistics and the replay buffer take is what comes from under a VecNormalize.
+        # The statistics of a VecNormalize and the replay buffer get the outputs of the VecEnv that it wraps.
         normalizer = unwrap_vec_normalize(env)
         cut = len(layers) if normalizer is None else layers.index(normalizer)
         self._looks_on_top = any(type(layer) not in TRANSPARENT for layer in layers[:cut])
         looks_inside = normalizer is not None and any(type(layer) not in TRANSPARENT for layer in layers[cut:])
         self._looked_into = normalizer if looks_inside else None
         self._looks_at_arrays = self._looks_on_top or looks_inside
-        #: The last observation of every episode is copied before the env is reset.
+        #: Whether the last observation of every episode is copied before the env is reset.
         self.copies_ends = type(base) is DummyVecEnv and bool(self._stand_ins) and not self._looks_at_arrays
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        # Copied or pickled it is None: it is about one env, and an agent makes another when it needs one.
+        # Copied or pickled as None: it belongs to one env, and an agent creates a new one when needed.
         return type(None), ()
 
     def watch(self, call: str, at: int) -> None:
         """
-        Look at what comes of the env's next ``step`` or ``reset``, which is to be the next thing that is done.
+        Check the env's next ``step`` or ``reset``, which must be called right after this.
 
-        :param call: which of the two
+        :param call: ``"step"`` or ``"reset"``
         :param at: the agent's ``num_timesteps``, for the error
         """
         self.at, self.in_doubt = at, True
@@ -248,14 +250,14 @@ class Boundary:
             self._attributes[call] = partial(self._ask, call)
 
     def release(self) -> None:
-        """Leave the env as it was before ``watch``."""
+        """Restore the env as it was before ``watch``."""
         if self.inner:
             self._of_base[self._place] = self.inner
             self.inner = ()
         self._give_back()
 
     def finished(self) -> None:
-        """Called by the last stand-in that is asked, where all there is between it and the agent are layers of SB3's own."""
+        """Called after the last env has answered. If all wrappers are SB3's own, the call is complete."""
         if not self._looks_at_arrays:
             self._of_base[self._place] = self.inner
             self.inner, self.in_doubt = (), False
@@ -279,7 +281,7 @@ class Boundary:
             self.release()
         if self._looks_on_top:
             self.look_at_arrays(self.env, *((answer,) if call == "reset" else answer))
-            # SB3 keeps a reference, and the next observations may be written to the same array.
+            # SB3 keeps a reference, and the env may write the next observations to the same array.
             answer = np.array(answer) if call == "reset" else (np.array(answer[0]), *answer[1:])
         self.in_doubt = False
         return answer
@@ -293,13 +295,20 @@ class Boundary:
             normalizer.venv = venv
 
     def refusal(self, fault: str, index: int) -> InvalidTransition:
-        """:return: the error to raise"""
+        """
+        :param fault: what is wrong
+        :param index: index of the env
+        :return: the error to raise
+        """
         return InvalidTransition(fault, index, self.at)
 
     def look_at_arrays(self, venv: VecEnv, *answer: Any) -> None:
         """
-        :param answer: what ``step_wait`` or ``reset`` of a vectorised env returned
-        :raises InvalidTransition: see above
+        Check the arrays that a VecEnv returns.
+
+        :param venv: the VecEnv
+        :param answer: outputs of its ``step_wait`` or ``reset``
+        :raises InvalidTransition: an output is invalid
         """
         if found := fault_of_arrays(venv.num_envs, venv.observation_space, *answer):
             raise self.refusal(*found)

@@ -1,28 +1,28 @@
-"""What the ends of real episodes show: last observations that were lost, and time limits reported as terminations."""
+"""Checks the ends of real episodes: lost last observations, and time limits reported as terminations."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-# A VecNormalize changes a last observation by rounding: relative to the values and to their spread.
+# VecNormalize changes a last observation by rounding. Tolerance relative to the values and to their standard deviation.
 ROUNDING = 1e-5
-# Shortest time limit that is looked for, and the fewest episodes that must have ended there: if all did, and in general.
+# Minimum time limit to detect, and minimum number of episodes that ended there: if all did, and otherwise.
 SHORTEST_LIMIT, FEWEST_ALL, FEWEST = 5, 3, 5
 
-# Steps of each env after which one that never ended an episode is taken for one without a time limit.
+# An env without the end of an episode for this many steps is assumed to have no time limit.
 ENDLESS = 10_000
 
 
 class Steps(NamedTuple):
     """
-    Real transitions in order of time, as in a ring: behind the last row comes the first.
+    Real transitions ordered by time, as in a ring: the first row follows the last one.
 
     :param obs: ``(T, n_envs, obs_dim)``
     :param next_obs: ``(T, n_envs, obs_dim)``
     :param dones: ends of any kind, bool ``(T, n_envs)``
-    :param limits: those by a time limit, bool ``(T, n_envs)``
-    :param newest: row of the newest step; that after it is the oldest
+    :param limits: ends by a time limit, bool ``(T, n_envs)``
+    :param newest: row of the newest step; the next row is the oldest
     """
 
     obs: np.ndarray
@@ -34,21 +34,22 @@ class Steps(NamedTuple):
 
 def lost_ends(steps: Steps, copied: bool = False) -> np.ndarray:
     """
-    Ends of episodes that were stored with the first observation of the next episode in place of their own last one.
+    Find ends of episodes that were stored with the first observation of the next episode instead of their last observation.
 
-    This happens if a VecEnv gives no ``terminal_observation``, or if an env writes each observation to the same array and the
-    VecEnv keeps a reference to it. Both spoil every end, or every end of one kind (termination, time limit). So the ends of a
-    kind are lost if most of them are followed by what they are said to have led to, and lead elsewhere than they started.
+    This happens if a VecEnv does not provide ``terminal_observation``, or if an env writes each observation to the same array
+    and the VecEnv keeps a reference to it. Both affect every end, or every end of one kind (termination, time limit). So the
+    ends of a kind count as lost if for most of them ``next_obs`` equals the first observation of the next episode, and
+    differs from ``obs``.
 
-    :param steps: at least one
-    :param copied: last observations are known to have been copied. Then episodes that all end where all of them begin are
-        taken for true; otherwise they cannot be told from lost ones
+    :param steps: at least one step
+    :param copied: whether last observations are known to be copied. If so, episodes that all end where they all start are
+        accepted; otherwise, they cannot be distinguished from lost ends
     :return: bool ``(T, n_envs)``
     """
     lost = np.zeros(steps.dones.shape, dtype=bool)
     for kind in (steps.limits, ~steps.limits):
         rows, envs = np.nonzero(steps.dones & kind)
-        # What follows the newest step is not stored yet.
+        # The step after the newest one is not stored yet.
         followed = rows != steps.newest
         at = rows[followed], envs[followed]
         before, last = (part[at].astype(np.float64) for part in (steps.obs, steps.next_obs))
@@ -66,7 +67,7 @@ def lost_ends(steps: Steps, copied: bool = False) -> np.ndarray:
 
 
 def _close(first: np.ndarray, second: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """:return: which rows are the same up to rounding, bool ``(N,)``"""
+    """:return: which rows are equal up to rounding, bool ``(N,)``"""
     return (np.abs(first - second) <= ROUNDING * (np.abs(first) + np.abs(second) + spread)).all(axis=-1)
 
 
@@ -74,22 +75,23 @@ def lost_ends_warning(lost: np.ndarray, dones: np.ndarray) -> str:
     """
     :param lost: see :func:`lost_ends`
     :param dones: see :class:`Steps`
+    :return: the warning
     """
     return (
         f"{int(lost.sum())} of {int(dones.sum())} episodes were stored with the first observation of the next one in place of "
         "their own last one. These transitions are left out of the fits of dynamics, reward and termination. Either the "
-        "env writes its observations to one array: return a copy from step(), obs.copy(); or its VecEnv gives no "
-        "infos[i]['terminal_observation']: put a copy of the last observation there before the reset"
+        "env writes all observations to the same array: return a copy from step(), obs.copy(); or its VecEnv does not set "
+        "infos[i]['terminal_observation']: set it to a copy of the last observation before the reset"
     )
 
 
 def reported_limit(steps: Steps, from_start: bool) -> str | None:
     """
-    Whether terminations are a time limit of the env: many at one length that no episode exceeds, hardly any just below it, and
-    no dimension of the observation that tells them from steps in the midst of an episode.
+    Check whether terminations are a time limit of the env: many episodes end at the same length, no episode is longer, hardly
+    any ends just before, and no dimension of the observation distinguishes these ends from other steps.
 
-    :param steps: at least one, the last row the newest
-    :param from_start: whether the first step is the first of an episode
+    :param steps: at least one step; the last row is the newest
+    :param from_start: whether the first step is the first one of an episode
     :return: a warning, or ``None``
     """
     episodes = list(_episodes(steps, from_start))
@@ -105,30 +107,32 @@ def reported_limit(steps: Steps, from_start: bool) -> str | None:
         return None
     return (
         f"{n} of {len(ended)} terminated episodes ended after exactly {longest} steps, and none was longer: this looks like a "
-        "time limit that the env reports as terminated. The agent then takes what comes after it to be worth 0. Report it as "
-        f"truncated, as gymnasium.wrappers.TimeLimit(env, {longest}) does (in a VecEnv of your own: "
-        "infos[i]['TimeLimit.truncated'] = True), or put the time that is left into the observation"
+        "time limit that the env reports as terminated. The agent then learns that the value after it is 0. Report it as "
+        f"truncated, as gymnasium.wrappers.TimeLimit(env, {longest}) does (in your own VecEnv: "
+        "infos[i]['TimeLimit.truncated'] = True), or add the remaining time to the observation"
     )
 
 
 def endless(dones: np.ndarray) -> str | None:
     """
+    Check whether the env seems to have no time limit.
+
     :param dones: ends of any kind of all real steps, ``(T, n_envs)``
-    :return: a warning where no episode has ended for so long that the env seems to have no time limit, or ``None``
+    :return: a warning if no episode has ended for a long time, or ``None``
     """
     if len(dones) < ENDLESS or dones.any():
         return None
     return (
-        f"No episode has ended in {len(dones):,} steps: it seems that the env has no time limit. It is never reset then, the "
-        "agent learns of the states near its present one alone, and SB3 logs no returns. Give it a limit: "
-        "gymnasium.wrappers.TimeLimit(env, max_episode_steps=1000). A plant that is meant to run on needs none"
+        f"No episode has ended in {len(dones):,} steps: it seems that the env has no time limit. Then it is never reset, the "
+        "agent learns only about states near the current one, and SB3 logs no returns. Add a time limit: "
+        "gymnasium.wrappers.TimeLimit(env, max_episode_steps=1000). Ignore this for an env that is meant to run forever"
     )
 
 
 def _episodes(steps: Steps, from_start: bool) -> Iterator[tuple[int, int, int]]:
-    """:return: of each episode, also those that were cut or go on, its length, last row and env"""
+    """:return: length, last row and env of each episode, including unfinished and truncated ones"""
     breaks = steps.dones.copy()
-    # A reset in between, at the start of another `learn`, leaves no other trace.
+    # A reset at the start of another `learn` is visible only here.
     breaks[:-1] |= (steps.next_obs[:-1] != steps.obs[1:]).any(axis=2)
     breaks[-1] = True
     for env in range(breaks.shape[1]):
@@ -139,6 +143,6 @@ def _episodes(steps: Steps, from_start: bool) -> Iterator[tuple[int, int, int]]:
 
 
 def _shown(ends: np.ndarray, others: np.ndarray) -> bool:
-    """:return: whether within the range of ``ends``, in some dimension, there are no more of the ``others`` than of them"""
+    """:return: whether in some dimension at most as many ``others`` as ``ends`` are in the range of ``ends``"""
     inside = (others >= ends.min(axis=0)) & (others <= ends.max(axis=0))
     return bool((inside.sum(axis=0) <= len(ends)).any())

@@ -1,13 +1,13 @@
-"""What can be wrong with what an env returns."""
+"""Finds invalid outputs of an env."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-# The networks compute in float32: what is beyond it is infinite to them.
+# The networks compute in float32, where larger numbers are infinite.
 LIMIT = float(np.finfo(np.float32).max)
-# Below this, a sum of squares vouches for each of its terms; above it, the terms are looked at one by one.
+# If a sum of squares is below this, all terms are valid. Otherwise, they are checked one by one.
 SQUARED_LIMIT = LIMIT**2
 FLOATS = (float, np.float64, np.float32)
 FLAGS = (bool, np.bool_)
@@ -15,22 +15,22 @@ STEP_API = (
     "step() must return the five values of Gymnasium's API, (observation, reward, terminated, truncated, info); the old API "
     "had four, with done in place of terminated and truncated"
 )
-RESET_API = "reset() must return the two values of Gymnasium's API, (observation, info); the old API had the observation alone"
+RESET_API = "reset() must return the two values of Gymnasium's API, (observation, info); the old API had only the observation"
 
 
 class InvalidTransition(ValueError):
     """
-    An env returned what cannot be learned from. Nothing of that step was stored, counted or learned; the agent is as it was.
+    An env returned an invalid observation, reward or end of an episode. That step was not stored, counted or learned from.
 
-    The next ``learn`` resets the env, whatever its ``reset_num_timesteps``: where an env stands that did this is unknown.
+    The next ``learn`` resets the env even with ``reset_num_timesteps=False``, because the state of the env is unknown.
 
-    :param fault: what is wrong, and what to do about it
-    :param env_index: which of the parallel envs, from 0
-    :param step: the agent's ``num_timesteps`` before it
+    :param fault: What is wrong, and what to do about it
+    :param env_index: Index of the parallel env, from 0
+    :param step: The agent's ``num_timesteps`` before the step
     """
 
     def __init__(self, fault: str, env_index: int, step: int) -> None:
-        # All three, so that it survives pickling.
+        # Pass all three, so that the exception can be pickled.
         super().__init__(fault, env_index, step)
         self.fault, self.env_index, self.step = fault, env_index, step
 
@@ -40,39 +40,42 @@ class InvalidTransition(ValueError):
 
 def observation_fault(obs: Any, shape: Any, dtype: Any) -> str:
     """
-    What is wrong with an observation. What SB3 casts without loss is fine: lists, other precisions, whole numbers.
+    Check an observation. Values that SB3 casts without loss are valid: lists, other precisions, whole numbers.
 
-    :param obs: as the env returned it
-    :param shape: of the observation space
-    :param dtype: of the observation space
-    :return: empty if nothing is
+    :param obs: the observation that the env returned
+    :param shape: shape of the observation space
+    :param dtype: dtype of the observation space
+    :return: what is wrong; empty if nothing is
     """
     if type(obs) is np.ndarray and obs.shape == shape and obs.dtype.kind == dtype.kind == "f":
-        # One call that makes no array, and does not warn of an overflow. NaN compares false.
+        # A single call that allocates no array and does not warn about overflows. A comparison with NaN is False.
         if float(np.vdot(obs, obs)) < SQUARED_LIMIT:
             return ""
     try:
         array = np.asarray(obs)
     except (TypeError, ValueError):
-        return f"is no array: {obs!r:.80}"
+        return f"is not an array: {obs!r:.80}"
     if array.dtype.kind not in "biuf":
         return f"has dtype {array.dtype} and not {dtype}: {obs!r:.80}"
     if array.shape != shape:
-        return f"has shape {array.shape} and not {shape}, that of the observation space"
+        return f"has shape {array.shape} and not {shape}, the shape of the observation space"
     with np.errstate(all="ignore"):
         wrong = ~np.isfinite(array.astype(np.float32))
         if wrong.any():
-            return f"is not finite in float32 in {named(wrong, array)}. Bound it, or end the episode before it comes to this"
+            return f"is not finite in float32 in {named(wrong, array)}. Clip it, or end the episode before this happens"
         wrong = array.astype(dtype) != array if dtype.kind in "iu" else wrong
     if wrong.any():
-        return f"has dtype {array.dtype} and does not go into {dtype} in {named(wrong, array)}. Declare a space of floats"
+        return f"has dtype {array.dtype} and cannot be cast to {dtype} in {named(wrong, array)}. Declare a space of floats"
     return ""
 
 
 def named(wrong: np.ndarray, array: np.ndarray) -> str:
     """
-    :param wrong: bool, which entries of ``array`` are meant
-    :return: ``2 of 11 dimensions: [0] = nan, [4] = inf``; the first six
+    Describe entries of an array.
+
+    :param wrong: bool, which entries of ``array`` to describe
+    :param array: the array
+    :return: for example ``2 of 11 dimensions: [0] = nan, [4] = inf``; at most six entries
     """
     places = np.argwhere(wrong).tolist()
     shown = ", ".join(f"{place} = {array[tuple(place)]}" for place in places[:6])
@@ -81,10 +84,10 @@ def named(wrong: np.ndarray, array: np.ndarray) -> str:
 
 def reward_fault(reward: Any) -> str:
     """
-    What is wrong with a reward.
+    Check a reward.
 
-    :param reward: as the env returned it
-    :return: empty if nothing is
+    :param reward: the reward that the env returned
+    :return: what is wrong; empty if nothing is
     """
     if type(reward) in FLOATS and -LIMIT <= reward <= LIMIT:
         return ""
@@ -97,16 +100,16 @@ def reward_fault(reward: Any) -> str:
     if value is None:
         return f"must be a scalar, but is {reward!r:.80}. Return float(reward)"
     if not -LIMIT <= value <= LIMIT:
-        return f"is not finite in float32: {value}. Bound it, or end the episode before it comes to this"
+        return f"is not finite in float32: {value}. Clip it, or end the episode before this happens"
     return ""
 
 
 def flag_fault(flag: Any) -> str:
     """
-    What is wrong with ``terminated`` or ``truncated``. Numbers that equal 0 or 1 are fine.
+    Check ``terminated`` or ``truncated``. Numbers that equal 0 or 1 are valid.
 
-    :param flag: as the env returned it
-    :return: empty if nothing is
+    :param flag: the value that the env returned
+    :return: what is wrong; empty if nothing is
     """
     if type(flag) in FLAGS:
         return ""
@@ -121,15 +124,15 @@ def fault_of_arrays(
     n_envs: int, space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos: Sequence[dict[str, Any]] = ()
 ) -> tuple[str, int] | None:
     """
-    What is wrong with what a vectorised env returned.
+    Check the outputs of a VecEnv.
 
-    :param n_envs: how many envs it has
-    :param space: of one env's observations
+    :param n_envs: number of envs
+    :param space: observation space of one env
     :param obs: ``(n_envs, *obs_shape)``
     :param rewards: ``(n_envs,)``; ``None`` after a reset
-    :param dones: ``(n_envs,)``; none after a reset
-    :param infos: with ``terminal_observation`` where an episode ended
-    :return: the first fault, and which env's it is (0 where that cannot be told); ``None`` if nothing is
+    :param dones: ``(n_envs,)``; empty after a reset
+    :param infos: infos, with ``terminal_observation`` where an episode ended
+    :return: the first fault and the index of its env (0 if unknown); ``None`` if nothing is wrong
     """
     if rewards is not None and (np.shape(dones) != (n_envs,) or any(map(flag_fault, np.asarray(dones).tolist()))):
         return f"dones must be true or false for each of {n_envs} envs, but are {dones!r:.80}", 0
@@ -155,11 +158,11 @@ def fault_of_arrays(
 
 def fault_of_api(error: Exception, api: str) -> str:
     """
-    Whether an exception tells of an env that returned something else than a wrapper around it takes apart.
+    Find out whether an exception was raised by a wrapper because the env did not follow Gymnasium's API.
 
-    :param error: raised by an env with its wrappers
-    :param api: what the env had to return
-    :return: what is wrong; empty if the env itself raised
+    :param error: exception raised by an env with its wrappers
+    :param api: message about what the env must return
+    :return: what is wrong; empty if the env itself raised the exception
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -169,10 +172,10 @@ def fault_of_api(error: Exception, api: str) -> str:
         return ""
     if "values to unpack" in str(error):
         return api
-    # What `terminated or truncated` raises for an array, or a tensor.
+    # `terminated or truncated` raises this for an array or a tensor.
     if api == STEP_API and ("truth value" in str(error) or "Boolean value" in str(error)):
         return f"terminated and truncated must be true or false ({error}). Return a bool for each"
-    # The only number that SB3's Monitor makes of what it gets is a float of the reward.
+    # SB3's Monitor converts only the reward to a number.
     if api == STEP_API and raised_in.endswith(".monitor") and not isinstance(error, RuntimeError):
         return f"the reward must be a scalar ({error}). Return float(reward)"
     return ""

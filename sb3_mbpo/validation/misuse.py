@@ -1,4 +1,4 @@
-"""Envs, wrappers and callbacks put together in ways that run without an error and spoil what is learned."""
+"""Checks for combinations of envs, wrappers and callbacks that run without an error but prevent learning."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,8 +9,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFram
 
 def check_wrappers(env: Any) -> None:
     """
+    Check the order of VecEnv wrappers.
+
     :param env: an env or a VecEnv
-    :raises ValueError: ``VecFrameStack`` over ``VecNormalize``, or two ``VecNormalize`` that both change their statistics
+    :raises ValueError: ``VecFrameStack`` wraps ``VecNormalize``, or two ``VecNormalize`` both update their statistics
     """
     outer: list[VecEnvWrapper] = []
     while isinstance(env, VecEnvWrapper):
@@ -18,13 +20,14 @@ def check_wrappers(env: Any) -> None:
             if any(isinstance(wrapper, VecFrameStack) for wrapper in outer):
                 raise ValueError(
                     "env: VecFrameStack over VecNormalize does not work with a replay buffer: it stores raw observations, and "
-                    "those of the VecNormalize are not stacked. Swap the two: VecNormalize(VecFrameStack(env, n_stack))"
+                    "the raw observations of the VecNormalize are not stacked. Swap the two: "
+                    "VecNormalize(VecFrameStack(env, n_stack))"
                 )
             if env.training and any(isinstance(wrapper, VecNormalize) for wrapper in outer):
                 raise ValueError(
-                    "env: here is a VecNormalize over another one, whose statistics change as well: the replay buffer would "
-                    "store observations and rewards in units that change. Leave one out; VecNormalize.load(path, env) wraps "
-                    "an env that has none"
+                    "env: a VecNormalize wraps another one whose statistics are updated as well: the replay buffer would "
+                    "store observations and rewards in changing units. Remove one of them; VecNormalize.load(path, env) "
+                    "must get an env without VecNormalize"
                 )
         outer.append(env)
         env = env.venv
@@ -32,8 +35,10 @@ def check_wrappers(env: Any) -> None:
 
 def missing_statistics(agent: Any) -> str | None:
     """
-    :param agent: a ModelBased algorithm that was loaded, or was given an env
-    :return: a warning, if it learned with ``VecNormalize`` and its env has none
+    Check whether an agent that learned with ``VecNormalize`` has an env with ``VecNormalize``.
+
+    :param agent: a ModelBased algorithm that was loaded or was given an env
+    :return: a warning, or ``None``
     """
     if agent.env is None or not agent.normalized_observations:
         return None
@@ -41,13 +46,13 @@ def missing_statistics(agent: Any) -> str | None:
     if statistics is not None and statistics.norm_obs:
         return None
     return (
-        "env: the agent learned from observations normalized by VecNormalize, and this env does not normalize them: its "
-        "actions will make no sense. Wrap the env in the statistics that were saved: VecNormalize.load(path, env)"
+        "env: the agent learned from observations normalized by VecNormalize, but this env does not normalize them: its "
+        "actions will make no sense. Wrap the env with the saved statistics: VecNormalize.load(path, env)"
     )
 
 
 def _places(env: Any) -> set[int]:
-    """:return: the identities of the VecEnv inside all wrappers and, where they are in this process, of its envs"""
+    """:return: ids of the innermost VecEnv and, if they are in this process, of its envs"""
     while isinstance(env, VecEnvWrapper):
         env = env.venv
     return {id(env), *(id(one.unwrapped) for one in (env.envs if isinstance(env, DummyVecEnv) else ()))}
@@ -55,14 +60,16 @@ def _places(env: Any) -> set[int]:
 
 def check_evaluation(env: Any, callbacks: Iterable[BaseCallback]) -> None:
     """
-    :param env: the VecEnv that an agent learns in
-    :param callbacks: all callbacks of a ``learn``
-    :raises ValueError: one evaluates in that env. It resets it in the midst of an episode, and the agent would store a
-        transition from before to after the evaluation
+    Check that evaluation callbacks do not use the training env.
+
+    :param env: the training env
+    :param callbacks: all callbacks of ``learn``
+    :raises ValueError: a callback evaluates in the training env. It resets the env in the middle of an episode, and the agent
+        would store a transition from before the evaluation to after it
     """
     for callback in callbacks:
         if isinstance(callback, EvalCallback) and _places(env) & _places(callback.eval_env):
             raise ValueError(
-                f"callback: {type(callback).__name__} evaluates in the env that the agent learns in, and resets it in the "
-                "midst of an episode. Make a second env, as the first was made, and pass it as eval_env"
+                f"callback: {type(callback).__name__} evaluates in the training env, and resets it in the middle of an "
+                "episode. Create a second env in the same way, and pass it as eval_env"
             )

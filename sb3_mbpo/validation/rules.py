@@ -1,4 +1,4 @@
-"""What values arguments may have. A refusal names the argument, its value, what is valid, and what to do instead."""
+"""Valid values of arguments. Errors name the argument, its value, the valid values, and what to do instead."""
 
 import math
 import os
@@ -12,94 +12,137 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
-# Counts beyond it only ever came from a slip, and would fill the memory or never end.
+# Maximum of counts: larger values are almost certainly typos, and would fill the memory or never end.
 MOST = 10**9
-# The square of a larger number overflows float32, and Adam takes squares of what follows from these numbers.
+# Maximum of numbers: the square of a larger one overflows float32, and Adam computes squares of gradients.
 LARGEST = 1e15
 
 
 def shown(value: Any) -> str:
-    """:return: ``repr(value)``, or a function's dotted name, cut where it is long"""
+    """
+    :param value: any value
+    :return: ``repr(value)``, or a function's dotted name, truncated if it is long
+    """
     is_function = callable(value) and hasattr(value, "__qualname__") and not isinstance(value, type)
     try:
         text = f"{value.__module__}.{value.__qualname__}" if is_function else repr(value)
-    except Exception as error:  # an int of 5000 digits, or a class of the user's
+    except Exception as error:  # an int of 5000 digits, or a user's class
         text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """:return: the end of an error about a name that is none, empty if nothing is near"""
+    """
+    :param name: an unknown name
+    :param known: the valid names
+    :return: end of the error message with the most similar name; empty if no name is similar
+    """
     guess = get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {guess[0]!r}?" if guess else ""
 
 
 def is_whole(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether it is a whole number in [low, high]; a bool is none, nor is 1.0."""
+    """
+    :param value: any value
+    :param low: minimum
+    :param high: maximum
+    :return: whether it is an integer in [low, high]; a bool or a float such as 1.0 is not
+    """
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether it is a number in [low, high]; a bool and NaN are none."""
+    """
+    :param value: any value
+    :param low: minimum
+    :param high: maximum
+    :return: whether it is a number in [low, high]; a bool or NaN is not
+    """
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return real and bool(low <= value <= high)
 
 
 def is_flag(value: Any) -> bool:
-    """Whether it is true or false, also as 0 or 1. Any text counts as true in Python, so "false" would be."""
+    """
+    :param value: any value
+    :return: whether it is a bool, 0 or 1; a string is not, because Python would treat "false" as true
+    """
     return isinstance(value, bool | np.bool_) or is_whole(value, 0, 1)
 
 
 @dataclass(frozen=True)
-class Rule:
+class ArgumentCheck:
     """
-    What is asked of a value.
+    A condition on the value of an argument.
 
-    :param holds: must not raise, whatever the value
-    :param expected: the end of "must be ..."
+    :param holds: returns whether a value is valid; must not raise for any value
+    :param expected: end of the message "must be ..."
     """
 
     holds: Callable[[Any], bool]
     expected: str
 
     def check(self, name: str, value: Any, remedy: str = "") -> None:
-        """:raises ValueError: the rule does not hold"""
+        """
+        :param name: name of the argument, for the error
+        :param value: value of the argument
+        :param remedy: appended to the error
+        :raises ValueError: the value is not valid
+        """
         if not self.holds(value):
             raise ValueError(f"{name}={shown(value)} must be {self.expected}{remedy}")
 
 
-def whole(low: int, high: int | None = None) -> Rule:
-    """A count from ``low`` to ``high``."""
+def whole(low: int, high: int | None = None) -> ArgumentCheck:
+    """
+    :param low: minimum
+    :param high: maximum; ``None``: no maximum
+    :return: check for a whole number in this range
+    """
     most = "" if high is None else f" and at most {high:,}"
-    return Rule(
+    return ArgumentCheck(
         lambda value: is_whole(value, low, math.inf if high is None else high), f"a whole number of at least {low}{most}"
     )
 
 
-def number(low: float, high: float, meaning: str = "") -> Rule:
-    """A number from ``low`` to ``high``."""
-    return Rule(lambda value: is_number(value, low, high), meaning or f"a number from {low:g} to {high:g}")
+def number(low: float, high: float, meaning: str = "") -> ArgumentCheck:
+    """
+    :param low: minimum
+    :param high: maximum
+    :param meaning: end of the message "must be ..."; empty: the range
+    :return: check for a number in this range
+    """
+    return ArgumentCheck(lambda value: is_number(value, low, high), meaning or f"a number from {low:g} to {high:g}")
 
 
-def optional(rule: Rule) -> Rule:
-    """The same, or None."""
-    return Rule(lambda value: value is None or rule.holds(value), f"None or {rule.expected}")
+def optional(rule: ArgumentCheck) -> ArgumentCheck:
+    """
+    :param rule: a check
+    :return: check that also accepts ``None``
+    """
+    return ArgumentCheck(lambda value: value is None or rule.holds(value), f"None or {rule.expected}")
 
 
-def unless(text: str, rule: Rule) -> Rule:
-    """The same, or one certain text."""
-    return Rule(lambda value: (isinstance(value, str) and value == text) or rule.holds(value), f"{text!r} or {rule.expected}")
+def unless(text: str, rule: ArgumentCheck) -> ArgumentCheck:
+    """
+    :param text: a string
+    :param rule: a check
+    :return: check that also accepts the string
+    """
+    return ArgumentCheck(
+        lambda value: (isinstance(value, str) and value == text) or rule.holds(value), f"{text!r} or {rule.expected}"
+    )
 
 
-FLAG = Rule(is_flag, "true or false")
-POSITIVE = Rule(lambda value: is_number(value, 0, LARGEST) and value > 0, f"a number above 0 and at most {LARGEST:g}")
-# Steps of Adam are about as long as the rate: weights of 1000 are none that anybody trains.
+FLAG = ArgumentCheck(is_flag, "true or false")
+POSITIVE = ArgumentCheck(lambda value: is_number(value, 0, LARGEST) and value > 0, f"a number above 0 and at most {LARGEST:g}")
+# Adam's steps are about as large as the learning rate, and useful weights are far below 1000.
 RATE = number(0, 1e3, "a number from 0 to 1000, such as 3e-4")
 RATIO = number(0, 1, "a number between 0 (all imagined) and 1 (plain model-free learning)")
-MAPPING = Rule(lambda value: isinstance(value, Mapping), "a mapping of keyword arguments")
-CALLABLE = Rule(callable, "a class, or its dotted name")
-# A layer of more units is a slip, and its weights fit nowhere.
-LAYERS = Rule(
+MAPPING = ArgumentCheck(lambda value: isinstance(value, Mapping), "a mapping of keyword arguments")
+CALLABLE = ArgumentCheck(callable, "a class, or its dotted name")
+# Larger layers are almost certainly typos, and their weights would not fit into memory.
+LAYERS = ArgumentCheck(
     lambda value: isinstance(value, list | tuple) and all(is_whole(size, 1, 100_000) for size in value),
     "a list of layer sizes, whole numbers from 1 to 100,000",
 )
@@ -128,52 +171,52 @@ def _is_noise(value: Any) -> bool:
     return value is None or (callable(value) and callable(getattr(value, "reset", None)) and not isinstance(value, type))
 
 
-# The arguments of SB3's algorithms and of ModelBased. Not here: what is called or built to be checked.
-RULES: dict[str, Rule] = {
+# The arguments of SB3's algorithms and of ModelBased. Arguments that must be called to be checked are not here.
+RULES: dict[str, ArgumentCheck] = {
     "buffer_size": whole(1, MOST),
     "learning_starts": whole(0),
     "batch_size": whole(1, MOST),
-    # 0 leaves the target networks as they are: SB3's own tests do so.
-    "tau": number(0, 1, "a number between 0 and 1, the share of the networks in a target update"),
-    "gamma": number(0, 1, "a number between 0 and 1, the discount"),
-    "train_freq": Rule(
+    # 0 keeps the target networks unchanged, which SB3's own tests use.
+    "tau": number(0, 1, "a number between 0 and 1, the soft update coefficient"),
+    "gamma": number(0, 1, "a number between 0 and 1, the discount factor"),
+    "train_freq": ArgumentCheck(
         _is_train_freq, f'a whole number of at least 1 and at most {MOST:,}, alone or in a pair with "step" or "episode"'
     ),
-    "gradient_steps": Rule(
+    "gradient_steps": ArgumentCheck(
         lambda value: is_whole(value, -1, MOST),
-        f"a whole number of at least 0 and at most {MOST:,}, or -1 for one for each env transition",
+        f"a whole number of at least 0 and at most {MOST:,}, or -1 for one per env transition",
     ),
-    "action_noise": Rule(_is_noise, "None or an ActionNoise of Stable-Baselines3"),
+    "action_noise": ArgumentCheck(_is_noise, "None or an ActionNoise of Stable-Baselines3"),
     **{name: whole(1) for name in ("target_update_interval", "policy_delay")},
     "top_quantiles_to_drop_per_net": whole(0),
     "target_policy_noise": number(0, LARGEST),
-    "target_noise_clip": Rule(lambda value: is_number(value, 0, LARGEST) or is_number(value, math.inf), _CLIP),
-    "ent_coef": Rule(
-        _is_coefficient, f'"auto", "auto_" and the positive number it starts from ("auto_0.1"), or {_COEFFICIENT.expected}'
+    "target_noise_clip": ArgumentCheck(lambda value: is_number(value, 0, LARGEST) or is_number(value, math.inf), _CLIP),
+    "ent_coef": ArgumentCheck(
+        _is_coefficient, f'"auto", "auto_" and a positive initial value ("auto_0.1"), or {_COEFFICIENT.expected}'
     ),
     "target_entropy": unless("auto", number(-LARGEST, LARGEST)),
     **{name: FLAG for name in ("use_sde", "use_sde_at_warmup")},
-    "sde_sample_freq": Rule(
+    "sde_sample_freq": ArgumentCheck(
         lambda value: is_whole(value, 1) or is_whole(value, -1, -1),
-        "a whole number of at least 1, or -1 for new noise at the start of each rollout only",
+        "a whole number of at least 1, or -1 for new noise only at the start of each rollout",
     ),
     "stats_window_size": whole(1, MOST),
-    "tensorboard_log": Rule(lambda value: value is None or isinstance(value, str | os.PathLike), "None or a folder"),
+    "tensorboard_log": ArgumentCheck(lambda value: value is None or isinstance(value, str | os.PathLike), "None or a folder"),
     "seed": optional(whole(0, 2**32 - 1)),
-    "verbose": Rule(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
+    "verbose": ArgumentCheck(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
     "replay_buffer_kwargs": MAPPING,
     "real_ratio": unless("auto", RATIO),
     "model_train_freq": whole(1),
     **{name: whole(1, MOST) for name in ("rollout_batch_size", "retained_rollouts")},
     "model_buffer_size": optional(whole(1, sys.maxsize)),
-    "imagined_margin": optional(number(0, LARGEST, "a number of at least 0, in ranges of the real data")),
+    "prediction_clip_margin": optional(number(0, LARGEST, "a number of at least 0, in ranges of the real data")),
     "min_explained_variance": optional(number(1e-6, 1)),
     "dynamics_window": optional(whole(1, MOST)),
     "dynamics_kwargs": optional(MAPPING),
 }
-# What SB3's policies take; the policy's own signature says which.
-_POLICY_RULES: dict[str, Rule] = {
-    "net_arch": Rule(
+# Arguments of SB3's policies. Not every policy takes all of them.
+_POLICY_RULES: dict[str, ArgumentCheck] = {
+    "net_arch": ArgumentCheck(
         lambda value: value is None
         or (isinstance(value, list) and LAYERS.holds(value))
         or (isinstance(value, dict) and value.keys() == {"pi", "qf"} and all(map(LAYERS.holds, value.values()))),
@@ -188,23 +231,27 @@ _POLICY_RULES: dict[str, Rule] = {
     **{name: FLAG for name in ("use_sde", "use_expln", "normalize_images", "share_features_extractor")},
 }
 _DECAY = number(0, LARGEST)
-ENSEMBLE_RULES: dict[str, Rule] = {
+ENSEMBLE_RULES: dict[str, ArgumentCheck] = {
     "n_members": whole(1, 1000),
     "n_elites": whole(1),
-    "net_arch": Rule(lambda value: LAYERS.holds(value) and len(value) > 0, LAYERS.expected),
-    "learning_rate": Rule(lambda value: RATE.holds(value) and value > 0, "a number above 0 and at most 1000, such as 1e-3"),
-    "weight_decays": Rule(
+    "net_arch": ArgumentCheck(lambda value: LAYERS.holds(value) and len(value) > 0, LAYERS.expected),
+    "learning_rate": ArgumentCheck(
+        lambda value: RATE.holds(value) and value > 0, "a number above 0 and at most 1000, such as 1e-3"
+    ),
+    "weight_decays": ArgumentCheck(
         lambda value: value is None or (isinstance(value, list | tuple) and all(map(_DECAY.holds, value))),
         "None or numbers >= 0, one per layer",
     ),
     "batch_size": whole(1, MOST),
-    "holdout_ratio": Rule(lambda value: is_number(value, 0, 1) and 0 < value < 1, "a number between 0 and 1, both excluded"),
+    "holdout_ratio": ArgumentCheck(
+        lambda value: is_number(value, 0, 1) and 0 < value < 1, "a number between 0 and 1, both excluded"
+    ),
     "max_holdout": whole(1),
     "patience": whole(0),
-    "min_improvement": Rule(lambda value: is_number(value, 0, 1) and value < 1, "a number of at least 0 and below 1"),
-    # The first fit takes half as many again, which a float has to hold.
+    "min_improvement": ArgumentCheck(lambda value: is_number(value, 0, 1) and value < 1, "a number of at least 0 and below 1"),
+    # The first fit takes 1.5 times as many, which must be finite as a float.
     "max_updates": optional(whole(1, MOST)),
-    "target_mode": Rule(
+    "target_mode": ArgumentCheck(
         lambda value: isinstance(value, str) and value in ("auto", "delta", "next"), "'auto', 'delta' or 'next'"
     ),
     "normalize_targets": FLAG,
@@ -212,17 +259,17 @@ ENSEMBLE_RULES: dict[str, Rule] = {
     "bootstrap": FLAG,
     "beta": number(0, 1),
 }
-_LEARN_RULES: dict[str, Rule] = {
+_LEARN_RULES: dict[str, ArgumentCheck] = {
     "total_timesteps": whole(0),
     "log_interval": optional(whole(1)),
-    "tb_log_name": optional(Rule(lambda value: isinstance(value, str), "a text")),
+    "tb_log_name": optional(ArgumentCheck(lambda value: isinstance(value, str), "a text")),
     "reset_num_timesteps": FLAG,
     "progress_bar": FLAG,
-    "callback": Rule(
+    "callback": ArgumentCheck(
         lambda value: value is None
         or isinstance(value, BaseCallback)
         or (isinstance(value, list) and all(isinstance(item, BaseCallback) for item in value))
-        # SB3 would call the class at every step, and see nothing wrong in it.
+        # SB3 would call a callback class at every step without an error.
         or (callable(value) and not isinstance(value, type)),
         "None, a BaseCallback, a list of them, or a function of (locals, globals)",
     ),
@@ -231,9 +278,11 @@ _LEARN_RULES: dict[str, Rule] = {
 
 def check_policy_kwargs(kwargs: Mapping[str, Any], known: Iterable[str] | None) -> None:
     """
-    :param kwargs: what the policy is made with
-    :param known: the names that it takes; ``None``: any
-    :raises ValueError: an unknown key, or a value that no network can be made of
+    Check ``policy_kwargs``.
+
+    :param kwargs: keyword arguments of the policy
+    :param known: names that the policy takes; ``None``: any
+    :raises ValueError: a key is unknown, or a value is invalid
     """
     known = None if known is None else list(known)
     for key, value in kwargs.items():
@@ -245,8 +294,10 @@ def check_policy_kwargs(kwargs: Mapping[str, Any], known: Iterable[str] | None) 
 
 def check_ensemble(given: Mapping[str, Any]) -> None:
     """
-    :param given: the arguments of :class:`.ProbabilisticEnsemble` that are in ``ENSEMBLE_RULES``
-    :raises ValueError: one that is out of range
+    Check the arguments of :class:`.ProbabilisticEnsemble`.
+
+    :param given: values of all arguments in ``ENSEMBLE_RULES``
+    :raises ValueError: a value is invalid
     """
     for name, rule in ENSEMBLE_RULES.items():
         rule.check(f"dynamics_kwargs: {name}", given[name])
@@ -258,8 +309,10 @@ def check_ensemble(given: Mapping[str, Any]) -> None:
 
 def check_learn(**arguments: Any) -> None:
     """
-    :param arguments: those of ``learn``
-    :raises ValueError: one that SB3 could not go by, or would misread
+    Check the arguments of ``learn``.
+
+    :param arguments: arguments by name
+    :raises ValueError: SB3 does not accept a value, or would misinterpret it
     """
     for name, value in arguments.items():
         _LEARN_RULES[name].check(f"learn: {name}", value)
@@ -267,28 +320,32 @@ def check_learn(**arguments: Any) -> None:
 
 def updates_are_few(gradient_steps: int, n_envs: int) -> str:
     """
-    :param gradient_steps: the default, which the user has left as it is
-    :param n_envs: of the user's env, several
-    :return: a warning
+    Warning for the default of ``gradient_steps`` with several envs.
+
+    :param gradient_steps: the default
+    :param n_envs: number of envs, at least 2
+    :return: the warning
     """
     return (
         f"gradient_steps is left at its default of {gradient_steps}, which counts per train_freq and not per transition: "
-        f"{n_envs} envs get 1/{n_envs} of the updates per transition that one gets. Pass "
-        f"gradient_steps={gradient_steps * n_envs} for as many, or gradient_steps={gradient_steps} to keep it so"
+        f"with {n_envs} envs, there are 1/{n_envs} of the updates per transition of a single env. Pass "
+        f"gradient_steps={gradient_steps * n_envs} for as many, or gradient_steps={gradient_steps} to silence this warning"
     )
 
 
 def check_before_learning(agent: Any) -> Iterable[str]:
     """
-    :param agent: a ModelBased algorithm that is about to learn, on an env
-    :return: warnings of what works, and is hardly meant
-    :raises ValueError: what works for predicting only
+    Check the settings of an agent before ``learn``.
+
+    :param agent: a ModelBased algorithm with an env
+    :return: warnings of settings that work but are probably not intended
+    :raises ValueError: the agent can predict but not learn with its settings
     """
     n_envs = agent.env.num_envs
     if agent.train_freq.unit is TrainFrequencyUnit.EPISODE and n_envs > 1:
         raise ValueError(
-            f"train_freq={shown(agent.train_freq)} counts episodes, which works with one env only; here are {n_envs}. Count "
-            'steps: train_freq=(1, "step")'
+            f"train_freq={shown(agent.train_freq)} counts episodes, which works only with one env, but there are {n_envs}. "
+            'Count steps instead: train_freq=(1, "step")'
         )
     if agent.gradient_steps == 0:
         return
@@ -297,9 +354,9 @@ def check_before_learning(agent: Any) -> Iterable[str]:
     imagines = agent.real_ratio < 1 and room >= needed
     real = int(agent.batch_size * agent.real_ratio) if imagines else agent.batch_size
     if real > room:
-        yield f"batch_size={agent.batch_size} wants {real} real transitions; of {room}, it repeats some. Raise buffer_size"
+        yield f"batch_size={agent.batch_size} needs {real} real transitions; with {room}, some are repeated. Raise buffer_size"
     if agent.real_ratio < 1 and not imagines:
         yield (
-            f"buffer_size={agent.buffer_size} holds {room} transitions, and the dynamics needs {needed}: nothing will be "
-            "imagined. Raise buffer_size, or pass real_ratio=1 for learning without a model"
+            f"buffer_size={agent.buffer_size} allows {room} transitions, but the dynamics needs {needed}: nothing will be "
+            "imagined. Raise buffer_size, or pass real_ratio=1 to learn without a model"
         )

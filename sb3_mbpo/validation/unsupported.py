@@ -1,4 +1,4 @@
-"""What imagined transitions do not go with: some spaces, and some ways to replay."""
+"""Checks for envs, spaces and replay options that MBPO does not support."""
 
 from typing import Any
 
@@ -13,13 +13,16 @@ from sb3_mbpo.validation.rules import FLAG, MAPPING, is_flag, is_whole, shown
 
 def check_env(env: Any) -> None:
     """
+    Check that ``env`` is a supported env.
+
+    :param env: an env or a VecEnv
     :raises ValueError: ``env`` is not an env, or its wrappers are in an order that does not work
     """
     if isinstance(env, type) or not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
         raise ValueError(f"env={shown(env)} must be an env, a VecEnv, or the name of a registered one, such as 'Pendulum-v1'")
     if isinstance(env, VectorEnv):
         raise ValueError(
-            f"env={shown(env)} is a vectorised env of Gymnasium, not of Stable-Baselines3. Make one with "
+            f"env={shown(env)} is a vectorized env of Gymnasium, not of Stable-Baselines3. Create one with "
             "stable_baselines3.common.env_util.make_vec_env(name_or_function, n_envs)"
         )
     check_wrappers(env)
@@ -27,12 +30,17 @@ def check_env(env: Any) -> None:
 
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
-    :raises ValueError: spaces that MBPO cannot imagine in
+    Check that the spaces are supported.
+
+    :param observation_space: the env's observation space
+    :param action_space: the env's action space
+    :raises ValueError: MBPO does not support a space
     """
     if not isinstance(observation_space, spaces.Box) or is_image_space(observation_space):
         raise ValueError(
             f"env: the observation space {observation_space} is not supported; MBPO's dynamics needs a Box that is "
-            "no image. Flatten a Dict with gymnasium.wrappers.FlattenObservation, or use SAC or another model-free algorithm"
+            "not an image. Flatten a Dict with gymnasium.wrappers.FlattenObservation, or use SAC or another model-free "
+            "algorithm"
         )
     if not isinstance(action_space, spaces.Box):
         raise ValueError(
@@ -46,21 +54,23 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         )
     if not np.all(action_space.low < action_space.high):
         raise ValueError(
-            f"env: the action space {action_space} has dimensions with low = high, which no action in [-1, 1] stands for. "
-            "Leave them out with gymnasium.wrappers.TransformAction"
+            f"env: the action space {action_space} has dimensions with low = high, which cannot be scaled to [-1, 1]. "
+            "Remove them with gymnasium.wrappers.TransformAction"
         )
 
 
 def check_replay(agent: Any, allowed: tuple[type, ...]) -> None:
     """
-    :param agent: with the replay options that it was given
-    :param allowed: what ``replay_buffer_class`` may be
-    :raises ValueError: a replay option that imagined transitions do not go with
+    Check the replay options.
+
+    :param agent: an agent with the options it was given
+    :param allowed: allowed values of ``replay_buffer_class``
+    :raises ValueError: imagined transitions do not support a replay option
     """
     if not any(agent.replay_buffer_class is kind for kind in (None, *allowed)):
         raise ValueError(
             f"replay_buffer_class={shown(agent.replay_buffer_class)} is not supported; MBPO mixes real and imagined "
-            "transitions in a buffer of its own (no HER, no n-step, no custom classes). Leave it at None"
+            "transitions in its own buffer (no HER, no n-step, no custom classes). Leave it at None"
         )
     if not is_whole(agent.n_steps, 1, 1):
         raise ValueError(
@@ -68,8 +78,8 @@ def check_replay(agent: Any, allowed: tuple[type, ...]) -> None:
         )
     if not (is_flag(agent.optimize_memory_usage) and not agent.optimize_memory_usage):
         raise ValueError(
-            f"optimize_memory_usage={shown(agent.optimize_memory_usage)} is not supported; that buffer loses the last "
-            "observation of an episode, which the dynamics learns from. Leave it at False, or lower buffer_size"
+            f"optimize_memory_usage={shown(agent.optimize_memory_usage)} is not supported; it loses the last observation "
+            "of an episode, which the dynamics needs. Leave it at False, or reduce buffer_size"
         )
     MAPPING.check("replay_buffer_kwargs", agent.replay_buffer_kwargs)
     for key, value in agent.replay_buffer_kwargs.items():

@@ -1,1 +1,1 @@
-"""The RL Zoo's commands with the algorithms of this package."""
+"""The RL Zoo's commands for the algorithms of this package."""

@@ -1,11 +1,11 @@
 """
-The RL Zoo with MBPO in it: ``python -m sb3_mbpo COMMAND ...``, also installed as the command ``sb3_mbpo``.
+The RL Zoo with MBPO: ``python -m sb3_mbpo COMMAND ...``, also installed as the command ``sb3_mbpo``.
 
-COMMAND is a script of the Zoo and takes the Zoo's own options: train, enjoy, record_video, record_training, benchmark,
-push_to_hub, load_from_hub, all_plots (in short: plot), plot_from_file, plot_train. One is ours: --checkpoints FOLDER of
-train, see train --help.
-Algorithms: those of the Zoo and mbpo, dhmbpo, mbtd3, mbtqc, mbcrossq. Settings per task: those of this package, unless
--conf is given.
+COMMAND is a script of the Zoo, with the Zoo's own options: train, enjoy, record_video, record_training, benchmark,
+push_to_hub, load_from_hub, all_plots (or plot), plot_from_file, plot_train. This package adds one option to train:
+--checkpoints FOLDER, see train --help.
+Algorithms: those of the Zoo, and mbpo, dhmbpo, mbtd3, mbtqc, mbcrossq. For the latter, the settings per task are those of this
+package, unless -conf is given.
 """
 
 import argparse
@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "rl_zoo3":
         raise
     MISSING = 'sb3_mbpo.zoo.cli needs the RL Zoo: in the checkout of sb3_mbpo, pip install ".[zoo]"'
-    # With the name, `sb3_mbpo compare` can ask for its own extra.
+    # `sb3_mbpo compare` uses the name to ask for its own extra.
     raise (SystemExit(MISSING) if __name__ == "__main__" else ModuleNotFoundError(MISSING, name="rl_zoo3")) from None
 
 from sb3_mbpo.runtime.threads import chosen
@@ -44,7 +44,7 @@ INSTALL = 'in the checkout of sb3_mbpo, pip install ".[{}]"'
 
 
 def register() -> None:
-    """Enter our algorithms into the Zoo's tables, in place: its modules hold the same dictionaries."""
+    """Add the algorithms of this package to the Zoo's dictionaries, in place, because its modules share them."""
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update({name: partial(sample, algorithm) for name, algorithm in ALGORITHMS.items()})
     HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert))  # type: ignore[arg-type]
@@ -52,7 +52,13 @@ def register() -> None:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within, the attribute ``name`` of ``owner`` is ``value``."""
+    """
+    Replace an attribute in this context.
+
+    :param owner: any object
+    :param name: name of the attribute
+    :param value: its value in this context
+    """
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -62,7 +68,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def call_ours(call: Callable[..., int], command: list[str], *args: Any, **kwargs: Any) -> int:
-    """``subprocess.call`` for the Zoo, which starts scripts of its own that do not know our algorithms."""
+    """
+    ``subprocess.call`` for the Zoo, which starts its own scripts, without the algorithms of this package.
+
+    :param call: the original function
+    :param command: the command; the Zoo's scripts are replaced by those of this module
+    :return: exit code
+    """
     for theirs in (["python", "enjoy.py"], ["python", "-m", "rl_zoo3.record_video"]):
         if command[: len(theirs)] == theirs:
             script = theirs[-1].removesuffix(".py").removeprefix("rl_zoo3.")
@@ -71,7 +83,14 @@ def call_ours(call: Callable[..., int], command: list[str], *args: Any, **kwargs
 
 
 def save_card(save: Callable[..., Any], path: Path, metadata: dict[str, Any]) -> Any:
-    """``metadata_save`` of the hub, after correcting the model card: the plain Zoo cannot load our agents."""
+    """
+    ``metadata_save`` of the hub, after correcting the model card: the original Zoo cannot load agents of this package.
+
+    :param save: the original function
+    :param path: the model card
+    :param metadata: its metadata
+    :return: result of ``save``
+    """
     card = path.read_text(encoding="utf-8")
     card = card.replace("python -m rl_zoo3.", "python -m sb3_mbpo ").replace(
         "pip install rl_zoo3", '# in a checkout of sb3_mbpo\npip install ".[zoo]"'
@@ -81,29 +100,32 @@ def save_card(save: Callable[..., Any], path: Path, metadata: dict[str, Any]) ->
 
 
 def mend_hub() -> None:
-    """The Zoo 2.9 asks the hub's package for a function that has another name there since 3.2, and another result."""
-    # Not by `import ... as`: the package has a function of that name too.
+    """Add a function to the hub's package that the Zoo 2.9 needs, and that was renamed and changed in version 3.2."""
+    # Not `import ... as`: the package also has a function of that name.
     hub: Any = import_module("huggingface_sb3.push_to_hub")
     if not hasattr(hub, "generate_metadata"):
         hub.generate_metadata = lambda *arguments: hub._generate_metadata(*arguments).to_dict()
 
 
 def our_options() -> argparse.ArgumentParser:
-    """:return: what ``train`` takes besides the Zoo's options"""
+    """:return: parser of the options of ``train`` that this package adds"""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     group = parser.add_argument_group("options of sb3_mbpo", f"for the algorithms {', '.join(ALGORITHMS)}")
     group.add_argument(
         "--checkpoints",
         type=Path,
         metavar="FOLDER",
-        help="Save everything in FOLDER now and then. The same command resumes the run from there. After SIGTERM, SIGINT or "
-        "SIGUSR1 the run is saved and ends with exit code 75.",
+        help="Save checkpoints in FOLDER. The same command resumes the run from there. After SIGTERM, SIGINT or SIGUSR1, the "
+        "run is saved and ends with exit code 75.",
     )
     return parser
 
 
 def without_checkpoints(options: list[str]) -> tuple[list[str], Path | None]:
-    """:return: the Zoo's own options, and the folder of ``--checkpoints``, if it was given"""
+    """
+    :param options: options of ``train``
+    :return: the Zoo's own options, and the folder of ``--checkpoints`` or ``None``
+    """
     given, others = our_options().parse_known_args(options)
     return others, given.checkpoints
 
@@ -112,12 +134,14 @@ def prepare(
     command: str, options: list[str], stack: ExitStack, experiment: Callable[..., Experiment] = Experiment
 ) -> list[str]:
     """
-    Set the Zoo up for one command.
+    Prepare the Zoo for one command.
 
-    :param options: the user's
-    :param stack: undoes everything afterwards
-    :param experiment: what trains
-    :return: the options for the Zoo
+    :param command: the command
+    :param options: options that the user passed
+    :param stack: restores everything when it is closed
+    :param experiment: class of the experiment, for ``train``
+    :return: options for the Zoo
+    :raises SystemExit: an option does not work with the command, or a package is missing
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo")
@@ -128,7 +152,7 @@ def prepare(
     given, _ = parser.parse_known_args(options)
     register()
     if command == "train" and given.num_threads > 0:
-        # The Zoo calls torch.set_num_threads; where the number is PyTorch's default, only this shows that it was chosen.
+        # The Zoo calls torch.set_num_threads. If the number is PyTorch's default, only this shows that the user has set it.
         stack.enter_context(chosen(given.num_threads))
     if command == "train":
         options, checkpoints = without_checkpoints(options)
@@ -136,12 +160,12 @@ def prepare(
             if given.algo not in ALGORITHMS:
                 raise SystemExit(f"--checkpoints works with {', '.join(ALGORITHMS)}, not with {given.algo}")
             if {"-optimize", "--optimize-hyperparameters"} & set(options):
-                raise SystemExit("--checkpoints is for one run; a search with -optimize goes on through its --storage")
+                raise SystemExit("--checkpoints is for a single run; a search with -optimize is continued with its --storage")
             experiment = partial(experiment, checkpoints=checkpoints)
     if command not in PLOTS and given.env.startswith("dm_control/"):
         if find_spec("dm_control") is None:
             raise SystemExit(f'{given.env} needs the DeepMind control suite: {INSTALL.format("dm-control")}')
-        # Registers them; the Zoo's --gym-packages is not an option of every command.
+        # This import registers the envs. Not every command has the Zoo's --gym-packages.
         import shimmy  # noqa: F401
     stack.enter_context(replaced(rl_zoo3.train, "ExperimentManager", experiment))
     stack.enter_context(replaced(rl_zoo3.train, "StoreDict", BareWords))
@@ -156,12 +180,12 @@ def prepare(
 
             stack.enter_context(replaced(repocard, "metadata_save", partial(save_card, repocard.metadata_save)))
         if command in ("enjoy", "record_video"):
-            # Watching needs no room for data, and the Zoo knows this of its own algorithms only. push_to_hub would publish
-            # such an agent; what it does not write to takes no memory anyway.
+            # Load with a minimal replay buffer, as the Zoo does for its own algorithms. Not for push_to_hub, which would
+            # publish such an agent; unused buffers take no memory anyway.
             stack.callback(register)
             ALGOS[given.algo] = SimpleNamespace(load=partial(ALGORITHMS[given.algo].load, buffer_size=1))  # type: ignore[assignment]
         if command in ("enjoy", "record_video", "record_training") and given.folder is None:
-            # The Zoo's default is its collection of trained agents, which has none of ours.
+            # The Zoo's default is its collection of trained agents, which has no agents of this package.
             options = [*options, "-f", "logs"]
     return options
 
@@ -170,8 +194,9 @@ def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Exper
     """
     Run one command of the Zoo.
 
-    :param arguments: the command and its options; ``None``: those of the process
-    :param experiment: what ``train`` makes of them, with the Zoo's arguments
+    :param arguments: the command and its options; ``None``: the command-line arguments of the process
+    :param experiment: class of the experiment, for ``train``
+    :raises SystemExit: there is no such command
     """
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -184,7 +209,7 @@ def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Exper
         stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo.zoo.cli {command}", *options]))
         if command == "train":
             if {"-h", "--help"} & set(options):
-                # After the Zoo's own, which ends the process.
+                # Printed after the Zoo's own help, which ends the process.
                 stack.callback(print, f"\n{our_options().format_help().strip()}")
             rl_zoo3.train.train()
         elif command == "enjoy":
@@ -199,8 +224,10 @@ def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Exper
 
 def plot(name: str) -> None:
     """
+    Run a plot command of the Zoo.
+
     :param name: a function of ``rl_zoo3.plots``
-    :raises SystemExit: the packages for plots are missing
+    :raises SystemExit: a package for plots is missing
     """
     try:
         from rl_zoo3 import plots

@@ -1,4 +1,4 @@
-"""The RL Zoo's experiment and hyperparameter search, as our algorithms need them. Imports rl_zoo3; see cli.py."""
+"""The RL Zoo's experiment and hyperparameter search for the algorithms of this package. Imports rl_zoo3, see cli.py."""
 
 import argparse
 import difflib
@@ -32,20 +32,21 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
     **{"mbpo": MBPO, "dhmbpo": DHMBPO, "mbtd3": MBTD3, "mbtqc": MBTQC, "mbcrossq": MBCrossQ},
 }
 
-# Evaluations in a run whose budget is below the Zoo's interval of 25,000 steps, and in a trial, where the Zoo makes one per
-# 100,000 steps: too few for budgets this small to choose a best agent or to prune by.
+# Number of evaluations in a run that is shorter than the Zoo's interval of 25,000 steps, and in a trial. The Zoo makes one per
+# 100,000 steps in a trial, which is too few for small budgets to choose the best agent or to prune.
 FEWEST_EVALUATIONS = 10
-# What turns the Dict observations of the DeepMind control suite into one vector.
+# Converts the Dict observations of the DeepMind control suite to a vector.
 FLATTEN = "gymnasium.wrappers.FlattenObservation"
-# Exit code of a run that a signal ended and that can go on: EX_TEMPFAIL of sysexits.h.
+# Exit code of a run that was ended by a signal and can be resumed: EX_TEMPFAIL of sysexits.h.
 INTERRUPTED = 75
 
 
 def hyperparams_folder() -> Path:
     """
-    Where the settings per task are: inside an installed package, else beside the package, as in a checkout.
+    Find the settings per task: inside the package if it is installed, otherwise next to the package, as in a checkout.
 
-    :raises FileNotFoundError: they are in neither place
+    :return: the folder
+    :raises FileNotFoundError: there is no such folder
     """
     package = Path(__file__).resolve().parents[1]
     folders = [package / "hyperparams", package.parent / "hyperparams"]
@@ -54,15 +55,16 @@ def hyperparams_folder() -> Path:
             return folder
     raise FileNotFoundError(
         f"there is no mbpo.yml in {folders[0]}, nor in {folders[1]}: this copy of sb3_mbpo is incomplete. Install it again, "
-        "or name a file of yours with --conf-file"
+        "or pass your own file with --conf-file"
     )
 
 
 def settings_file(config: str | None, algo: str) -> str | None:
     """
-    :param config: what ``--conf-file`` says; a bare name may be one of our files, as ``mbpo_full_obs.yml``
+    :param config: value of ``--conf-file``; a name without folder may be a file of this package, such as
+        ``mbpo_full_obs.yml``
     :param algo: name of an algorithm
-    :return: the file; ``None``: the Zoo's own for this algorithm
+    :return: the settings file; ``None``: the Zoo's own file for this algorithm
     """
     if config is None:
         return str(hyperparams_folder() / f"{algo}.yml") if algo in ALGORITHMS else None
@@ -74,10 +76,10 @@ def settings_file(config: str | None, algo: str) -> str | None:
 
 def read_settings(file: str) -> Any:
     """
-    As the Zoo does it.
+    Read a settings file as the Zoo does.
 
-    :param file: YAML, or Python with a dictionary ``hyperparams``, the latter by its path or as a module
-    :return: settings by env, if it is a proper file
+    :param file: a YAML file, or a Python file or module with a dictionary ``hyperparams``
+    :return: settings by env, if the file is valid
     """
     if file.endswith((".yml", ".yaml")):
         return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -86,9 +88,13 @@ def read_settings(file: str) -> Any:
 
 def sample(algorithm: type, trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    What ``-optimize`` tries: the settings of model-based learning, and those of the algorithm that depend on them most.
+    Sample settings for ``-optimize``: those of model-based learning, and those of the algorithm that depend on them most.
 
     :param algorithm: a ModelBased class; the other arguments are those of the Zoo's samplers
+    :param trial: the trial
+    :param n_actions: number of action dimensions
+    :param n_envs: number of envs, not used
+    :param additional_args: not used
     :return: keyword arguments of the algorithm
     """
     params = {
@@ -110,14 +116,16 @@ def sample(algorithm: type, trial: Any, n_actions: int, n_envs: int, additional_
     if "tau" in known:
         params["tau"] = trial.suggest_float("tau", 0.001, 0.08, log=True)
     if "target_entropy" in known:
-        # SAC's default is -n_actions; the paper's values are nearer to zero.
+        # SAC's default is -n_actions; the paper's values are closer to zero.
         params["target_entropy"] = trial.suggest_float("target_entropy", -float(n_actions), -0.05 * n_actions)
     return convert(params)
 
 
 def convert(params: dict[str, Any]) -> dict[str, Any]:
     """
-    :param params: a trial's own parameters, as the study keeps them
+    Convert the parameters of a trial.
+
+    :param params: parameters as stored in the study
     :return: keyword arguments of the algorithm
     """
     rest = {key: value for key, value in params.items() if key not in ("one_minus_gamma", "batch_size_pow")}
@@ -125,7 +133,7 @@ def convert(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_mapping(value: Any) -> Any:
-    """:return: ``value``; as a dictionary, if it is the text of one, as ``dict(a=1)``"""
+    """:return: a dictionary if ``value`` is a string such as ``dict(a=1)``, otherwise ``value``"""
     if isinstance(value, str) and value.startswith("dict("):
         return eval(value, dict(vars(rl_zoo3.exp_manager)))
     return value
@@ -133,8 +141,11 @@ def as_mapping(value: Any) -> Any:
 
 def flattened(wrappers: Any) -> Any:
     """
-    :param wrappers: ``env_wrapper`` of the settings: none, one or a list, each a dotted name or a mapping with its arguments
-    :return: the same, with ``FLATTEN`` after them unless it is one of them
+    Add ``FLATTEN`` to the wrappers of an env, unless it is one of them.
+
+    :param wrappers: ``env_wrapper`` of the settings: ``None``, a wrapper or a list of them, each a dotted name or a mapping
+        from it to its arguments
+    :return: the wrappers with ``FLATTEN``
     """
     each = wrappers if isinstance(wrappers, list) else [] if wrappers is None else [wrappers]
     names = [str(next(iter(item)) if isinstance(item, dict) else item) for item in each]
@@ -144,7 +155,7 @@ def flattened(wrappers: Any) -> Any:
 
 
 class BareWords(StoreDict):
-    """The Zoo's ``key:value`` pairs, each value a Python expression; here a word that names nothing stands for itself."""
+    """The Zoo's ``key:value`` pairs, with Python expressions as values. Here, an undefined name is a string."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, namespace, [self._quoted(value) for value in values], option_string)
@@ -161,13 +172,17 @@ class BareWords(StoreDict):
 
 
 class Experiment(rl_zoo3.exp_manager.ExperimentManager):
-    """The Zoo's experiment, minus its traps for algorithms that it does not know; for others it is the Zoo's."""
+    """
+    The Zoo's experiment, adapted to the algorithms of this package. For other algorithms, it is the Zoo's.
+
+    :param checkpoints: Folder of checkpoints; ``None``: no checkpoints. The other arguments are those of the Zoo
+    """
 
     def __init__(
         self, args: argparse.Namespace, algo: str, env_id: str, *rest: Any, checkpoints: Path | None = None, **kwargs: Any
     ) -> None:
         self.checkpoints = checkpoints
-        # What a refused run would leave behind.
+        # Removed or closed if the run is refused.
         self.new_folders: list[Path] = []
         self.made_envs: list[VecEnv] = []
         self.ours = algo in ALGORITHMS
@@ -192,7 +207,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         super().create_log_folder()
 
     def _leave_nothing(self) -> None:
-        """After a refusal: close the envs, which have files open, and remove the folders of this run."""
+        """After an error: close the envs, which have open files, and remove the folders of this run."""
         for env in self.made_envs:
             with suppress(EOFError, ConnectionError):
                 env.close()
@@ -204,7 +219,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.storage and self.study_name and self.trial_id == 0:
-            # The Zoo takes trial 0 for none.
+            # The Zoo treats trial 0 as no trial.
             best = self.load_trial(self.storage, self.study_name, self.trial_id)
             self.custom_hyperparams = {**best, **(self.custom_hyperparams or {})}
         self._merge_dynamics_kwargs()
@@ -218,7 +233,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
 
     @staticmethod
     def _as_meant(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """YAML reads 1e-3 as text, and None; the Zoo wants numbers of learning_rate and n_timesteps at once."""
+        """Convert strings: YAML reads 1e-3 and None as such, and the Zoo needs numbers for learning_rate and n_timesteps."""
         for key, value in settings.items():
             value = None if value == "None" else value
             if key in ("dynamics_kwargs", "rollout_schedule"):
@@ -226,7 +241,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
             yield key, numbers_in(value)
 
     def _merge_dynamics_kwargs(self) -> None:
-        """``-params dynamics_kwargs:...`` changes what it names; the rest of the settings file stays."""
+        """``-params dynamics_kwargs:...`` replaces only the given keys of the ``dynamics_kwargs`` in the settings file."""
         given = as_mapping((self.custom_hyperparams or {}).get("dynamics_kwargs"))
         if not self.ours or not isinstance(given, dict):
             return
@@ -239,9 +254,9 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
         processed = super()._preprocess_hyperparams(hyperparams)
         if self._eval_env_kwargs_args is None:
-            # The Zoo gives env_kwargs from a settings file to the training env alone,
+            # The Zoo passes env_kwargs from a settings file only to the training env,
             self.eval_env_kwargs = self.env_kwargs
-        # and looks for them here when it records or publishes.
+        # and reads them from here when it records or publishes.
         self.args.env_kwargs = self.env_kwargs or None
         if self.ours:
             self._check(processed[0], processed[2])
@@ -251,11 +266,11 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         known = [*inspect.signature(ALGORITHMS[self.algo]).parameters, "noise_type", "noise_std"]
         for key in settings:
             if key not in known:
-                # From scratch this would be a bare TypeError; with -i it would set an attribute that nobody reads.
+                # Otherwise, this would be a bare TypeError, or with -i an unused attribute.
                 near = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(f"{self.algo} has no setting {key!r}" + (f"; you maybe meant {near[0]}" if near else ""))
+                raise ValueError(f"{self.algo} has no setting {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
         if any(isinstance(callback, ParallelTrainCallback) for callback in callbacks):
-            raise ValueError(f"ParallelTrainCallback trains a plain copy and so does not work with {self.algo}; leave it out")
+            raise ValueError(f"ParallelTrainCallback trains a copy of the agent, which fails with {self.algo}; remove it")
 
     def create_callbacks(self) -> None:
         if self.ours and self.eval_freq > self.n_timesteps and not self.optimize_hyperparameters:
@@ -265,7 +280,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: Any) -> BaseAlgorithm:
         if self.ours:
-            # What is learned so far fits the dynamics it was learned with, as it fits policy_kwargs.
+            # Learned weights only fit the dynamics they were learned with, as for policy_kwargs.
             for key in {"dynamics_class", "dynamics_kwargs"} - set(self.custom_hyperparams or {}):
                 hyperparams.pop(key, None)
         return super()._load_pretrained_agent(hyperparams, env)
@@ -273,7 +288,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
     def objective(self, trial: optuna.Trial) -> float:
         reward = super().objective(trial)
         if self.ours and not math.isfinite(reward):
-            # A failed trial would not count, and the search would not learn from it.
+            # A failed trial would be ignored by the search, but a pruned one is not.
             raise optuna.exceptions.TrialPruned()
         return reward
 
@@ -284,8 +299,8 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         log_interval = (
             {} if self.log_interval == -1 else {"log_interval": self.log_interval if self.log_interval >= 0 else None}
         )
-        # The Zoo would begin again with random actions, which an agent with its data does not need. Without them it does:
-        # it would spoil its critic on a handful of transitions.
+        # The Zoo would start with random actions again. An agent that has its replay buffer does not need them; without it, it
+        # does, because a few transitions would spoil its critic.
         goes_on = self.continue_training and model.replay_buffer.size() > 0
         every = min(max(int(self.n_timesteps) // FEWEST_EVALUATIONS, 1), 5_000)
         resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, every, verbose=self.verbose)
@@ -296,9 +311,9 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
             finished = True
         except KeyboardInterrupt:
             if resume is not None:
-                # The second one: at once.
+                # This is the second interrupt: stop immediately.
                 raise
-            # The Zoo saves what there is.
+            # The Zoo saves the agent.
             for callback in self.callbacks:
                 if isinstance(callback, ProgressBarCallback):
                     callback.on_training_end()
@@ -307,9 +322,9 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
                 self._leave_nothing()
             raise
         finally:
-            # A signal to the whole group ends the envs' processes as well.
+            # A signal to the process group may have ended the envs' processes.
             with suppress(EOFError, ConnectionError):
                 model.env.close()
         if resume is not None and resume.interrupted is not None and finished:
-            print(f"{resume.interrupted}: saved in {self.checkpoints}; the same command goes on from there")
+            print(f"{resume.interrupted}: saved in {self.checkpoints}; the same command resumes the run")
             raise SystemExit(INTERRUPTED)

@@ -12,7 +12,7 @@ from sb3_mbpo.arguments.user_functions import check_device, check_learning_rate,
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.terminations.known import NeverTerminates
-from sb3_mbpo.trust.filters import Filtered, Filtering, Macura
+from sb3_mbpo.trust.filters import FilterResult, Macura, RolloutFilter
 
 OBS = spaces.Box(np.array([-1.0, -np.inf, 0.0]), np.array([1.0, np.inf, np.inf]), dtype=np.float64)
 ACTION = spaces.Box(-2.0, 3.0, (2,))
@@ -52,7 +52,7 @@ def test_dry_run_hands_out_what_the_spaces_allow() -> None:
         (lambda o, a, n: None, "bool", "returned NoneType"),
         (lambda o, a, n: th.zeros(13, dtype=th.bool, device="meta"), "bool", "on meta"),
         (lambda o, a, n: (o[:, :1] > 0).squeeze(), "bool", "shape ()"),
-        (lambda o, a, n: o.clamp_(0, 0)[:, 0] > 0, "bool", "writes into what it is given"),
+        (lambda o, a, n: o.clamp_(0, 0)[:, 0] > 0, "bool", "modifies its inputs"),
         (lambda o, a, n: o[:, 7] > 0, "bool", "raised IndexError"),
         (lambda o, a: o[:, 0] > 0, "bool", "raised TypeError"),
         (lambda o, a, n: o[:, 0] > 0, "float", "torch.bool"),
@@ -110,8 +110,8 @@ def ends_badly(progress):
         (True, "learning_rate=True must be"),
         (None, "learning_rate=None must be"),
         ([1e-3], r"learning_rate=\[0.001\] must be"),
-        (ends_badly, "learning_rate=.*ends_badly gives nan at progress_remaining=0, where it must give a number"),
-        (lambda progress: progress - 0.5, "gives -0.5 at progress_remaining=0"),
+        (ends_badly, "learning_rate=.*ends_badly returned nan at progress_remaining=0, where it must return a number"),
+        (lambda progress: progress - 0.5, "returned -0.5 at progress_remaining=0"),
         (lambda progress: "fast", "learning_rate=.* raised ValueError: .* at progress_remaining=1"),
         (lambda: 1e-3, "learning_rate=.* raised TypeError"),
         (lambda progress: 1 / (1 - progress), "learning_rate=.* raised ZeroDivisionError"),
@@ -138,10 +138,10 @@ def test_noise_is_tried_on_a_copy():
 @pytest.mark.parametrize(
     ("noise", "words"),
     [
-        (NormalActionNoise(np.zeros(3), np.ones(3)), "gives"),
+        (NormalActionNoise(np.zeros(3), np.ones(3)), "returned"),
         (NormalActionNoise(np.zeros(2), np.full(2, np.nan)), "finite noise of shape"),
         (NormalActionNoise(np.zeros(2), -np.ones(2)), "raised ValueError"),
-        (VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), 3), "gives"),
+        (VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), 3), "returned"),
     ],
 )
 def test_noise_that_fits_no_action(noise, words):
@@ -155,9 +155,9 @@ def test_noise_that_fits_no_action(noise, words):
 def keeps(**other):
     """A rule that keeps everything, with some of what it returns replaced."""
 
-    def rule(mean, var, branches):
+    def rule(mean, var, rollout_step):
         everything = th.ones(mean.shape[1], dtype=th.bool)
-        return Filtered(mean[0], everything, everything)._replace(
+        return FilterResult(mean[0], everything, everything)._replace(
             **{key: value(mean) if callable(value) else value for key, value in other.items()}
         )
 
@@ -168,7 +168,7 @@ def tried(rule, **kwargs):
     dynamics = ProbabilisticEnsemble(3, 1, seed=0, net_arch=[4], **{"n_members": 3, "n_elites": 2, **kwargs})
     before = dynamics.generator.get_state()
     try:
-        dry_run_filter(lambda transitions: Filtering(rule, dynamics, transitions, []), rule, dynamics)
+        dry_run_filter(lambda transitions: RolloutFilter(rule, dynamics, transitions, []), rule, dynamics)
     finally:
         assert th.equal(dynamics.generator.get_state(), before)
 
@@ -187,12 +187,12 @@ def test_rules_that_fit(rule):
         (lambda mean, var, branches: 1 / 0, "ZeroDivisionError"),
         (lambda mean, var, branches: (mean[0], None, None, None), "it returned tuple"),
         (keeps(prediction=lambda mean: mean[0, :, :1]), r"its prediction has shape \(13, 1\), not \(13, 4\)"),
-        (keeps(prediction=lambda mean: mean[0].long()), "its prediction is no floating point"),
-        (keeps(stored=lambda mean: mean[0, :, :1] > 0), r"stored is torch.bool of shape \(13, 1\), not bool of shape \(13,\)"),
-        (keeps(onward=lambda mean: mean[0, :, 0]), "onward is torch.float32"),
-        (keeps(stored=True), "AttributeError"),
+        (keeps(prediction=lambda mean: mean[0].long()), "its prediction is not floating point"),
+        (keeps(keep=lambda mean: mean[0, :, :1] > 0), r"keep is torch.bool of shape \(13, 1\), not bool of shape \(13,\)"),
+        (keeps(proceed=lambda mean: mean[0, :, 0]), "proceed is torch.float32"),
+        (keeps(keep=True), "AttributeError"),
         # A lone row loses its dimension.
-        (keeps(stored=lambda mean: (mean[0, :, 0] < 9).squeeze()), r"stored is torch.bool of shape \(\)"),
+        (keeps(keep=lambda mean: (mean[0, :, 0] < 9).squeeze()), r"keep is torch.bool of shape \(\)"),
         (keeps(state=th.zeros(2, 3)), "its state has 2 rows, not 13"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
@@ -213,10 +213,10 @@ def test_a_dynamics_that_no_rule_can_go_by():
             return obs, obs[:, 0]
 
     with pytest.raises(
-        ValueError, match="rollout_filter='macura' goes by what members predict, and NoMembers has no method pre"
+        ValueError, match="rollout_filter='macura' needs the predictions of members, but NoMembers has no method pre"
     ):
         dry_run_filter(lambda transitions: None, "macura", NoMembers(3, 1))
-    with pytest.raises(ValueError, match=r"predict gives \(1, 13, 4\), not \(2 members or more, 13, 4\)"):
+    with pytest.raises(ValueError, match=r"predict returned \(1, 13, 4\), not \(2 members or more, 13, 4\)"):
         tried(keeps(), n_elites=1)
 
 

@@ -88,7 +88,7 @@ def test_forget_keeps_time_limits():
 
 def test_window_is_what_the_model_knows():
     """Fit, bounds and start states are of the newest rows; batches' real rows are of all."""
-    agent = remembering(dynamics_window=25, imagined_margin=0.0).learn(90)
+    agent = remembering(dynamics_window=25, prediction_clip_margin=0.0).learn(90)
     assert [len(data.rewards) for data in agent.dynamics.fits] == [21, 25, 25, 25]
     newest = agent.replay_buffer.newest(25)
     assert th.equal(agent.dynamics.fits[-1].rewards, newest.rewards[:, 0])
@@ -142,10 +142,10 @@ def test_imagined_transitions_of_fits_before_the_window_leave(window, retained):
 def test_what_leaves_and_what_stays():
     agent = MBPO("MlpPolicy", "Pendulum-v1", **SMALL, rollout_schedule="auto").learn(60)
     before, counters = agent.get_parameters(), (agent.num_timesteps, agent._n_updates, agent.lifetime_timesteps)
-    agent.trusted_length, agent.imagined_share, agent.filter_memory = 7, 0.3, [1.0, 2.0]
+    agent.auto_rollout_length, agent.imagined_fraction, agent.filter_state = 7, 0.3, [1.0, 2.0]
     agent.forget_transitions(keep=4)
     assert agent.replay_buffer.size() == 4 and len(agent.replay_buffer.model_buffer) == 0
-    assert (agent.trusted_length, agent.imagined_share, agent.filter_memory) == (1, 1.0, [])
+    assert (agent.auto_rollout_length, agent.imagined_fraction, agent.filter_state) == (1, 1.0, [])
     assert (agent.num_timesteps, agent._n_updates, agent.lifetime_timesteps) == counters
     after = agent.get_parameters()
     assert all(th.equal(before[part][key], after[part][key]) for part in ("policy", "dynamics") for key in before[part])

@@ -165,11 +165,11 @@ def test_spread_and_rewards():
         buffer.begin_refill()
         rows = th.arange(first, first + 100).float().unsqueeze(1)
         buffer.add(ReplayBufferSamples(rows, rows, rows, rows, -rows))
-    assert buffer.spread(4)[:, 0].tolist() == [149, 199, 249, 299]
-    assert buffer.spread(1000)[:, 0].tolist() == list(range(100, 300)) and buffer.spread(1000).shape == (200, 5)
+    assert buffer.evenly_spaced(4)[:, 0].tolist() == [149, 199, 249, 299]
+    assert buffer.evenly_spaced(1000)[:, 0].tolist() == list(range(100, 300)) and buffer.evenly_spaced(1000).shape == (200, 5)
     assert buffer.rewards().tolist() == [[-float(i)] for i in range(100, 300)]
     empty = ModelBuffer(1, 1)
-    assert empty.spread(4).shape == (0, 5) and empty.rewards().shape == (0, 1)
+    assert empty.evenly_spaced(4).shape == (0, 5) and empty.rewards().shape == (0, 1)
 
 
 def test_relabeled_rows_end_by_the_new_rule_and_are_paid_accordingly():

@@ -180,7 +180,7 @@ def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
         settings |= {"kind": DHMBPO, "distribution_freq": 1, "gradient_steps": 8, "rollout_batch_size": 8}
     monkeypatch.setattr("sb3_mbpo.model_based.model_learning.ROLLOUT_BLOCK", {"cpu": 20})
     if phase == "train, half imagined":
-        monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_share", lambda *given: 0.5)
+        monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_fraction", lambda *given: 0.5)
     whole = run(tmp_path / "whole", **settings)
     resume_of = {}
     begin = ResumeCallback.begin

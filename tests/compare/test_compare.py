@@ -230,10 +230,10 @@ def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("mbpo sac", "mpbo sac"), "no algorithm 'mpbo'; you maybe meant mbpo"),
+        (("mbpo sac", "mpbo sac"), "no algorithm 'mpbo'; did you mean mbpo"),
         (("mbpo sac", "sac sac"), "'sac' and 'sac' are the same"),
         (("mbpo sac", "sac:ent_coef=a/b sac:ent_coef=a?b"), "share a folder"),
-        (("Pendulum-v1", "Pendulum-v11"), "no environment 'Pendulum-v11'; you maybe meant Pendulum-v1"),
+        (("Pendulum-v1", "Pendulum-v11"), "no environment 'Pendulum-v11'; did you mean Pendulum-v1"),
         (("Pendulum-v1", "Pendulum-v1 Pendulum-v1"), "names an environment twice"),
         (("--steps 40", "--steps 40 --baseline tqc"), "--baseline tqc is not among"),
         (("--steps 40", "--steps 40 --threshold 1 2"), "--threshold needs a number for each of the 1"),

@@ -106,7 +106,7 @@ def test_what_is_logged_at_a_fit_is_recorded_before_another_callback_writes_it_o
 def test_a_fit_without_a_rollout_has_none_of_its_numbers(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second fit explains nothing; the log is not written out before it, and still holds the first rollout's numbers."""
     shares = iter([1.0, 0.0])
-    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_share", lambda *args: next(shares))
+    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_fraction", lambda *args: next(shares))
     recorder, _ = run(zoo, "mbpo", [0], 45, TINY)
     with open("fits.csv", newline="") as file:
         fits = {(step, name): float(value) for step, name, value in csv.reader(file)}

@@ -72,5 +72,5 @@ def test_bars_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert {task.description for task in shown.progress.tasks} == {"all runs", "E-v0, sac, seed 1"}
         shown.progress.refresh()
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "step 20, return 1,234.6" in text and "0 done, 2 under way, 1 waiting, 0 failed" in text
-    assert "1 done, 1 under way, 1 waiting, 0 failed" in text
+    assert "step 20, return 1,234.6" in text and "0 done, 2 active, 1 waiting, 0 failed" in text
+    assert "1 done, 1 active, 1 waiting, 0 failed" in text

@@ -183,4 +183,4 @@ def test_one_of_everything(tmp_path: Path) -> None:
 
 def test_failed_runs_are_named(tmp_path: Path) -> None:
     found = page(tmp_path, results("sac", [1, 2]), failed=["E-v0, a<b, seed 3"])
-    assert "because they failed:E-v0, a<b, seed 3" in found.said
+    assert "These runs failed and are not included:E-v0, a<b, seed 3" in found.said

@@ -60,12 +60,12 @@ def test_spec() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sca", "no algorithm 'sca'; you maybe meant sac. There are mbpo, sac, tqc"),
-        ("sac:", "'' is no setting; write sac:key=value"),
-        ("sac:gamma", "'gamma' is no setting"),
-        ("sac:gamma=", "'gamma=' is no setting"),
-        ("sac:=3", "'=3' is no setting"),
-        ("sac:gamma=0.9,", "'' is no setting"),
+        ("sca", r"no algorithm 'sca'; did you mean sac\? Known are mbpo, sac, tqc"),
+        ("sac:", "'' is not a setting; write sac:key=value"),
+        ("sac:gamma", "'gamma' is not a setting"),
+        ("sac:gamma=", "'gamma=' is not a setting"),
+        ("sac:=3", "'=3' is not a setting"),
+        ("sac:gamma=0.9,", "'' is not a setting"),
         ("sac:gamma=0.9,gamma=0.8", "sets gamma twice"),
     ],
 )

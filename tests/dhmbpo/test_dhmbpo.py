@@ -20,7 +20,7 @@ from sb3_mbpo.dhmbpo.policies import BoundedCritic, StandardizeExtractor
 from sb3_mbpo.dhmbpo.training_rollout import training_rollout
 from sb3_mbpo.dhmbpo.value_expansion import expanded_values, value_bounds, with_values_of_ends
 from sb3_mbpo.dynamics.base import DynamicsModel
-from sb3_mbpo.trust.filters import Filtered
+from sb3_mbpo.trust.filters import FilterResult
 
 FAST = {
     "learning_starts": 20,
@@ -478,10 +478,10 @@ def test_a_filter_ends_the_branches_of_distribution_rollouts():
     """One that lets no branch go on: all states that training rollouts start at are real, or one step away from it."""
     met = []
 
-    def one_step(mean, var, branches):
-        met.append(branches.step)
+    def one_step(mean, var, rollout_step):
+        met.append(rollout_step.step)
         everything = th.ones(mean.shape[1], dtype=th.bool)
-        return Filtered(mean[0], everything, ~everything)
+        return FilterResult(mean[0], everything, ~everything)
 
     model = agent(rollout_filter=one_step).learn(21)
     met.clear()
@@ -551,7 +551,7 @@ def test_a_constant_reward_needs_no_gradient_where_episodes_end():
 
 def test_with_half_of_the_trust_sac_learns_from_real_rows(monkeypatch):
     """Imagined rows have no rewards that it could learn from, and a warning says that the dynamics is not used."""
-    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_share", lambda *args: 0.6)
+    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_fraction", lambda *args: 0.6)
     model = agent(model_train_freq=5)
     with pytest.warns(UserWarning, match="not used after 3 fits in a row"):
         model.learn(40)

@@ -41,7 +41,7 @@ def test_fan():
     np.testing.assert_allclose(line.get_ydata(), np.nanmedian(errors, axis=1))
     assert line.get_xdata().tolist() == list(range(1, 9))
     np.testing.assert_allclose(axes.lines[1].get_ydata(), np.nanmedian(still, axis=1))
-    assert "rollout length in use, 3" in label_of(axes)
+    assert "current rollout length, 3" in label_of(axes)
 
 
 def test_trajectories_leave_out_what_never_moves_and_the_best_of_many():
@@ -66,7 +66,7 @@ def test_calibration():
 
 
 def test_where_the_error_depends_on_the_state():
-    assert figures.telling(made(n_steps=400))[0] == 0
+    assert figures.most_informative_columns(made(n_steps=400))[0] == 0
     axes = figures.where(made(n_steps=400)).axes
     assert axes[0].get_xlabel() == "obs 0"
     # One dimension that moves is enough.
@@ -82,7 +82,7 @@ def test_returns_and_lengths():
     x, y = axes.lines[0].get_data()
     # 0.9^k 0.4 <= 0.2 from k = 7 on.
     assert y[np.searchsorted(x, 0.4)] == 7 and y[np.searchsorted(x, 0.19)] == 0
-    assert label_of(axes).count("$\\epsilon_\\pi$ against earlier policies") == 1
+    assert label_of(axes).count("$\\epsilon_\\pi$ from earlier policies") == 1
 
 
 def test_pictures_are_pngs():

@@ -23,7 +23,7 @@ def findings(**changes) -> Findings:
             "rollout_length": 3,
             "gamma": 0.99,
             "shifts": [],
-            "film": "the env does not render pictures",
+            "video": "the env does not render pictures",
             **changes,
         }
     )
@@ -37,9 +37,9 @@ def constant(found: Findings, value: float) -> Findings:
 
 
 def test_page_needs_no_other_file(tmp_path):
-    write_page(tmp_path / "page.html", findings(film=b"frames"), {"env": "Walk-v0", "command": "python <x>"})
+    write_page(tmp_path / "page.html", findings(video=b"frames"), {"env": "Walk-v0", "command": "python <x>"})
     html = (tmp_path / "page.html").read_text()
-    assert "How far may this model be believed? Walk-v0" in html and "python &lt;x&gt;" in html
+    assert "How accurate is this model? Walk-v0" in html and "python &lt;x&gt;" in html
     assert len(re.findall(r'src="data:image/png;base64,', html)) == 6
     assert not re.search(r'(?:src|href)="(?!data:)', html) and "http" not in html and "@import" not in html
     assert "data:image/webp;base64,ZnJhbWVz" in html
@@ -50,22 +50,27 @@ def test_words_about_good_predictions():
     assert "One step ahead, the dynamics explains 100.0 % of what changes." in said
     assert "stays below half a standard deviation for all 8 steps" in said
     # The samples are spread around what happened.
-    assert "After 8 steps, its 90 % intervals hold 100.0 % of what happened: too cautious." in said
+    assert "After 8 steps, its 90 % intervals contain 100.0 % of the real values: too cautious." in said
     assert "not finite" not in said
 
 
 def test_words_about_bad_predictions():
     said = " ".join(of_prediction(constant(findings(), 100.0)))
-    assert "worse than that nothing changes</b>" in said and "passes half a standard deviation after 1 step." in said
+    assert "worse than predicting no change</b>" in said and "exceeds half a standard deviation after 1 step." in said
 
 
 def test_words_about_trust():
     said = " ".join(of_trust(findings()))
-    assert f"gets 100 an episode; really it got {made().episodes[0].rewards.sum():.2f}".replace("-", "\N{MINUS SIGN}") in said
-    assert "By Theorem 4.3, the rollouts in use, of 3, pay once the policy has shifted by more than" in said
-    assert "Theorem 4.3 asks for rollouts of k* = " in " ".join(of_trust(findings(shifts=[0.5, 0.7])))
+    assert (
+        f"imagined episodes is 100, that of the real ones {made().episodes[0].rewards.sum():.2f}".replace(
+            "-", "\N{MINUS SIGN}"
+        )
+        in said
+    )
+    assert "By Theorem 4.3, the current rollout length of 3 is useful if the policy shift is larger than" in said
+    assert "the optimal rollout length of Theorem 4.3 is k* = " in " ".join(of_trust(findings(shifts=[0.5, 0.7])))
     assert "Theorem" not in " ".join(of_trust(findings(gamma=1.0, shifts=[0.5])))
-    assert "pay at no shift" in " ".join(of_trust(constant(findings(), 100.0)))
+    assert "is useful for no policy shift" in " ".join(of_trust(constant(findings(), 100.0)))
 
 
 def test_optimal_length_is_that_of_the_mean_shift():
@@ -79,7 +84,7 @@ def test_optimal_length_is_that_of_the_mean_shift():
 def test_table():
     html = table(findings())
     assert html.count("<tr>") == 5 and "<td>reward</td>" in html and "<td>obs 2</td>" in html
-    assert "worst predicted of 61" in table(findings(diagnosis=made(obs_dim=60)))
+    assert "worst predicted of 61 columns" in table(findings(diagnosis=made(obs_dim=60)))
 
 
 def test_episodes_shorter_than_the_horizon(tmp_path):

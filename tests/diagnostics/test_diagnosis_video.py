@@ -76,7 +76,7 @@ class Blind(gym.Env):
 
 @pytest.mark.parametrize("env", [Blind, lambda: gym.make("Reacher-v5")])
 def test_states_that_observations_do_not_show(env):
-    with pytest.raises(CannotShow, match="the simulator's state cannot be told from an observation"):
+    with pytest.raises(CannotShow, match="the simulator's state cannot be computed from an observation"):
         find_reading(env())
 
 

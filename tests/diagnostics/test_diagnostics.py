@@ -51,8 +51,8 @@ def test_report(agents, tmp_path, capsys, safe):
     main(["report", *options, "--episodes", "1", "--horizon", "10", *safe])
     html = out.read_text()
     assert capsys.readouterr().out.strip() == str(out)
-    assert "MBPO after 65 steps" in html and "1 fresh episode, 200 steps, seed 0" in html
-    assert "Theorem 4.3 asks for rollouts of k*" in html and "python -m sb3_mbpo report" in html
+    assert "MBPO after 65 steps" in html and "1 new episode, 200 steps, seed 0" in html
+    assert "the optimal rollout length of Theorem 4.3 is k*" in html and "python -m sb3_mbpo report" in html
     assert html.count("data:image/png") == 6 and html.count("data:image/webp") == 1
     assert not re.search(r'(?:src|href)="(?!data:)', html)
     assert len(html) < 3_000_000
@@ -103,7 +103,7 @@ def test_env_without_a_spec_gets_no_video(tmp_path):
 
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
     found = write_report(agent, tmp_path / "page.html", env=lambda: Bare(gym.make("Pendulum-v1")), n_episodes=1, horizon=2)
-    assert found.film == "it has no spec of Gymnasium's"
+    assert found.video == "it has no spec of Gymnasium's"
 
 
 def test_imagined_returns_are_as_long_as_real_ones(tmp_path):
@@ -136,15 +136,15 @@ def test_arguments_of_the_env(agents, tmp_path, capsys):
     ("agent", "options", "message"),
     [
         ("nothing.zip", [], r"there is no file .*nothing\.zip$"),
-        ("sac.zip", [], r"sac\.zip holds no dynamics: it was not saved by an algorithm of sb3_mbpo$"),
-        ("text.zip", [], r"text\.zip is no agent of sb3_mbpo: it is no zip-file, or is cut off$"),
+        ("sac.zip", [], r"sac\.zip contains no dynamics: it was not saved by an algorithm of sb3_mbpo$"),
+        ("text.zip", [], r"text\.zip is not an agent of sb3_mbpo: it is no zip-file, or is cut off$"),
         (
             "late.zip",
             ["--env", "MountainCarContinuous-v0"],
             r"late\.zip was trained in another env: Observation spaces do not",
         ),
         ("late.zip", ["--env", "Pendulun-v1"], r"--env Pendulun-v1: .*; did you mean 'Pendulum-v1'\?$"),
-        ("late.zip", ["--env-kwargs", "g=1"], r"--env-kwargs g=1: write KEY:VALUE, a text as KEY:\"'text'\"$"),
+        ("late.zip", ["--env-kwargs", "g=1"], r"--env-kwargs g=1: write KEY:VALUE, and a string as KEY:\"'text'\"$"),
         (
             "late.zip",
             ["--env-kwargs", "gravity:1"],
@@ -170,5 +170,5 @@ def test_options_out_of_range(name, capsys):
 
 
 def test_an_agent_that_has_fitted_nothing(tmp_path):
-    with pytest.raises(ValueError, match="dynamics was never fitted well: there is nothing to look at"):
+    with pytest.raises(ValueError, match="dynamics has had no good fit yet: there is nothing to report"):
         write_report(MBPO("MlpPolicy", "Pendulum-v1", **FAST), tmp_path / "page.html")

@@ -141,7 +141,7 @@ def test_tensorboard_and_the_tables(tmp_path, capsys):
     MBPO("MlpPolicy", "Pendulum-v1", verbose=1, tensorboard_log=str(tmp_path), **FAST).learn(30, callback=callback)
     shown = capsys.readouterr().out
     assert "model_error/" in shown and "by_dimension" not in shown
-    assert "Dynamics after 21 steps: R^2 of one step against no change" in shown
+    assert "Dynamics after 21 steps: R^2 of one step compared with no change" in shown
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = event_accumulator.EventAccumulator(str(next(tmp_path.iterdir()))).Reload()
     assert {"model_error/error_1", "model_error_by_dimension/error_3_obs_002"} <= set(events.Tags()["scalars"])
@@ -206,6 +206,6 @@ def test_arguments(kwargs, message):
 def test_agents_of_others_and_agents_without_a_model():
     with pytest.raises(ValueError, match="ModelErrorCallback works with agents of sb3_mbpo, not with SAC"):
         SAC("MlpPolicy", "Pendulum-v1").learn(1, callback=ModelErrorCallback())
-    with pytest.warns(UserWarning, match="nothing to look at: real_ratio=1"):
+    with pytest.warns(UserWarning, match="no dynamics to measure, because real_ratio=1"):
         lines = logged(MBPO("MlpPolicy", "Pendulum-v1", real_ratio=1, **FAST), ModelErrorCallback(**SMALL), 30)
     assert lines == []

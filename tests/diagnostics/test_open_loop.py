@@ -164,14 +164,14 @@ def test_own_env():
 
 def test_envs_that_do_not_fit():
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
-    with pytest.raises(ValueError, match=r"env does not fit the agent.*Observation spaces do.*Pass one with the wrapp"):
+    with pytest.raises(ValueError, match=r"env does not match the agent.*Observation spaces do.*Pass one with the wrapp"):
         own_env(agent, "MountainCarContinuous-v0")
     with pytest.raises(ValueError, match=r"env must be one env without VecNormalize.*not 2 in a DummyVecEnv"):
         own_env(agent, make_vec_env("Pendulum-v1", 2))
     with pytest.raises(ValueError, match=r"env must be one env without VecNormalize.*VecNormalize. Pass an id"):
         own_env(agent, VecNormalize(make_vec_env("Pendulum-v1", 1)))
     stacked = MBPO("MlpPolicy", VecFrameStack(make_vec_env("Pendulum-v1", 1), 2), **FAST)
-    with pytest.raises(ValueError, match="env does not fit the agent"):
+    with pytest.raises(ValueError, match="env does not match the agent"):
         own_env(stacked)
 
 
@@ -180,14 +180,14 @@ def test_the_agents_own_env_is_refused(give):
     """Its episodes would be broken off under the agent's hands, and transitions stored that never were."""
     env = gym.make("Pendulum-v1")
     agent = MBPO("MlpPolicy", VecNormalize(DummyVecEnv([lambda: env])), **FAST)
-    with pytest.raises(ValueError, match=r"env is one that the agent learns in.*Pass another of its kind"):
+    with pytest.raises(ValueError, match=r"env is a training env of the agent.*Pass a new env"):
         own_env(agent, give(env))
 
 
 def test_agents_env_that_cannot_be_made_once_more():
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
     agent.env = None
-    with pytest.raises(ValueError, match=r"env=None: the agent's env cannot be made once more.*Pass a function"):
+    with pytest.raises(ValueError, match=r"env=None: the agent's env cannot be made again.*Pass a function"):
         own_env(agent)
     # Any env will do for an agent without one.
     assert own_env(agent, "Pendulum-v1").num_envs == 1

@@ -37,7 +37,7 @@ def test_a_fit_that_explodes_leaves_everything_as_it_was(rate, normalize_targets
     # Other data: the standardisers must go back, too, or the old weights would see inputs on another scale.
     other = linear_system(200, seed=2)
     obs, change = 3 + 7 * other.observations, other.next_observations - other.observations
-    with pytest.warns(UserWarning, match="diverged; it keeps what it had before. Lower"):
+    with pytest.warns(UserWarning, match="diverged; it keeps its previous weights. Lower"):
         metrics = ensemble.fit(other._replace(observations=obs, next_observations=obs + change))
     assert metrics["diverged"] == 1 and same(before, state_of(ensemble)) and ensemble.usable
     ensemble.learning_rate = 1e-3
@@ -47,7 +47,7 @@ def test_a_fit_that_explodes_leaves_everything_as_it_was(rate, normalize_targets
 def test_never_a_good_fit():
     ensemble = ProbabilisticEnsemble(3, 2, learning_rate=1e3, **SMALL)
     assert not ensemble.usable
-    with pytest.warns(UserWarning, match="never had a good fit, and imagines nothing"):
+    with pytest.warns(UserWarning, match="never had a good fit, and is not used"):
         assert ensemble.fit(linear_system(200))["holdout_error"] == math.inf
     assert not ensemble.usable and ensemble.optimizer.state_dict()["state"] == {}
 
@@ -202,7 +202,7 @@ def test_rollouts_wait_for_a_good_fit(tmp_path):
 def test_after_a_good_fit_rollouts_go_on():
     agent = MBPO("MlpPolicy", gym.make("Pendulum-v1"), model_train_freq=10, **FAST).learn(25)
     agent.dynamics.learning_rate = 1e30
-    with pytest.warns(UserWarning, match="keeps what it had before"):
+    with pytest.warns(UserWarning, match="keeps its previous weights"):
         agent.learn(10, reset_num_timesteps=False)
     # Two refills, the second from newer states, both finite.
     assert list(agent.replay_buffer.model_buffer.refills) == [30, 30]

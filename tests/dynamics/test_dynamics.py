@@ -92,7 +92,7 @@ class Members(Drift):
     def predict_mean(self, obs, actions):
         return self.predict(obs, actions)[0][1]
 
-    def finish(self, obs, actions, next_obs, rewards):
+    def postprocess(self, obs, actions, next_obs, rewards):
         return next_obs + 1, rewards + 1
 
 
@@ -108,7 +108,8 @@ def test_a_wrapper_forwards_everything():
     assert all(th.equal(a, b) for a, b in zip(wrapper.predict(obs, actions), inner.predict(obs, actions), strict=True))
     assert th.equal(wrapper.predict_mean(obs, actions), inner.predict_mean(obs, actions))
     assert all(
-        th.equal(a, b) for a, b in zip(wrapper.finish(obs, actions, obs, obs[:, 0]), (obs + 1, obs[:, 0] + 1), strict=True)
+        th.equal(a, b)
+        for a, b in zip(wrapper.postprocess(obs, actions, obs, obs[:, 0]), (obs + 1, obs[:, 0] + 1), strict=True)
     )
     draws = []
     for model in (wrapper, inner):
@@ -134,5 +135,5 @@ def test_a_wrapper_adjusts_whatever_is_predicted():
     mean = inner.predict_mean(obs, actions)
     assert th.equal(doubles.predict_mean(obs, actions), th.cat([mean[:, :1] - obs[:, :1], 2 * mean[:, 1:]], dim=1))
     # What the inner one does comes first.
-    assert th.equal(doubles.finish(obs, actions, obs, obs[:, 0])[0], 2 * (obs + 1))
+    assert th.equal(doubles.postprocess(obs, actions, obs, obs[:, 0])[0], 2 * (obs + 1))
     assert th.equal(doubles.predict(obs, actions)[0], inner.predict(obs, actions)[0]) and doubles.own_reward

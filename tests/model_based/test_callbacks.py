@@ -458,7 +458,7 @@ def test_a_reward_that_nobody_can_predict_is_named():
     env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: rng.normal())
     with pytest.warns(UserWarning, match="the reward is predicted worst"):
         model = MBPO(env=env, **{**LEARNING, "model_train_freq": 100, "gradient_steps": 1}).learn(520)
-    assert model.imagined_share == 0 and model.logger.name_to_value["dynamics/explained_obs"] > 0.5
+    assert model.imagined_fraction == 0 and model.logger.name_to_value["dynamics/explained_obs"] > 0.5
 
 
 def test_the_gate_is_logged_and_saved(tmp_path, monkeypatch):
@@ -469,7 +469,7 @@ def test_the_gate_is_logged_and_saved(tmp_path, monkeypatch):
     assert logged["dynamics/real_share"] == 10 / 16 and logged["dynamics/explained_obs"] == 0.075
     model.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
-    assert loaded.imagined_share == pytest.approx(0.5) and loaded.real_ratio == 0.25
+    assert loaded.imagined_fraction == pytest.approx(0.5) and loaded.real_ratio == 0.25
     assert loaded.forward_errors == model.forward_errors and len(loaded.forward_errors) == 4
 
 
@@ -494,7 +494,7 @@ del LEARNING["min_explained_variance"]
 def test_dynamics_that_cannot_be_learned_are_not_learned_from():
     """The agent is SAC to the last bit, at the same number of updates."""
     model = MBPO(env=gym.wrappers.TimeLimit(NoPast(), 50), **LEARNING, fast_update=False).learn(310)
-    assert model.imagined_share == 0 and model.replay_buffer.real_rows(100) == 100
+    assert model.imagined_fraction == 0 and model.replay_buffer.real_rows(100) == 100
     settings = {name: value for name, value in LEARNING.items() if name in inspect.signature(SAC).parameters}
     assert equal_agents(SAC(env=gym.wrappers.TimeLimit(NoPast(), 50), **settings).learn(310), model)
 
@@ -507,7 +507,7 @@ def test_what_is_remembered_from_fit_to_fit_earns_nothing(n_envs):
     settings = {**LEARNING, "model_train_freq": 100, "gradient_steps": 1, "learning_starts": 200}
     model = MBPO(env=env, **settings)
     with pytest.warns(UserWarning, match="not used after 3 fits in a row"):
-        model.learn(520, callback=lambda *_: shares.append((model.dynamics_fitted_at, model.imagined_share)) or True)
+        model.learn(520, callback=lambda *_: shares.append((model.dynamics_fitted_at, model.imagined_fraction)) or True)
     fits = dict(shares)
     fits.pop(None)
     assert len(fits) >= 4 and set(fits.values()) == {0}
@@ -515,7 +515,7 @@ def test_what_is_remembered_from_fit_to_fit_earns_nothing(n_envs):
 
 def test_dynamics_that_can_be_learned_lose_nothing():
     model = MBPO(env="Pendulum-v1", **LEARNING).learn(310)
-    assert model.imagined_share == 1 and model.replay_buffer.real_rows(100) == 50
+    assert model.imagined_fraction == 1 and model.replay_buffer.real_rows(100) == 50
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -546,8 +546,8 @@ def test_auto_warns_where_it_cannot_measure():
     model = agent(envs, **settings, model_train_freq=20)
     with pytest.warns(UserWarning, match=r"n_envs=4 and model_train_freq=20: k stays 1. Raise it, to 76 for up to 15 steps"):
         model.learn(100)
-    assert agent(envs, **settings, model_train_freq=24).learn(100).trusted_length == 2
-    assert agent(envs, **settings, model_train_freq=76).learn(240).trusted_length == 15
+    assert agent(envs, **settings, model_train_freq=24).learn(100).auto_rollout_length == 2
+    assert agent(envs, **settings, model_train_freq=76).learn(240).auto_rollout_length == 15
 
 
 @pytest.mark.parametrize("most", [1000, 25])

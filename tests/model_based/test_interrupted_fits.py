@@ -95,7 +95,14 @@ def state(agent: Any) -> dict[str, Any]:
     buffer = agent.replay_buffer
     generators = {name: getattr(agent, name).generator for name in (*LEARNED, "replay_buffer")}
     plain = [
-        *("trusted_length", "imagined_share", "filter_memory", "dynamics_fitted_at", "num_timesteps", "rollout_length"),
+        *(
+            "auto_rollout_length",
+            "imagined_fraction",
+            "filter_state",
+            "dynamics_fitted_at",
+            "num_timesteps",
+            "rollout_length",
+        ),
         *("forward_errors", "unused_fits"),
     ]
     return {

@@ -81,18 +81,18 @@ def test_defaults_are_those_of_the_run():
 def test_after_learn_nothing_is_logged_and_k_is_measured():
     agent = prefilled(dynamics_class=TruePendulum, dynamics_kwargs=None, rollout_schedule="auto", model_train_freq=60)
     agent.learn(110)
-    agent.trusted_length = 1
+    agent.auto_rollout_length = 1
     log = dict(agent.logger.name_to_value)
     assert agent.fit_dynamics()["explained_obs"] > 0.9999 and agent.dynamics_fitted_at == 110
     assert agent.rollout_length == 15 == agent.generate_rollouts(n=2)["rollout_length"]
     assert agent.logger.name_to_value == log
-    # Nothing is new since: k stays, and held-out rows set the imagined share.
+    # Nothing is new since: k stays, and held-out rows set the imagined fraction.
     agent.fit_dynamics()
-    assert agent.rollout_length == 15 and agent.imagined_share == 1
+    assert agent.rollout_length == 15 and agent.imagined_fraction == 1
 
 
 def test_a_rollout_is_made_whatever_the_dynamics_has_earned(monkeypatch):
-    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_share", lambda *given: 0.0)
+    monkeypatch.setattr("sb3_mbpo.model_based.model_learning.imagined_fraction", lambda *given: 0.0)
     agent = prefilled()
     assert agent.fit_dynamics()["gate"] != "open" and agent.unused_fits == 1
     agent.generate_rollouts()

@@ -37,7 +37,7 @@ def test_an_error_leaves_the_handlers_as_they_were(tmp_path):
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
     with pytest.raises(RuntimeError, match="mine"):
         agent.learn(10, [ResumeCallback(tmp_path), Fail()])
-    assert signal.getsignal(signal.SIGTERM) is before and agent.resumable is None
+    assert signal.getsignal(signal.SIGTERM) is before and agent.resume_callback is None
 
 
 def test_tensorboard_goes_on_in_its_folder(tmp_path):
@@ -64,7 +64,7 @@ def test_saving_an_agent_in_the_midst_of_a_run(tmp_path):
     """Its zip knows nothing of the callback."""
     callbacks = [ResumeCallback(tmp_path / "run"), CheckpointCallback(30, str(tmp_path), "agent")]
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(40, callbacks)
-    assert MBPO.load(tmp_path / "agent_30_steps.zip").resumable is None
+    assert MBPO.load(tmp_path / "agent_30_steps.zip").resume_callback is None
 
 
 @pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize], ids=["raw", "normalised"])

@@ -11,7 +11,7 @@ from tiny import FAST, equal_agents
 from sb3_mbpo import MBPO, DynamicsModel
 from sb3_mbpo.rewards.learned import LearnedReward, TransitionReward
 from sb3_mbpo.rollouts import branched_rollout
-from sb3_mbpo.trust.prediction_bounds import Plausible
+from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ends
@@ -144,7 +144,7 @@ def test_imagined_transitions_are_paid_by_whether_they_end() -> None:
     reward.fit(data, dynamics)
     around = TransitionReward(dynamics, reward, ends.ForbiddenDisc.ended)
     imagined = branched_rollout(
-        Plausible(data, 1.0).within(around),
+        PredictionBounds(data, 1.0).wrap(around),
         lambda obs: th.cat([th.ones(len(obs), 1), -obs[:, 1:2]], dim=1).clamp(-1, 1),
         ends.ForbiddenDisc.ended,
         data.observations[:300],
@@ -162,16 +162,16 @@ def test_rewards_are_clipped_apart_on_the_way_and_at_the_end() -> None:
             return th.where(terminated, -1000.0, 1000.0)
 
     data, dynamics = penalty_task()
-    plausible = Plausible(data, 1.0)
+    bounds = PredictionBounds(data, 1.0)
     around = TransitionReward(dynamics, Says(), lambda obs, actions, next_obs: obs[:, 0] > -0.5)  # type: ignore[arg-type]
-    _, rewards = plausible.within(around).sample(data.observations[:200], data.actions[:200])
+    _, rewards = bounds.wrap(around).sample(data.observations[:200], data.actions[:200])
     going = data.rewards[data.dones < 0.5]
     spread = going.max() - going.min()
     ended = data.observations[:200, 0] > -0.5
     th.testing.assert_close(rewards[~ended], (going.max() + spread).expand(int((~ended).sum())))
     ending = data.rewards[data.dones > 0.5]
     th.testing.assert_close(rewards[ended], (ending.min() - spread).expand(int(ended.sum())))
-    assert plausible.clipped == 1
+    assert bounds.clipped == 1
 
 
 def test_a_termination_is_not_asked_about_numbers_that_are_none() -> None:

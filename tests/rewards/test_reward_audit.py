@@ -45,10 +45,10 @@ def test_right(n):
 @pytest.mark.parametrize(
     ("reward_fn", "words"),
     [
-        (turned, r"explains 0\.00 of the variance .* the sign seems to be turned"),
+        (turned, r"explains 0\.00 of the variance .* the sign seems to be wrong"),
         (lambda *t: right(*t) + 5, "the real ones are smaller by 5; |the real ones are smaller by 5\\."),
         (lambda *t: right(*t) - 5, "the real ones are larger by 5"),
-        (lambda *t: 2 * right(*t), "the real ones go up by about 0.5 where it goes up by 1"),
+        (lambda *t: 2 * right(*t), "the real ones increase by about 0.5 if it increases by 1"),
         (lambda *t: -3 * right(*t), "the real ones are about -0.333 times as large"),
         (lambda *t: 0 * right(*t) + 1, "the largest difference is"),
         (lambda *t: right(*t) / 0, "not finite on"),
@@ -70,7 +70,7 @@ def test_how_far_they_disagree():
     assert audit.disagreement == pytest.approx((1 + 9) / 2 / (40 / 39))
     assert "on 40 real transitions: it explains 0.00" in audit.warning and "largest difference is 3." in audit.warning
     assert "in [-1, 1], those of reward_fn in [-4, 2]" in audit.warning
-    assert "the real ones go up by about 0.333 where it goes up by 1" in audit.warning
+    assert "the real ones increase by about 0.333 if it increases by 1" in audit.warning
 
 
 def test_a_term_that_was_left_out():
@@ -168,10 +168,10 @@ def audited_agent(reward_fn, env="Pendulum-v1"):
 def test_turned_in_an_agent():
     """Said once in three fits, and again in another env; logged at each fit."""
     agent, caught = audited_agent(turned)
-    assert len(caught) == 1 and "sign seems to be turned" in caught[0] and "on 21 real transitions" in caught[0]
+    assert len(caught) == 1 and "sign seems to be wrong" in caught[0] and "on 21 real transitions" in caught[0]
     assert agent.logger.name_to_value["dynamics/reward_disagreement"] > 1
     agent.set_env(gym.make("Pendulum-v1"))
-    with pytest.warns(UserWarning, match="sign seems to be turned"):
+    with pytest.warns(UserWarning, match="sign seems to be wrong"):
         agent.learn(10, reset_num_timesteps=False)
 
 

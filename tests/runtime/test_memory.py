@@ -28,10 +28,10 @@ def test_line():
     assert grows.peak == 100
     assert str(grows) == (
         "memory: at most 100 B: real buffer 10 B; model buffer 20 B (k = 1) to 40 B (k = 8), 70 B while it grows; "
-        "refills 5 B; networks and optimizers 15 B"
+        "model rollouts 5 B; networks and optimizers 15 B"
     )
     stays = MemoryEstimate(10, 40, 40, 30, 5, 15, (2, 2))
-    assert stays.peak == 70 and "; model buffer 40 B; refills" in str(stays)
+    assert stays.peak == 70 and "; model buffer 40 B; model rollouts" in str(stays)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_estimate_of_an_agent(capsys):
         (
             {"buffer_size": 10_000},
             300_000,
-            r"buffer_size=10000: full replay buffers take 4\d\d kB, and this machine has 300 kB",
+            r"buffer_size=10000: full replay buffers take 4\d\d kB, but this machine has 300 kB",
         ),
         ({"buffer_size": 10_000}, None, None),
         ({"buffer_size": 10_000}, 500_000, None),

@@ -125,7 +125,7 @@ def test_one_line_says_what_runs(monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     model.learn(5)
     said = capsys.readouterr().out
-    assert "CPU threads: 4 of 4 cores (OMP_NUM_THREADS). Beside other work" in said and "OMP_WAIT_POLICY=PASSIVE" in said
+    assert "CPU threads: 4 of 4 cores (OMP_NUM_THREADS). If other programs run" in said and "OMP_WAIT_POLICY=PASSIVE" in said
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     model.learn(5)
     assert "CPU threads: 4 of 4 cores (OMP_NUM_THREADS)\n" in capsys.readouterr().out

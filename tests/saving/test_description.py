@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedul
 from stable_baselines3.sac.policies import SACPolicy
 from tiny import FAST
 
-from sb3_mbpo import MBPO, MBTD3, DynamicsModel, LinearSchedule
+from sb3_mbpo import MBPO, MBTD3, DynamicsModel, LinearRolloutSchedule
 from sb3_mbpo.saving.description import AGENTS, build, describe
 from sb3_mbpo.saving.plain_values import encode_box
 from sb3_mbpo.terminations.known import TipFalls
@@ -80,10 +80,10 @@ VALUES: dict[str, list[Any]] = {
     "real_ratio": [0.25],
     "model_train_freq": [11],
     "rollout_batch_size": [12],
-    "rollout_schedule": [3, {"min_length": 1, "max_length": 4, "start": 10, "end": 20}, LinearSchedule(1, 2, 3, 4)],
+    "rollout_schedule": [3, {"min_length": 1, "max_length": 4, "start": 10, "end": 20}, LinearRolloutSchedule(1, 2, 3, 4)],
     "retained_rollouts": [2],
     "model_buffer_size": [50],
-    "imagined_margin": [None, 0.5],
+    "prediction_clip_margin": [None, 0.5],
     "min_explained_variance": [0.5],
     "dynamics_window": [50],
     "rollout_filter": ["macura", "infoprop", "m2ac", Macura(xi=2, zeta=80.0), Infoprop(0.99, 0.1, 50), M2AC(alpha=0.1)],
@@ -296,9 +296,9 @@ def argument(name, value):
         (set_in("counters", "num_timesteps", to=True), "is no count"),
         (set_in("counters", "_n_updates", to="3"), "is no count"),
         (set_in("counters", "_current_progress_remaining", to=None), "is no count"),
-        (set_in("counters", "filter_memory", to=["os.system"]), "filter_memory=.* is no count"),
-        (set_in("counters", "filter_memory", to=3), "filter_memory=3 is no count"),
-        (set_in("counters", "filter_memory", to=[{":float:": "nan"}, 1]), "filter_memory=.* is no count"),
+        (set_in("counters", "filter_state", to=["os.system"]), "filter_state=.* is no count"),
+        (set_in("counters", "filter_state", to=3), "filter_state=3 is no count"),
+        (set_in("counters", "filter_state", to=[{":float:": "nan"}, 1]), "filter_state=.* is no count"),
         (set_in("n_envs", to=0), "n_envs=0"),
         (set_in("n_envs", to=10**15), "n_envs"),
         (set_in("n_envs", to="1"), "n_envs"),

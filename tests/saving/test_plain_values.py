@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedule
 
-from sb3_mbpo import LinearSchedule, ProbabilisticEnsemble
+from sb3_mbpo import LinearRolloutSchedule, ProbabilisticEnsemble
 from sb3_mbpo.saving.plain_values import decode, decode_box, encode, encode_box
 from sb3_mbpo.terminations.known import HealthyRange, LeavesHealthyRange, NeverTerminates, TipFalls
 
@@ -46,7 +46,7 @@ def there_and_back(value):
         ),
         *(float("inf"), float("-inf"), {"low": float("inf")}),
         *(th.nn.ReLU, th.optim.AdamW, FlattenExtractor, ProbabilisticEnsemble, np.dtype("float32")),
-        *(NeverTerminates(), TipFalls(0.9), LinearSchedule(1, 5, 10, 20)),
+        *(NeverTerminates(), TipFalls(0.9), LinearRolloutSchedule(1, 5, 10, 20)),
         LeavesHealthyRange((HealthyRange(0, 1, 0.7, float("inf")), HealthyRange(2, None, -1.0, 1.0)), closed=True),
     ],
     ids=str,

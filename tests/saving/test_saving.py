@@ -85,7 +85,7 @@ def test_going_on_without_the_replay_buffer(tmp_path):
     model = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
     model.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
-    with pytest.warns(UserWarning, match="After 60 steps, the agent goes on with an empty replay buffer"):
+    with pytest.warns(UserWarning, match="After 60 steps, the agent continues with an empty replay buffer"):
         loaded.learn(15, reset_num_timesteps=False)
     assert loaded.dynamics_fitted_at == model.dynamics_fitted_at
     loaded.learn(10, reset_num_timesteps=False)
@@ -143,7 +143,7 @@ def test_layers_are_as_they_were_trained(tmp_path, safe):
     """Weights of the same shapes, with another layer normalization, would predict something else."""
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).save(tmp_path / "agent")
     other = {"dynamics_kwargs": {**FAST["dynamics_kwargs"], "layer_norm": True}}
-    with pytest.raises(ValueError, match="layer_norm is True, that of the file is False"):
+    with pytest.raises(ValueError, match="layer_norm is True, but False in the file"):
         MBPO.load(tmp_path / "agent", safe=safe, **other)
 
 

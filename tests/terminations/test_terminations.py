@@ -330,7 +330,7 @@ def test_replaced_methods_in_other_processes() -> None:
         (lambda: RestorableEnv(Monitor(HopperEnv())), rule, "known"),
         (lambda: Monitor(patched(HopperEnv(), lambda env: env, "step")), None, "was replaced"),
         (lambda: patched(Monitor(HopperEnv()), lambda env: env, "step"), None, "a wrapper of"),
-        (HopperEnv, None, "cannot be looked at without a wrapper, such as Monitor"),
+        (HopperEnv, None, "cannot be checked without a wrapper, such as Monitor"),
     ]
     env = SubprocVecEnv([make for make, *_ in cases])
     try:

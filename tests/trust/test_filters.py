@@ -10,15 +10,15 @@ from sb3_mbpo import MBPO, MBTD3, DynamicsModel
 from sb3_mbpo.dynamics.base import KnownReward
 from sb3_mbpo.rollouts import branched_rollout
 from sb3_mbpo.trust.disagreement import geometric_jsd, information_fusion, information_loss, one_vs_rest_kl
-from sb3_mbpo.trust.filters import FILTERS, M2AC, Branches, Filtered, Filtering, Infoprop, Macura
-from sb3_mbpo.trust.prediction_bounds import Plausible
+from sb3_mbpo.trust.filters import FILTERS, M2AC, FilterResult, Infoprop, Macura, RolloutFilter, RolloutStep
+from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.variants import MBTQC, MBCrossQ
 
 RULES = list(FILTERS)
 
 
-def branches(step=0, length=1, limits=None, state=None, seed=0):
-    return Branches(step, length, limits, state, th.Generator().manual_seed(seed))
+def rollout_step(step=0, length=1, limits=None, state=None, seed=0):
+    return RolloutStep(step, length, limits, state, th.Generator().manual_seed(seed))
 
 
 def spread(disagreement, members=3):
@@ -39,9 +39,9 @@ def test_macura_cuts_at_the_running_mean_of_a_percentile():
         kappa, memory = Macura(xi=2.0, zeta=90).begin(mean, var, memory)
         assert kappa == pytest.approx(np.mean(expected), rel=1e-5) and memory == [kappa, round_]
     mean, var = spread(th.linspace(0, 3, 50))
-    filtered = Macura()(mean, var, branches(limits=kappa))
+    filtered = Macura()(mean, var, rollout_step(limits=kappa))
     certain = geometric_jsd(mean, var) < kappa
-    assert th.equal(filtered.stored, certain) and th.equal(filtered.onward, certain) and 0 < certain.sum() < 50
+    assert th.equal(filtered.keep, certain) and th.equal(filtered.proceed, certain) and 0 < certain.sum() < 50
 
 
 def test_macura_forgets_after_its_window():
@@ -55,7 +55,7 @@ def test_macura_forgets_after_its_window():
 def test_macura_learns_nothing_from_a_broken_model():
     mean, var = spread([1.0, 2.0])
     kappa, memory = Macura().begin(mean * math.nan, var, [])
-    assert memory == [0, 0] and not Macura()(mean, var, branches(limits=kappa)).stored.any()
+    assert memory == [0, 0] and not Macura()(mean, var, rollout_step(limits=kappa)).keep.any()
     healthy = Macura().begin(mean, var, [])
     assert Macura().begin(mean * math.nan, var, healthy[1]) == healthy
     # One bad row among good ones is no reason to know nothing.
@@ -88,14 +88,14 @@ def test_infoprop_cuts_at_once_or_in_all():
     loss = information_loss(information_fusion(mean, var)[2])
     rule, none = Infoprop(), th.full((2,), math.inf)
     between = loss.mean(dim=0)
-    assert rule(mean, var, branches(limits=(none, none))).stored.tolist() == [True, True]
-    assert rule(mean, var, branches(limits=(between, none))).stored.tolist() == [True, False]
-    first = rule(mean, var, branches(limits=(none, between)))
-    assert first.stored.tolist() == [True, False] and th.equal(first.state, loss)
-    second = rule(mean, var, branches(step=1, limits=(none, 2 * between), state=first.state))
-    assert th.equal(second.state, 2 * loss) and second.onward.tolist() == [True, False]
+    assert rule(mean, var, rollout_step(limits=(none, none))).keep.tolist() == [True, True]
+    assert rule(mean, var, rollout_step(limits=(between, none))).keep.tolist() == [True, False]
+    first = rule(mean, var, rollout_step(limits=(none, between)))
+    assert first.keep.tolist() == [True, False] and th.equal(first.state, loss)
+    second = rule(mean, var, rollout_step(step=1, limits=(none, 2 * between), state=first.state))
+    assert th.equal(second.state, 2 * loss) and second.proceed.tolist() == [True, False]
     # One dimension is enough.
-    assert rule(mean, var, branches(limits=(th.tensor([math.inf, 0.0]), none))).stored.tolist() == [False, False]
+    assert rule(mean, var, rollout_step(limits=(th.tensor([math.inf, 0.0]), none))).keep.tolist() == [False, False]
 
 
 def test_infoprop_draws_what_the_members_have_in_common():
@@ -103,7 +103,7 @@ def test_infoprop_draws_what_the_members_have_in_common():
     mean = th.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1).expand(3, 100_000, 1)
     var = th.full_like(mean, 0.5)
     limits = (th.tensor([math.inf]),) * 2
-    values = Infoprop()(mean, var, branches(limits=limits)).prediction
+    values = Infoprop()(mean, var, rollout_step(limits=limits)).prediction
     assert values.mean().item() == pytest.approx(0, abs=0.01) and values.var().item() == pytest.approx(0.5, rel=0.02)
 
 
@@ -111,16 +111,16 @@ def test_infoprop_draws_what_the_members_have_in_common():
 def test_m2ac_stores_the_most_certain_and_stops_nobody(length, shares):
     mean, var = spread(th.linspace(0, 5, 66).flip(0))
     for step, share in enumerate(shares):
-        filtered = M2AC()(mean, var, branches(step, length))
-        assert filtered.onward.all() and filtered.stored.sum() == math.ceil(share * 66 - 1e-9)
+        filtered = M2AC()(mean, var, rollout_step(step, length))
+        assert filtered.proceed.all() and filtered.keep.sum() == math.ceil(share * 66 - 1e-9)
     chosen = th.randint(3, (66,), generator=th.Generator().manual_seed(0))
     uncertainty = one_vs_rest_kl(mean, var, chosen)
-    assert uncertainty[filtered.stored].max() <= uncertainty[~filtered.stored].min()
+    assert uncertainty[filtered.keep].max() <= uncertainty[~filtered.keep].min()
 
 
 def test_m2acs_penalty_is_that_of_the_drawn_member():
     mean, var = spread(th.linspace(0, 5, 20))
-    plain, dear = (M2AC(alpha)(mean, var, branches()) for alpha in (0.0, 0.5))
+    plain, dear = (M2AC(alpha)(mean, var, rollout_step()) for alpha in (0.0, 0.5))
     chosen = th.randint(3, (20,), generator=th.Generator().manual_seed(0))
     th.testing.assert_close(dear.penalty, 0.5 * one_vs_rest_kl(mean, var, chosen))
     assert th.equal(plain.prediction, dear.prediction) and not plain.penalty.any()
@@ -183,8 +183,8 @@ def ones(obs):
 
 
 def rolled(rule, dynamics, start, length=4, termination=never, policy=ones, wrap=lambda dynamics: dynamics):
-    filtering = Filtering(rule, dynamics, real(dynamics), [])
-    return branched_rollout(wrap(dynamics), policy, termination, start, length, filtering), filtering
+    rollout_filter = RolloutFilter(rule, dynamics, real(dynamics), [])
+    return branched_rollout(wrap(dynamics), policy, termination, start, length, rollout_filter), rollout_filter
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -194,8 +194,8 @@ def test_no_unit_matters(name):
     for scale, origin in [(1.0, 0.0), (1e-3, 0.0), (512.0, 1024.0)]:
         dynamics = Members(scale, origin)
         start = origin + scale * th.linspace(-1, 1, 64).unsqueeze(1)
-        data, filtering = rolled(FILTERS[name](), dynamics, start)
-        results.append((data.rewards / scale, (data.next_observations - origin) / scale, filtering.left_out))
+        data, rollout_filter = rolled(FILTERS[name](), dynamics, start)
+        results.append((data.rewards / scale, (data.next_observations - origin) / scale, rollout_filter.left_out))
     assert 0 < results[0][2]
     for rewards, next_obs, left_out in results[1:]:
         assert left_out == results[0][2]
@@ -213,16 +213,16 @@ def test_only_elites_are_asked():
             return mean, var
 
     dynamics = WithElites()
-    filtering = Filtering(Macura(), dynamics, real(dynamics), [])
-    mean, var = filtering.predict(th.ones(5, 1), th.ones(5, 1))
-    assert len(mean) == len(var) == 2 and mean.isfinite().all() and filtering.limits > 0
+    rollout_filter = RolloutFilter(Macura(), dynamics, real(dynamics), [])
+    mean, var = rollout_filter.predict(th.ones(5, 1), th.ones(5, 1))
+    assert len(mean) == len(var) == 2 and mean.isfinite().all() and rollout_filter.limits > 0
 
 
 def test_a_rule_sees_changes_in_standard_deviations_of_the_real_data():
     dynamics = Members(scale=8.0, origin=16.0)
     transitions = real(dynamics)
     std = [part.std(correction=0) for part in (transitions.rewards, transitions.next_observations - transitions.observations)]
-    mean, var = Filtering(M2AC(), dynamics, transitions, []).predict(th.tensor([[16.0]]), th.tensor([[0.5]]))
+    mean, var = RolloutFilter(M2AC(), dynamics, transitions, []).predict(th.tensor([[16.0]]), th.tensor([[0.5]]))
     th.testing.assert_close(mean[1, 0], th.stack([4.0 / one for one in std]))
     th.testing.assert_close(var[1, 0], th.stack([0.08**2 / one**2 for one in std]))
 
@@ -243,8 +243,8 @@ def test_a_constant_dimension_cuts_nothing(name):
 
     start, action, data = th.linspace(-1, 1, 64).unsqueeze(1), th.zeros(64, 1), real(Members())
     more = data._replace(observations=beside(data.observations), next_observations=beside(data.next_observations))
-    without = Filtering(FILTERS[name](), Members(), data, [])(start, action, 0, 4, None).stored
-    assert th.equal(Filtering(FILTERS[name](), WithConstant(), more, [])(beside(start), action, 0, 4, None).stored, without)
+    without = RolloutFilter(FILTERS[name](), Members(), data, [])(start, action, 0, 4, None).keep
+    assert th.equal(RolloutFilter(FILTERS[name](), WithConstant(), more, [])(beside(start), action, 0, 4, None).keep, without)
     assert without.any()
 
 
@@ -275,12 +275,12 @@ def test_nothing_is_drawn_but_from_the_dynamics_generator():
 # ---------------------------------------------------------------------- in branched rollouts
 
 
-def middle(mean, var, branches):
+def middle(mean, var, rollout_step):
     """The middle member, and the start's number as state: cuts where the reward is beyond 1.5 standard deviations."""
-    state = th.arange(mean.shape[1]) if branches.state is None else branches.state
-    seen.append((branches.step, branches.length, state.tolist()))
+    state = th.arange(mean.shape[1]) if rollout_step.state is None else rollout_step.state
+    seen.append((rollout_step.step, rollout_step.length, state.tolist()))
     certain = mean[1, :, 0].abs() < 1.5
-    return Filtered(mean[1], certain, certain, state)
+    return FilterResult(mean[1], certain, certain, state)
 
 
 seen: list = []
@@ -289,19 +289,23 @@ seen: list = []
 def test_a_cut_transition_is_not_stored_and_ends_its_branch():
     """Actions are the observation: 0.25 -> 0.5 -> 1 is cut before the step from 1; the state follows its branch."""
     seen.clear()
-    data, filtering = rolled(middle, Members(), th.tensor([[1.0], [0.25], [0.5], [0.0]]), length=3, policy=lambda obs: obs)
+    data, rollout_filter = rolled(
+        middle, Members(), th.tensor([[1.0], [0.25], [0.5], [0.0]]), length=3, policy=lambda obs: obs
+    )
     assert data.observations.flatten().tolist() == [0.25, 0.5, 0.0, 0.5, 0.0, 0.0]
     th.testing.assert_close(data.next_observations.flatten(), th.tensor([0.5, 1.0, 0.0, 1.0, 0.0, 0.0]))
-    assert seen == [(0, 3, [0, 1, 2, 3]), (1, 3, [1, 2, 3]), (2, 3, [1, 3])] and filtering.left_out == 3
+    assert seen == [(0, 3, [0, 1, 2, 3]), (1, 3, [1, 2, 3]), (2, 3, [1, 3])] and rollout_filter.left_out == 3
 
 
 def test_a_rule_may_leave_out_a_transition_and_go_on():
-    def every_second(mean, var, branches):
-        return Filtered(mean[1], th.full(mean.shape[1:2], branches.step % 2 == 0), th.ones(mean.shape[1], dtype=th.bool))
+    def every_second(mean, var, rollout_step):
+        return FilterResult(
+            mean[1], th.full(mean.shape[1:2], rollout_step.step % 2 == 0), th.ones(mean.shape[1], dtype=th.bool)
+        )
 
-    data, filtering = rolled(every_second, Members(), th.tensor([[0.0], [0.5]]), length=4)
+    data, rollout_filter = rolled(every_second, Members(), th.tensor([[0.0], [0.5]]), length=4)
     th.testing.assert_close(data.observations.flatten(), th.tensor([0.0, 0.5, 2.0, 2.5]))
-    assert filtering.left_out == 4
+    assert rollout_filter.left_out == 4
 
 
 def test_terminations_with_a_rule():
@@ -314,11 +318,11 @@ def test_terminations_with_a_rule():
     assert data.observations.flatten().tolist() == [0.25, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0]
     assert data.dones.flatten().tolist() == [0, 0, 1, 0, 0, 0, 0]
 
-    def stores_none(mean, var, branches):
-        return Filtered(mean[1], th.zeros(mean.shape[1], dtype=th.bool), th.ones(mean.shape[1], dtype=th.bool))
+    def stores_none(mean, var, rollout_step):
+        return FilterResult(mean[1], th.zeros(mean.shape[1], dtype=th.bool), th.ones(mean.shape[1], dtype=th.bool))
 
-    data, filtering = rolled(stores_none, Members(), th.tensor([[0.25], [0.5]]), 5, beyond_one)
-    assert len(data.rewards) == 0 and [part.shape[1] for part in data[:5]] == [1] * 5 and filtering.left_out == 2
+    data, rollout_filter = rolled(stores_none, Members(), th.tensor([[0.25], [0.5]]), 5, beyond_one)
+    assert len(data.rewards) == 0 and [part.shape[1] for part in data[:5]] == [1] * 5 and rollout_filter.left_out == 2
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -329,22 +333,22 @@ def test_what_is_not_finite_is_dropped_and_not_counted_as_filtered(name):
             mean[:, obs[:, 0] > 10] = th.nan
             return mean, var
 
-    data, filtering = rolled(FILTERS[name](), Breaks(), th.tensor([[0.0], [99.0], [99.0]]), length=1)
-    assert data.observations.flatten().tolist() == [0.0] * (1 - filtering.left_out) and filtering.left_out <= 1
+    data, rollout_filter = rolled(FILTERS[name](), Breaks(), th.tensor([[0.0], [99.0], [99.0]]), length=1)
+    assert data.observations.flatten().tolist() == [0.0] * (1 - rollout_filter.left_out) and rollout_filter.left_out <= 1
 
 
 def test_bounds_a_known_reward_and_the_penalty_hold_together():
     rewards = {}
     for alpha in (0.0, 100.0):
         dynamics = Members()
-        plausible = Plausible(real(dynamics), 0)
+        bounds = PredictionBounds(real(dynamics), 0)
         data, _ = rolled(
             M2AC(alpha=alpha),
             dynamics,
             th.linspace(-1, 1, 40).unsqueeze(1),
-            wrap=lambda inner, of=plausible: of.within(KnownReward(inner, lambda obs, actions, next_obs: 7 * next_obs[:, 0])),
+            wrap=lambda inner, of=bounds: of.wrap(KnownReward(inner, lambda obs, actions, next_obs: 7 * next_obs[:, 0])),
         )
-        assert data.next_observations.max() == 1 and plausible.clipped > 0
+        assert data.next_observations.max() == 1 and bounds.clipped > 0
         rewards[alpha] = data.rewards
         missing = 7 * data.next_observations - data.rewards
         assert (missing > 0).all() if alpha else not missing.any()
@@ -353,12 +357,12 @@ def test_bounds_a_known_reward_and_the_penalty_hold_together():
 
 
 def test_rollouts_that_come_out_empty():
-    def cuts_all(mean, var, branches):
+    def cuts_all(mean, var, rollout_step):
         none = th.zeros(mean.shape[1], dtype=th.bool)
-        return Filtered(mean[0], none, none)
+        return FilterResult(mean[0], none, none)
 
-    data, filtering = rolled(cuts_all, Members(), th.zeros(5, 1))
-    assert len(data.rewards) == 0 and [part.shape[1] for part in data[:5]] == [1] * 5 and filtering.left_out == 5
+    data, rollout_filter = rolled(cuts_all, Members(), th.zeros(5, 1))
+    assert len(data.rewards) == 0 and [part.shape[1] for part in data[:5]] == [1] * 5 and rollout_filter.left_out == 5
 
 
 # ---------------------------------------------------------------------- in an agent
@@ -377,7 +381,7 @@ def test_all_algorithms_learn_with_all_rules(cls, name):
 def test_the_length_of_branches_is_logged_without_a_rule_too():
     agent = MBPO("MlpPolicy", "Pendulum-v1", rollout_schedule=3, **FAST).learn(25)
     values = agent.logger.name_to_value
-    assert values["dynamics/branch_length"] == 3 and "dynamics/filtered" not in values and agent.filter_memory == []
+    assert values["dynamics/branch_length"] == 3 and "dynamics/filtered" not in values and agent.filter_state == []
 
 
 def settings(**kwargs):
@@ -389,7 +393,7 @@ def test_forms_of_a_rule():
     forms = ["macura", Macura(), "sb3_mbpo.trust.filters.Macura", Macura]
     agents = [MBPO("MlpPolicy", "Pendulum-v1", **settings(rollout_filter=form)).learn(40) for form in forms]
     assert all(equal_agents(agents[0], other) for other in agents[1:])
-    assert agents[0].filter_memory[1] == 3 and all(a.filter_memory == agents[0].filter_memory for a in agents)
+    assert agents[0].filter_state[1] == 3 and all(a.filter_state == agents[0].filter_state for a in agents)
 
 
 def test_construction_draws_nothing():
@@ -404,18 +408,18 @@ def test_saved_and_loaded_with_its_memory(tmp_path, form, safe):
     agent = MBPO("MlpPolicy", "Pendulum-v1", **settings(rollout_filter=form)).learn(40)
     agent.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", safe=safe)
-    assert loaded.rollout_filter == form and loaded.filter_memory == agent.filter_memory and len(agent.filter_memory) == 2
+    assert loaded.rollout_filter == form and loaded.filter_state == agent.filter_state and len(agent.filter_state) == 2
     assert MBPO.load(tmp_path / "agent", safe=safe, rollout_filter=None).rollout_filter is None
     other = MBPO.load(tmp_path / "agent", env=agent.get_env(), safe=safe, rollout_filter="infoprop")
     agent.save_replay_buffer(tmp_path / "buffer")
     other.load_replay_buffer(tmp_path / "buffer")
-    assert other.learn(25).filter_memory == [] and not hasattr(agent.to_sac(), "filter_memory")
+    assert other.learn(25).filter_state == [] and not hasattr(agent.to_sac(), "filter_state")
 
 
 def test_everything_left_out_means_real_batches():
-    def cuts_all(mean, var, branches):
+    def cuts_all(mean, var, rollout_step):
         none = th.zeros(mean.shape[1], dtype=th.bool)
-        return Filtered(mean[0], none, none)
+        return FilterResult(mean[0], none, none)
 
     agent = MBPO("MlpPolicy", "Pendulum-v1", **settings(rollout_filter=cuts_all)).learn(40)
     values = agent.logger.name_to_value

@@ -8,7 +8,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo.dynamics import explained_variance
 from sb3_mbpo.dynamics.explained_variance import constant_errors, smoothed, squared_errors
 from sb3_mbpo.trust.auto_rollout_length import reliable_length
-from sb3_mbpo.trust.imagined_fraction import imagined_share
+from sb3_mbpo.trust.imagined_fraction import imagined_fraction
 
 
 def transitions(obs, next_obs, rewards, terminated=()):
@@ -157,7 +157,7 @@ def test_units_do_not_matter(scale):
     assert reward == pytest.approx(0, abs=0.02) and observation == pytest.approx(0.75, abs=0.03)
 
 
-# ---------------------------------------------------------------------- imagined_share
+# ---------------------------------------------------------------------- imagined_fraction
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_units_do_not_matter(scale):
     [(1, 1, 1), (0.1, 0.9, 1), (0.075, 1, 0.5), (1, 0.06, 0.2), (0.05, 1, 0), (0, 1, 0), (1, 0, 0), (0.07, 0.08, 0.4)],
 )
 def test_share(obs, reward, share):
-    assert imagined_share(reward, obs, 0.1) == pytest.approx(share)
-    assert imagined_share(reward, obs, None) == 1
+    assert imagined_fraction(reward, obs, 0.1) == pytest.approx(share)
+    assert imagined_fraction(reward, obs, None) == 1
 
 
 @pytest.mark.parametrize("numbers", [(math.nan, 1.0), (1.0, math.nan), (-math.inf, 1.0)])
 def test_what_is_not_finite_earns_nothing(numbers):
-    assert imagined_share(*numbers, 0.1) == 0
+    assert imagined_fraction(*numbers, 0.1) == 0
 
 
 # ---------------------------------------------------------------------- reliable_length

@@ -71,7 +71,7 @@ REFUSED = [
     *((MBPO, {"ent_coef": value}, "ent_coef=") for value in ("auto_nan", "auto_inf", "on", None, True, 1e16, [0.1])),
     *((MBPO, {"target_entropy": value}, "target_entropy=.* must be 'auto' or a number") for value in (NAN, INF, "low", None)),
     *((MBPO, {"learning_rate": value}, "learning_rate=.* must be") for value in (-1, NAN, INF, 1e4, None, True, "3e-4x")),
-    (MBPO, {"learning_rate": lambda progress: -progress}, "learning_rate=.* gives -1.0 at progress_remaining=1"),
+    (MBPO, {"learning_rate": lambda progress: -progress}, "learning_rate=.* returned -1.0 at progress_remaining=1"),
     *(
         (MBPO, {"batch_size": value}, "batch_size=.* must be a whole number of at least 1")
         for value in (0, -4, 32.5, "b", None)
@@ -94,7 +94,7 @@ REFUSED = [
     *((MBPO, {"device": value}, 'device=.* must be "auto"') for value in ("gpu", "meta", None, 0.5)),
     *((MBPO, {"tensorboard_log": value}, "tensorboard_log=.* must be None or a folder") for value in (3, True, [1])),
     *((MBPO, {"action_noise": value}, "action_noise=.* must be None or") for value in (0.1, "normal", NormalActionNoise)),
-    (MBPO, {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}, "action_noise=.* gives"),
+    (MBPO, {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}, "action_noise=.* returned"),
     *((MBPO, {"policy_kwargs": value}, "policy_kwargs=.* must be None or a mapping") for value in (3, "x", [1])),
     (MBPO, {"policy_kwargs": {"net_archs": [8]}}, "policy_kwargs has no key 'net_archs'; .*did you mean 'net_arch'"),
     *(
@@ -113,7 +113,7 @@ REFUSED = [
         (MBPO, {"rollout_schedule": value}, "rollout_schedule=.* must be a length, .*'auto'")
         for value in (0, -1, NAN, 1.5, True, None, 10**12, "long", [1])
     ),
-    (MBPO, {"rollout_schedule": lambda step: None}, "rollout_schedule=.* gives None at step 0"),
+    (MBPO, {"rollout_schedule": lambda step: None}, "rollout_schedule=.* returns None at step 0"),
     (MBPO, {"rollout_schedule": lambda step: [][step]}, "rollout_schedule=.* raises IndexError"),
     (MBPO, {"rollout_schedule": {"min_length": 1, 2: 3}}, "rollout_schedule=.* must have exactly the keys min_length"),
     *(
@@ -259,7 +259,7 @@ def test_callbacks(callback):
 
 def test_batches_larger_than_the_buffer():
     agent = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "buffer_size": 12, "real_ratio": 0.9})
-    with pytest.warns(UserWarning, match="batch_size=16 wants 14 real transitions; of 12, it repeats some") as caught:
+    with pytest.warns(UserWarning, match="batch_size=16 needs 14 real transitions; with 12, some are repeated") as caught:
         agent.learn(25)
     assert len(caught) == 1 and caught[0].filename == __file__ and agent._n_updates > 0
 
@@ -303,7 +303,7 @@ def test_episodes_of_several_envs(tmp_path):
     agent.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", env=make_vec_env("Pendulum-v1", 2))
     assert loaded.predict(loaded.observation_space.sample())[0].shape == (1,)
-    with pytest.raises(ValueError, match=r"train_freq=.* one env only; here are 2"):
+    with pytest.raises(ValueError, match=r"train_freq=.* only with one env, but there are 2"):
         loaded.learn(5)
 
 

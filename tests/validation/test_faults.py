@@ -107,13 +107,13 @@ def test_what_is_no_number(obs, dtype):
 
 
 def test_what_is_no_array():
-    assert "is no array: [[1, 2], [3]]" in observation_fault([[1, 2], [3]], (2,), FLOAT32)
+    assert "is not an array: [[1, 2], [3]]" in observation_fault([[1, 2], [3]], (2,), FLOAT32)
 
 
 @pytest.mark.parametrize(("obs", "dtype"), [([0.5, 1], INT64), ([-1, 1], UINT8), ([256, 1], UINT8), ([1e30, 1], INT64)])
 def test_what_integers_cannot_hold(obs, dtype):
     fault = observation_fault(np.array(obs), (2,), dtype)
-    assert f"does not go into {dtype} in 1 of 2 dimensions: [0] = " in fault
+    assert f"cannot be cast to {dtype} in 1 of 2 dimensions: [0] = " in fault
     assert "not finite" in observation_fault(np.array([np.nan, 1]), (2,), dtype)
 
 

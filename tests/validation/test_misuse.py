@@ -22,7 +22,7 @@ def frozen(env):
     [
         (lambda env: VecFrameStack(VecNormalize(env), 2), r"Swap the two: VecNormalize\(VecFrameStack\(env, n_stack\)\)"),
         (lambda env: VecMonitor(VecFrameStack(VecMonitor(VecNormalize(env)), 2)), "VecFrameStack over VecNormalize"),
-        (lambda env: VecNormalize(VecNormalize(env)), "a VecNormalize over another one"),
+        (lambda env: VecNormalize(VecNormalize(env)), "a VecNormalize wraps another one"),
     ],
 )
 def test_wrappers_in_an_order_that_does_not_work(wrap, message, tmp_path):
@@ -75,7 +75,7 @@ def test_an_agent_of_raw_observations_may_be_loaded_with_any_env(tmp_path):
 def test_evaluation_in_the_training_env_is_refused(evaluation):
     env = pendulum(2)
     agent = MBPO("MlpPolicy", VecMonitor(env), **{**FAST, "gradient_steps": 4})
-    with pytest.raises(ValueError, match=r"callback: EvalCallback evaluates in the env that the agent learns in.*second env"):
+    with pytest.raises(ValueError, match=r"callback: EvalCallback evaluates in the training env.*second env"):
         agent.learn(3, callback=evaluation(env))
 
 

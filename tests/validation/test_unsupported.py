@@ -18,7 +18,7 @@ BOX = spaces.Box(-1, 1, (3,), np.float32)
         (spaces.Dict({"a": BOX}), BOX, "Dict.*FlattenObservation"),
         (spaces.Discrete(3), BOX, "observation space Discrete"),
         (spaces.MultiBinary(3), BOX, "observation space MultiBinary"),
-        (spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, "no image"),
+        (spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, "not an image"),
         (BOX, spaces.Discrete(2), "action space Discrete.*use DQN or PPO"),
         (BOX, spaces.MultiDiscrete([2, 3]), "action space MultiDiscrete"),
         (BOX, spaces.Box(-np.inf, np.inf, (2,)), "unbounded.*finite low and high"),
@@ -81,5 +81,5 @@ def test_refused_replay_options(changed, message):
 def test_vectorised_envs_of_gymnasium_are_refused(mode):
     """They reset in ways of their own, and SB3 does not take them either."""
     env = gym.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})
-    with pytest.raises(ValueError, match=r"vectorised env of Gymnasium, .*make_vec_env"):
+    with pytest.raises(ValueError, match=r"vectorized env of Gymnasium, .*make_vec_env"):
         unsupported.check_env(env)

@@ -146,7 +146,7 @@ def test_checkpoints(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
-    assert process.returncode == 75 and "SIGTERM: saved in saved; the same command goes on" in output, output
+    assert process.returncode == 75 and "SIGTERM: saved in saved; the same command resumes the run" in output, output
     output = run(tmp_path, *command, "saved", "-params", *TINY)
     assert "Resumed at step" in output
     run(tmp_path, *command, "undisturbed", "-params", *TINY)
@@ -165,7 +165,7 @@ def test_a_signal_to_all_processes_of_a_run(tmp_path: Path, name: str) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, getattr(signal, name))
     output, _ = process.communicate()
-    assert process.returncode == 75 and f"{name}: saved in saved; the same command goes on" in output, output
+    assert process.returncode == 75 and f"{name}: saved in saved; the same command resumes the run" in output, output
     output = run(tmp_path, "train", *PENDULUM, "-n", "10", *command[command.index("--vec-env") :])
     assert "Resumed at step" in output and "start of an episode" in output
 

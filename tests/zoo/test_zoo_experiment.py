@@ -118,7 +118,7 @@ def test_misspelt_settings_are_refused(zoo: ModuleType, trained: bool) -> None:
     if trained:
         train(zoo, *options, n=5)
         options += ["-i", str(saved("mbpo", "Pendulum-v1")[0] / "Pendulum-v1.zip")]
-    with pytest.raises(ValueError, match="mbpo has no setting 'real_ration'; you maybe meant real_ratio"):
+    with pytest.raises(ValueError, match="mbpo has no setting 'real_ration'; did you mean real_ratio"):
         train(zoo, *options, tiny=["real_ration:0.1"])
 
 
@@ -183,7 +183,7 @@ def test_dm_control_is_flattened_whatever_the_file(zoo: ModuleType, monkeypatch:
 
 
 def test_parallel_training_is_refused(zoo: ModuleType) -> None:
-    with pytest.raises(ValueError, match="ParallelTrainCallback trains a plain copy"):
+    with pytest.raises(ValueError, match="ParallelTrainCallback trains a copy of the agent"):
         train(zoo, "--env", "Pendulum-v1", tiny=["callback:rl_zoo3.callbacks.ParallelTrainCallback"])
 
 
@@ -210,7 +210,7 @@ default:
     assert config["n_timesteps"] == 100 and agent.lr_schedule(1) == 1e-3
     assert agent.model_buffer_size is None and agent.dynamics_kwargs == {"net_arch": [8], "max_updates": 2}
     assert agent.rollout_schedule == {"min_length": 1, "max_length": 2, "start": 10, "end": 30}
-    assert agent.rollout_filter == "macura" and len(agent.filter_memory) == 2
+    assert agent.rollout_filter == "macura" and len(agent.filter_state) == 2
 
 
 def test_bare_words_stand_for_themselves(zoo: ModuleType) -> None:
