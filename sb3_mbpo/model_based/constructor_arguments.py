@@ -52,7 +52,7 @@ class ModelBasedArguments(TypedDict, total=False):
     model_buffer_size: int | None
     termination_fn: str | Callable[..., th.Tensor] | None
     reward_fn: str | Callable[..., th.Tensor] | None
-    imagined_margin: float | None
+    prediction_clip_margin: float | None
     min_explained_variance: float | None
     rollout_filter: str | Rule | None
     dynamics_window: int | None
