@@ -1,25 +1,49 @@
 """Everything that decides how a run goes on: agent, buffers, random generators, envs, callbacks; taken out and put back."""
 
 import copy
+import functools
 import inspect
+import io
 import json
+import logging
 import random
 import time
+import types
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.buffers.replay_buffer import ROWS
-from sb3_mbpo.checkpoints.callback_state import put_callbacks, take_callback
 from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, put_statistics, take_envs, take_statistics
 from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
 
 # Attributes of an agent that belong to the process and not to the run.
-_OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log"}
+_OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log", "_custom_logger"}
+# An argument that SB3 keeps under another name.
+_OF_THE_PROCESS |= {"_stats_window_size"}
+# Attributes of a callback that SB3 sets anew, from arguments too, or that say where files go.
+_SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
+_SET_ANEW |= {"log_path", "best_model_save_path", "save_path", "_total_max_episodes"}
+# What a callback is made of, and what it writes to.
+_NO_STATE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
+_NO_STATE += (functools.partial, Logger, logging.Logger, KVWriter, io.IOBase, PurePath, BaseCallback, BaseAlgorithm)
+_NO_STATE += (th.nn.Module, gym.Space, th.device, th.dtype, np.dtype)
+# What action noise of SB3 remembers; of other noise, all numbers and arrays are taken.
+_NOISE: dict[type, tuple[str, ...]] = {
+    **{NormalActionNoise: (), VectorizedActionNoise: ()},
+    **{OrnsteinUhlenbeckActionNoise: ("noise_prev",)},
+}
 _GENERATORS = (th.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -113,8 +137,11 @@ def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     for name, value in unpack(state["variables"], tensors).items():
         if value is not None:
             _reach(agent, name).data.copy_(value)
+    without = _not_of_the_run(agent)
     for name, value in unpack(state["attributes"], tensors).items():
-        setattr(agent, name, value)
+        present = getattr(agent, name, None)
+        if name not in without and not callable(present):
+            setattr(agent, name, deque(value, present.maxlen) if isinstance(present, deque) else value)
     agent.start_time = time.time_ns() - state["elapsed"]
     for name, value in unpack(state["log"], tensors).items():
         getattr(agent.logger, name).clear()
@@ -171,11 +198,16 @@ def _reach(agent: Any, name: str) -> Any:
     return value
 
 
+def _not_of_the_run(agent: Any) -> set[str]:
+    """Attributes that are never saved nor put back: arguments of the constructor, and what belongs to the process."""
+    return set(inspect.signature(type(agent)).parameters) | _OF_THE_PROCESS
+
+
 def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
     """Counters, last observations, statistics of episodes: whatever is plain and not an argument of the constructor."""
-    arguments = set(inspect.signature(type(agent)).parameters)
+    without = _not_of_the_run(agent)
     for name, value in vars(agent).items():
-        if name in arguments - {"action_noise"} or name in _OF_THE_PROCESS or isinstance(value, _GENERATORS):
+        if name in without or isinstance(value, _GENERATORS):
             continue
         try:
             packed = pack(value, {}, name)
@@ -274,13 +306,15 @@ def _noise_state(noise: Any) -> Any:
     if noise is None:
         return None
     several = [_noise_state(one) for one in getattr(noise, "noises", [])]
-    own = {name: value for name, value in vars(noise).items() if isinstance(value, np.ndarray | int | float | None)}
+    names = _NOISE.get(type(noise), tuple(vars(noise)))
+    own = {name: value for name in names if isinstance(value := getattr(noise, name), np.ndarray | int | float | None)}
     return {"own": own, "several": several}
 
 
 def _put_noise(noise: Any, state: Any) -> None:
     if noise is not None and state is not None:
-        vars(noise).update(state["own"])
+        names = _NOISE.get(type(noise), tuple(vars(noise)))
+        vars(noise).update({name: value for name, value in state["own"].items() if name in names})
         for one, its_state in zip(getattr(noise, "noises", []), state["several"], strict=True):
             _put_noise(one, its_state)
 
@@ -303,3 +337,93 @@ def _fill_buffer(buffer: Any, contents: dict[str, Any]) -> None:
         rows[: len(filled)] = filled
     buffer.pos, buffer.full = contents["pos"], contents["full"]
     buffer.model_buffer.restore(contents["imagined"], contents["refills"])
+
+
+def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
+    """:return: a callback and all those inside it, also in lists, tuples and values of dictionaries, in a fixed order"""
+    found = [callback]
+    for one in found:
+        for value in vars(one).values():
+            found += [item for item in _callbacks_in(value) if item not in found]
+    return found
+
+
+def _callbacks_in(value: Any) -> Iterator[BaseCallback]:
+    if isinstance(value, BaseCallback):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _callbacks_in(item)
+
+
+def _arguments(callback: BaseCallback) -> set[str]:
+    """Names of the constructor's arguments, also of those that it passes on."""
+    constructors = [kind.__init__ for kind in type(callback).__mro__ if "__init__" in vars(kind)]  # type: ignore[misc]
+    return {name for one in constructors for name in inspect.signature(one).parameters}
+
+
+def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
+    """
+    What is plain of a callback, but arguments of its constructor; and the state of its envs, if it has any of its own.
+
+    :param callback: one of ``all_callbacks``
+    :param tensors: see :func:`.packing.pack`
+    :param name: what the tensors' names begin with
+    :return: JSON; under ``"lost"``, by name, what could not be saved
+    """
+    state: dict[str, Any] = {}
+    envs: dict[str, Any] = {}
+    lost: dict[str, str] = {}
+    arguments = _arguments(callback)
+    for key, value in vars(callback).items():
+        try:
+            if key in _SET_ANEW:
+                continue
+            if isinstance(value, VecEnv):
+                envs[key] = take_envs(value, tensors, f"{name}.{key}")
+            elif key not in arguments:
+                state[key] = pack(value, tensors, f"{name}.{key}")
+        except CannotRestoreError as error:
+            lost[key] = str(error)
+        except (CannotPackError, RecursionError):
+            if not isinstance(value, _NO_STATE) and next(_callbacks_in(value), None) is None:
+                lost[key] = type(value).__name__
+    return {"class": type(callback).__name__, "state": state, "envs": envs, "lost": lost}
+
+
+def put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> dict[str, str]:
+    """
+    Each gets the state of its class's first, second, ... in the run; one that the run did not have starts anew.
+
+    :param callbacks: see ``all_callbacks``
+    :param states: from ``take_callback``, of all
+    :param tensors: what it filled
+    :return: what could not be restored, such as ``"MyCallback.seen"``, and why
+    """
+    seen: Counter[str] = Counter()
+    lost: dict[str, str] = {}
+    for callback in callbacks:
+        kind = type(callback).__name__
+        mine = [state for state in states if state["class"] == kind]
+        if seen[kind] < len(mine):
+            state = mine[seen[kind]]
+            lost |= {f"{kind}.{key}": reason for key, reason in state["lost"].items()}
+            without = _SET_ANEW | _arguments(callback)
+            for key, value in state["state"].items():
+                if key not in without and not callable(getattr(callback, key, None)):
+                    setattr(callback, key, unpack(value, tensors))
+            for key, env_state in state["envs"].items():
+                try:
+                    if isinstance(env := getattr(callback, key, None), VecEnv):
+                        put_envs(env, env_state, tensors)
+                except CannotRestoreError as error:
+                    lost[f"{kind}.{key}"] = str(error)
+        seen[kind] += 1
+    return lost
+
+
+def tell_callbacks(callbacks: list[BaseCallback]) -> None:
+    """Last of all, call ``on_resume()`` of those that have it."""
+    for callback in callbacks:
+        if hasattr(callback, "on_resume"):
+            callback.on_resume()

@@ -9,7 +9,8 @@ import pytest
 
 from sb3_mbpo.checkpoints.lock import FolderLock
 
-HOLDS = "import sys; from pathlib import Path; from sb3_mbpo.checkpoints.lock import FolderLock; held = FolderLock(Path(sys.argv[1])); "
+HOLDS = "import sys; from pathlib import Path; from sb3_mbpo.checkpoints.lock import FolderLock; "
+HOLDS += "held = FolderLock(Path(sys.argv[1])); "
 
 
 def holder(folder, then="print('mine', flush=True); sys.stdin.read()"):

@@ -117,7 +117,7 @@ NOT_PLAIN = {
     **{"object": object(), "text": np.array(["text"]), "function": lambda: None},
     # As their parent, they would come back as something else.
     **{"namedtuple": [Point(1)], "enum": {"a": Mode.FAST}, "key": {Mode.FAST: 1}, "array": np.zeros(1).view(Masked)},
-    **{"factory": defaultdict(lambda: 7), "set": {Mode.FAST}, "a factory of ours": defaultdict(Mode)},
+    **{"factory": defaultdict(lambda: 7), "set": {Mode.FAST}, "another factory": defaultdict(object)},
 }
 
 

@@ -18,8 +18,7 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise, Vectori
 from tiny import FAST, equal_agents
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.checkpoints.callback_state import all_callbacks
-from sb3_mbpo.checkpoints.training_state import put_agent, put_training, take_agent, take_training
+from sb3_mbpo.checkpoints.training_state import all_callbacks, put_agent, put_training, take_agent, take_training
 
 
 def learned(n_steps=40, n_envs=1, **settings):
@@ -74,6 +73,19 @@ def test_action_noise_remembers(n_envs):
     a = first.action_noise()
     np.random.seed(0)
     assert np.array_equal(a, second.action_noise()) and np.abs(a).max() > 0
+
+
+def test_arguments_of_an_agent_are_those_of_now():
+    """Of its action noise and of its statistics, too; and what a file says beside is left alone."""
+    first = learned(40, action_noise=OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)), stats_window_size=3)
+    second = learned(
+        20, action_noise=OrnsteinUhlenbeckActionNoise(np.zeros(1), 9 * np.ones(1)), stats_window_size=5, gamma=0.5
+    )
+    state, tensors = taken(take_training, first, [])
+    state["attributes"] |= {"gamma": 0.1, "train": "x"}
+    put_training(second, [], state, tensors)
+    assert second.action_noise._sigma == 9 and second.ep_info_buffer.maxlen == second._stats_window_size == 5
+    assert second.gamma == 0.5 and callable(second.train)
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
