@@ -282,7 +282,7 @@ def _instead(path: Path) -> str:
                 return f"Use {checkpoint.path}, the newest that is sound"
         except _STRANGE:
             continue
-    return "There is no other that is sound; start anew"
+    return "There is no other that is sound: remove the folder or choose another one, and start anew"
 
 
 def _is_running(process: int) -> bool:

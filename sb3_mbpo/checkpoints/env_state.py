@@ -318,25 +318,16 @@ def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
 
 
 def _read(value: Any) -> Any:
-    """A value as plain ones."""
-    if (parts := _PARTS.get(_kind(value))) is not None:
-        return {key: _read(getattr(value, key)) for key in parts if hasattr(value, key)}
-    return {key: _read(item) for key, item in value.items()} if type(value) is dict else value
+    parts = _PARTS.get(_kind(value))
+    return value if parts is None else {part: getattr(value, part) for part in parts if hasattr(value, part)}
 
 
 def _write(owner: Any, key: str, value: Any) -> None:
     present = getattr(owner, key)
-    if (parts := _PARTS.get(_kind(present))) is not None:
-        for part in parts:
-            if part in value:
-                _write(present, part, value[part])
-    elif type(present) is dict and any(_kind(item) in _PARTS for item in present.values()):
-        for name, item in present.items():
-            for part in _PARTS[_kind(item)]:
-                if part in value[name]:
-                    _write(item, part, value[name][part])
-    else:
+    if (parts := _PARTS.get(_kind(present))) is None:
         setattr(owner, key, value)
+    else:
+        vars(present).update({part: value[part] for part in parts if part in value})
 
 
 def _is_mujoco(data: Any) -> bool:

@@ -267,9 +267,11 @@ class ResumeCallback(BaseCallback):
         except _NO_FIT as error:
             different = self._different(state["agent"])
             how = f"with the {', '.join(different)} of the run" if different else "and its env as those of the run"
+            # Which takes the arguments from the checkpoint.
+            or_else = "or" if self._is_run_of_agent else "call sb3_mbpo.resume, or"
             raise ValueError(
-                f"{found.path} does not fit the agent: {' '.join(str(error).split())[:500]}. Make the agent {how}, call "
-                "sb3_mbpo.resume, which takes its arguments from the checkpoint, or choose another folder"
+                f"{found.path} does not fit the agent: {' '.join(str(error).split())[:500]}. Make the agent {how}, {or_else} "
+                "choose another folder"
             ) from error
         tell_callbacks(self._others)
         self._origin = state["origin"]

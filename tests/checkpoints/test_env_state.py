@@ -375,3 +375,19 @@ def test_another_number_of_wrappers():
     state = take_envs(first, tensors, "envs")
     with pytest.raises(ValueError, match=r"has 5 wrappers.*has 6"):
         put_envs(second, state, tensors)
+
+
+def test_stacks_of_dictionaries_are_refused():
+    """They are of no use to our agents, and would be lost in silence."""
+    space = gym.spaces.Dict(a=gym.spaces.Box(-1, 1, (2,)))
+
+    class OfDicts(OwnState):
+        observation_space = space
+
+        def _obs(self):
+            return {"a": np.zeros(2, dtype=np.float32)}
+
+    env = VecFrameStack(make_vec_env(OfDicts, 1), 2)
+    env.reset()
+    with pytest.raises(CannotRestoreError, match="VecFrameStack holds what cannot be saved"):
+        take_envs(env, {}, "envs")
