@@ -96,7 +96,7 @@ class MixedReplayBuffer(ReplayBuffer):
     :param seed: of the draws among the imagined rows and among start states; ``None``: one from the system
     """
 
-    #: Called before batches are drawn; may break a long ``train()`` off.
+    #: Called before each batch; may break a long ``train()`` off.
     check: Callable[[], None] | None = None
     #: Last observations of episodes are known to have been copied, see :func:`.episode_ends.lost_ends`.
     copies_ends = False
@@ -246,7 +246,11 @@ class MixedReplayBuffer(ReplayBuffer):
             obs, actions, next_obs, dones, rewards = mixed.split(widths, dim=2)
             obs, next_obs = (normalize_obs(raw.unflatten(2, self.obs_shape), env) for raw in (obs, next_obs))
             fields = (obs, actions, next_obs, dones, normalize_rewards(rewards, env))
-            yield from map(ReplayBufferSamples, *(field.unbind() for field in fields))
+            for i, batch in enumerate(map(ReplayBufferSamples, *(field.unbind() for field in fields))):
+                # A block may hold many updates' worth.
+                if i > 0:
+                    self._check()
+                yield batch
             n -= drawn
 
     def _check(self) -> None:
