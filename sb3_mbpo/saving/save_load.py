@@ -19,11 +19,12 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.arguments.user_functions import check_device
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
-from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
-from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, save_tensors, starts_as_zip
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, check_fits
+from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.saving.description import register
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
+from sb3_mbpo.saving.whole_files import check_checksum, skip_checksum, with_checksum, written_whole
 from sb3_mbpo.validation.misuse import missing_statistics
 from sb3_mbpo.validation.rules import did_you_mean, shown
 from sb3_mbpo.validation.unsupported import check_env
@@ -76,7 +77,6 @@ class Saving(OffPolicyAlgorithm):
 
     observation_space: spaces.Box
     action_space: spaces.Box
-    replay_buffer: MixedReplayBuffer
     dynamics: Any
     dynamics_window: int | None
     model_train_freq: int
@@ -143,17 +143,17 @@ class Saving(OffPolicyAlgorithm):
             ) from error
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads."""
+        """
+        See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads.
+
+        :raises OSError: it could not be written; a file of that name stays as it is
+        """
         whole = io.BytesIO()
         super().save(whole, exclude, include)
         with zipfile.ZipFile(whole, "a") as archive:
             archive.writestr(MEMBER, description_text(self))
-        file = open_path(path, "w", suffix="zip")
-        try:
+        with written_whole(path, "zip") as file:
             file.write(whole.getbuffer())
-        finally:
-            if file is not path:
-                file.close()
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
@@ -184,46 +184,96 @@ class Saving(OffPolicyAlgorithm):
         except MemoryError as error:
             raise ValueError(f"buffer_size={self.buffer_size} does not fit into memory ({error}). Lower it") from error
 
+    @property
+    def replay_buffer(self) -> MixedReplayBuffer:
+        """
+        The real and imagined transitions.
+
+        A plain ``ReplayBuffer`` of SB3 that is put in its place is taken over: the agent gets a ``MixedReplayBuffer`` with the
+        same transitions, which shares its arrays. ``None`` makes room.
+
+        :raises ValueError: on assignment: it is no replay buffer, or one of other envs, or has numbers that are not finite
+        """
+        return self.__dict__["replay_buffer"]  # type: ignore[no-any-return]
+
+    @replay_buffer.setter
+    def replay_buffer(self, buffer: ReplayBuffer | None) -> None:
+        if buffer is not None:
+            if not isinstance(buffer, ReplayBuffer):
+                raise ValueError(f"replay_buffer={shown(buffer)} must be a ReplayBuffer of Stable-Baselines3, or None")
+            check_fits(buffer, self.n_envs, self.observation_space, self.action_space)
+            if not isinstance(buffer, MixedReplayBuffer):
+                plain, buffer = buffer, self._make_replay_buffer()
+                buffer.adopt(plain)
+        # SB3 puts it there, too, when it loads a zip.
+        self.__dict__["replay_buffer"] = buffer
+
     def save_replay_buffer(self, path: Any, imagined: bool = False, safe: bool = False) -> None:
         """
-        See SB3; the file is as large as what is filled.
+        See SB3; the file is as large as what is filled, and has a checksum at its end.
 
         :param path: see SB3; a name that ends in ``.pt`` means ``safe``
         :param imagined: with the imagined transitions, too; without, a loaded agent imagines new ones before it trains
         :param safe: tensors instead of a pickle: nobody who loads it has to trust you
+        :raises ValueError: there is no buffer
+        :raises OSError: it could not be written; a file of that name stays as it is
         """
-        buffer, full = self.replay_buffer, self.replay_buffer.model_buffer
-        if safe or str(path).endswith(f".{SUFFIX}"):
-            save_tensors(buffer, path, imagined)
-            return
-        if not imagined:
-            buffer.model_buffer = ModelBuffer(full.widths[0], full.widths[1], full.refills.maxlen or 1, full.max_rows)
-        try:
-            super().save_replay_buffer(path)
-        finally:
-            buffer.model_buffer = full
+        buffer: MixedReplayBuffer | None = self.replay_buffer
+        if buffer is None:
+            raise ValueError("save_replay_buffer: the agent's replay_buffer is None: there is nothing to save")
+        safe = safe or means_tensors(path)
+        with written_whole(path, SUFFIX if safe else "pkl") as target, with_checksum(target) as file:
+            if safe:
+                save_tensors(buffer, file, imagined)
+                return
+            full = buffer.model_buffer
+            if not imagined:
+                buffer.model_buffer = ModelBuffer(full.widths[0], full.widths[1], full.refills.maxlen or 1, full.max_rows)
+            try:
+                super().save_replay_buffer(file)
+            finally:
+                buffer.model_buffer = full
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True, safe: bool = False) -> None:
         """
-        See SB3; also takes the pickled replay buffer of a model-free agent.
+        See SB3; also takes the pickled replay buffer of a model-free agent. If the file is refused, the agent's buffer stays.
 
+        :param path: see SB3; a file whose name ends in ``.pt`` is never unpickled
         :param safe: refuse a pickle, which would run whatever code its author has put into it
-        :raises ValueError: with ``safe``, or if it is no pickle: the file is not what ``save_replay_buffer`` writes
+        :raises ValueError: the file is not what ``save_replay_buffer`` of such an agent writes, was altered, or has numbers
+            that are not finite
         """
-        mine = self.replay_buffer
-        # It may have been thrown away to make room, or the agent moved to another device.
-        fits = mine is not None and mine.device == self.device
         file = open_path(path, "r", suffix=SUFFIX if safe else "pkl")
         with nullcontext() if file is path else file:
-            if safe or starts_as_zip(file):
-                mine = mine if fits else self._make_replay_buffer()
-                load_tensors(mine, file, path)
-                self.replay_buffer = mine
-                return
+            mine = self.replay_buffer
+            # It may have been thrown away to make room, or the agent moved to another device.
+            target = mine if mine is not None and mine.device == self.device else self._make_replay_buffer()
+            try:
+                if safe or means_tensors(file) or starts_as_zip(file):
+                    load_tensors(target, file)
+                else:
+                    target.adopt(self._unpickled(file, truncate_last_traj))
+                    target.device = self.device
+            except ValueError as error:
+                raise ValueError(f"load_replay_buffer: {path}: {error}") from error
+        self.replay_buffer = target
+
+    def _unpickled(self, file: Any, truncate_last_traj: bool) -> MixedReplayBuffer:
+        """:return: what SB3 makes of a pickle, as a mixed buffer; the agent's own stays"""
+        check_checksum(file)
+        mine = self.replay_buffer
+        try:
             super().load_replay_buffer(file, truncate_last_traj)
-        loaded, self.replay_buffer = self.replay_buffer, mine if fits else self._make_replay_buffer()
-        self.replay_buffer.adopt(loaded)
-        self.replay_buffer.device = self.device
+            skip_checksum(file)
+            return self.replay_buffer
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"it is damaged, or no pickle of a replay buffer that can be read here ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            self.replay_buffer = mine
 
     def prefill(self, data: Any) -> None:
         """
