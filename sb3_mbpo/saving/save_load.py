@@ -1,5 +1,6 @@
 """What a model-based agent saves, loads and takes over, and how it changes places with its model-free relative."""
 
+import copy
 import inspect
 import io
 import json
@@ -21,8 +22,10 @@ from sb3_mbpo.arguments.user_functions import check_device
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, check_fits
 from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
+from sb3_mbpo.saving.checked_tensors import check_weights
 from sb3_mbpo.saving.description import register
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
+from sb3_mbpo.saving.safe_files import check_whole
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
 from sb3_mbpo.saving.whole_files import check_checksum, skip_checksum, with_checksum, written_whole
 from sb3_mbpo.validation.misuse import missing_statistics
@@ -42,21 +45,21 @@ _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
 
 def _glance(path: Any) -> dict[str, Any] | None:
-    """The JSON in an agent's zip; ``None``: there is no dynamics in it. Empty for what is no zip: SB3 says what is wrong."""
-    file = open_path(path, "r", suffix="zip")
-    start = file.tell()
-    try:
-        archive = zipfile.ZipFile(file)
+    """
+    The JSON in an agent's zip; ``None``: there is no dynamics in it.
+
+    :raises ValueError: it is no zip-file, or a damaged one
+    """
+    file: Any = open_path(path, "r", suffix="zip")
+    with nullcontext() if file is path else file:
+        start = file.tell()
+        archive = check_whole(file)
         if "dynamics.pth" not in archive.namelist():
             return None
-        return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
-    except (zipfile.BadZipFile, ValueError):
-        return {}
-    finally:
-        if file is path:
+        try:
+            return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+        finally:
             file.seek(start)
-        else:
-            file.close()
 
 
 def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
@@ -65,8 +68,15 @@ def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
         raise ValueError(f"load: {cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
 
 
-def _loaded(agent: SelfSaving) -> SelfSaving:
-    """:return: the agent, after a warning where its env is not normalized as that which it learned in"""
+def _loaded(agent: SelfSaving, path: Any) -> SelfSaving:
+    """
+    :return: the agent, after a warning where its env is not normalized as that which it learned in
+    :raises ValueError: weights are not finite
+    """
+    try:
+        check_weights(agent)
+    except ValueError as error:
+        raise ValueError(f"load: {path}: {error}") from error
     if (warning := missing_statistics(agent)) is not None:
         warnings.warn(warning, stacklevel=3)
     return agent
@@ -106,8 +116,8 @@ class Saving(OffPolicyAlgorithm):
         :param safe: ``False``: as SB3 does it, which runs whatever code the author of the file has put into it; ``True``:
             nothing is unpickled, and only JSON and tensors are read. Arguments that JSON cannot hold (functions, and classes
             of yours) have to be passed again, and ``tensorboard_log``, too
-        :raises ValueError: the zip is a model-free agent's, or ``kwargs`` has what is no argument of the constructor; or, with
-            ``safe``, the file is not what ``save`` writes
+        :raises ValueError: the zip is damaged or a model-free agent's, or weights in it are not finite, or ``kwargs`` has what
+            is no argument of the constructor; or, with ``safe``, the file is not what ``save`` writes
         """
         _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
         if env is not None:
@@ -117,8 +127,11 @@ class Saving(OffPolicyAlgorithm):
         if safe:
             if custom_objects is not None:
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
-            return _loaded(load_safely(cls, path, env, device, kwargs))
-        data = _glance(path)
+            return _loaded(load_safely(cls, path, env, device, kwargs), path)
+        try:
+            data = _glance(path)
+        except ValueError as error:
+            raise ValueError(f"load: {path}: {error}") from error
         if data is None:
             raise ValueError(
                 f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
@@ -132,7 +145,7 @@ class Saving(OffPolicyAlgorithm):
             # SB3 keeps it under another name, and would not find it.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         try:
-            return _loaded(super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs))
+            agent = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
             shaping = {name: kwargs[name] for name in _SHAPING if name in kwargs}
             if not shaping:
@@ -141,6 +154,27 @@ class Saving(OffPolicyAlgorithm):
             raise ValueError(
                 f"load: the networks in {path} do not fit {passed} ({error}). Leave these out: they are in the file"
             ) from error
+        return _loaded(agent, path)
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        """
+        See SB3. If a file is refused, the agent's parameters stay.
+
+        :raises ValueError: the file is no zip-file, or a damaged one, or has weights that are not finite or do not fit
+        """
+        if isinstance(load_path_or_dict, dict):
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            return
+        before: Any = copy.deepcopy(self.get_parameters())
+        try:
+            _glance(load_path_or_dict)
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            check_weights(self)
+        except Exception as error:
+            super().set_parameters(before, device=device)
+            if isinstance(error, ValueError):
+                raise ValueError(f"set_parameters: {load_path_or_dict}: {error}") from error
+            raise
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """
