@@ -4,10 +4,11 @@ import copy
 import inspect
 import json
 import random
+import re
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,15 +17,19 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.buffers.replay_buffer import ROWS
+from sb3_mbpo.buffers.replay_buffer import ROWS, check_finite
 from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, put_wrappers, take_envs, take_wrappers
 from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.checked_tensors import check_weights
 
 # Attributes of an agent that belong to the process and not to the run.
 _OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log"}
 # Attributes of a callback that SB3 sets anew, or that say where its files go.
 _SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
 _SET_ANEW |= {"log_path", "best_model_save_path", "save_path"}
+# Names and texts that say where a file is. Where a run writes is said by its command, never by a checkpoint.
+_NAME_OF_A_PLACE = re.compile(r"(path|dir|directory|folder|file|filename|url)s?$", re.IGNORECASE)
+_PLACE = re.compile(r"[/\\]|^~|^\.\.?$")
 
 
 def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, envs: bool = True) -> dict[str, Any]:
@@ -63,13 +68,14 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
     :param callbacks: of that ``learn``, made as those of the run were
     :param state: from ``take_training``
     :param tensors: what it filled
-    :raises ValueError: the agent, its env or its buffer were made differently
+    :raises ValueError: the agent, its env or its buffer were made differently; or numbers are not finite
     """
     _fill_buffer(agent.replay_buffer, unpack(state["replay_buffer"], tensors))
     _put_callbacks(callbacks, state["callbacks"], tensors)
     if state["envs"] is not None:
         put_envs(agent.env, state["envs"], tensors)
         put_agent(agent, state, tensors)
+        check_weights(agent)
         _tell_callbacks(callbacks)
         return
     warnings.warn(
@@ -79,6 +85,7 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
         put_wrappers(agent.env, state["wrappers"], tensors)
     obs = agent.env.reset()
     put_agent(agent, state, tensors)
+    check_weights(agent)
     agent._last_obs = obs
     agent._last_episode_starts = np.ones((agent.n_envs,), dtype=bool)
     if agent._vec_normalize_env is not None:
@@ -102,15 +109,19 @@ def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
 def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     """Put back what ``take_agent`` took."""
     agent.set_parameters(unpack(state["parameters"], tensors), exact_match=True, device=agent.device)
-    for name, value in unpack(state["variables"], tensors).items():
-        if value is not None:
-            _reach(agent, name).data.copy_(value)
+    variables = unpack(state["variables"], tensors)
+    for name in agent._get_torch_save_params()[1]:
+        if variables.get(name) is not None:
+            _reach(agent, name).data.copy_(variables[name])
     for name, value in unpack(state["attributes"], tensors).items():
-        setattr(agent, name, value)
+        # A checkpoint may be foreign: what is not taken is not put back.
+        if _is_counter(agent, name) and _may_put(agent, name) and _is_plain(vars(agent).get(name)):
+            setattr(agent, name, value)
     agent.start_time = time.time_ns() - state["elapsed"]
-    for name, value in unpack(state["log"], tensors).items():
+    log = unpack(state["log"], tensors)
+    for name in _recorded(agent):
         getattr(agent.logger, name).clear()
-        getattr(agent.logger, name).update(value)
+        getattr(agent.logger, name).update(log[name])
     # Last: what was done above may have drawn random numbers.
     _put_random(agent, unpack(state["random"], tensors))
 
@@ -165,17 +176,40 @@ def _reach(agent: Any, name: str) -> Any:
 
 def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
     """Counters, last observations, statistics of episodes: whatever is plain and not an argument of the constructor."""
-    arguments = set(inspect.signature(type(agent)).parameters)
     for name, value in vars(agent).items():
-        if name in arguments - {"action_noise"} or name in _OF_THE_PROCESS:
-            continue
-        try:
-            packed = pack(value, {}, name)
-        except CannotPackError:
-            continue
-        # Tensors are parts of networks, or variables: those have a place of their own.
-        if '"$tensor"' not in json.dumps(packed):
+        if _is_counter(agent, name) and _is_plain(value):
             yield name, value
+
+
+def _is_counter(agent: Any, name: str) -> bool:
+    """Whether an attribute of this name belongs to the run: the command says what the arguments are."""
+    arguments = set(inspect.signature(type(agent)).parameters) - {"action_noise"}
+    return name not in arguments and name not in _OF_THE_PROCESS
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be saved and is no tensor: those are parts of networks, or variables, and have their own place."""
+    try:
+        return '"$tensor"' not in json.dumps(pack(value, {}))
+    except CannotPackError:
+        return False
+
+
+def _may_put(owner: Any, name: str) -> bool:
+    """
+    Whether an attribute may be set from a file: never in the place of a method, a function or an object.
+
+    :param owner: an agent or a callback
+    :param name: that the file gives
+    """
+    if name in vars(owner):
+        try:
+            pack(vars(owner)[name], {})
+        except CannotPackError:
+            return False
+        return True
+    of_class = inspect.getattr_static(type(owner), name, None)
+    return not (name.startswith("__") or callable(of_class) or hasattr(of_class, "__get__"))
 
 
 def _recorded(agent: Any) -> dict[str, dict[str, Any]]:
@@ -251,7 +285,7 @@ def _noise_state(noise: Any) -> Any:
 
 def _put_noise(noise: Any, state: Any) -> None:
     if noise is not None and state is not None:
-        vars(noise).update(state["own"])
+        vars(noise).update({name: state["own"][name] for name in _noise_state(noise)["own"] if name in state["own"]})
         for one, its_state in zip(getattr(noise, "noises", []), state["several"], strict=True):
             _put_noise(one, its_state)
 
@@ -272,6 +306,7 @@ def _fill_buffer(buffer: Any, contents: dict[str, Any]) -> None:
                 "make the agent with the same buffer_size and as many envs"
             )
         rows[: len(filled)] = filled
+    check_finite(contents["rows"], contents["imagined"])
     buffer.pos, buffer.full = contents["pos"], contents["full"]
     buffer.model_buffer.restore(contents["imagined"], contents["refills"])
 
@@ -289,20 +324,53 @@ def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
 def _take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
     """What is plain of a callback, and the state of its env, if it has one of its own."""
     state, envs = {}, {}
-    # As with the agent, arguments are those of the command.
-    arguments = inspect.signature(type(callback).__init__).parameters
     for key, value in vars(callback).items():
-        if key in _SET_ANEW or key in arguments:
-            if not isinstance(value, VecEnv):
-                continue
         try:
             if isinstance(value, VecEnv):
                 envs[key] = take_envs(value, tensors, f"{name}.{key}")
-            else:
+            elif _is_of_the_run(callback, key, value):
                 state[key] = pack(value, tensors, f"{name}.{key}")
         except (CannotPackError, CannotRestoreError):
             continue
     return {"class": type(callback).__name__, "state": state, "envs": envs}
+
+
+def _is_of_the_run(callback: BaseCallback, name: str, value: Any) -> bool:
+    """
+    Whether an attribute of a callback is saved, and put back: not what SB3 sets anew, no argument, and nothing that says
+    where a file is.
+
+    :param callback: as it is now
+    :param name: of the attribute
+    :param value: that it has now, or gets
+    """
+    if name in _SET_ANEW or name in _arguments(type(callback)):
+        return False
+    return not any(_NAME_OF_A_PLACE.search(key) or _PLACE.search(text) for key, text in _texts(value, name))
+
+
+def _arguments(kind: type) -> set[str]:
+    """As with the agent, arguments are those of the command; also those that a constructor passes on as ``**kwargs``."""
+    found: set[str] = set()
+    for one in kind.__mro__:
+        if "__init__" in vars(one):
+            parameters = inspect.signature(vars(one)["__init__"]).parameters
+            found |= set(parameters)
+            if not any(item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD) for item in parameters.values()):
+                break
+    return found
+
+
+def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """All texts in a value, with the name that is nearest to each."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(item, key if isinstance(key, str) else name)
+    elif isinstance(value, list | tuple | deque):
+        for item in value:
+            yield from _texts(item, name)
 
 
 def _tell_callbacks(callbacks: list[BaseCallback]) -> None:
@@ -322,8 +390,11 @@ def _put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], 
         mine = [state for state in states if state["class"] == kind]
         if seen[kind] < len(mine):
             state = mine[seen[kind]]
-            for key, value in state["state"].items():
-                setattr(callback, key, unpack(value, tensors))
+            for key, packed in state["state"].items():
+                value, now = unpack(packed, tensors), vars(callback).get(key)
+                if all(_is_of_the_run(callback, key, one) for one in (value, now)) and _may_put(callback, key):
+                    setattr(callback, key, value)
             for key, envs in state["envs"].items():
-                put_envs(getattr(callback, key), envs, tensors)
+                if isinstance(vars(callback).get(key), VecEnv):
+                    put_envs(vars(callback)[key], envs, tensors)
         seen[kind] += 1
