@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import warnings
+import weakref
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -91,6 +92,9 @@ class Saving(OffPolicyAlgorithm):
     dynamics_window: int | None
     model_train_freq: int
     retained_rollouts: int
+
+    #: Agents that were made of this one and got its env.
+    _plain_agents: tuple[weakref.ref[OffPolicyAlgorithm], ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -335,7 +339,7 @@ class Saving(OffPolicyAlgorithm):
     def _model_free(self) -> Any:
         """
         :return: an agent of SB3's own class with the same arguments, networks, optimizers and counters, on the same env, and
-            an empty replay buffer
+            an empty replay buffer. The two may learn by turns: each begins with a reset after the other has learned
         """
         base: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, Saving))
         assert issubclass(base, OffPolicyAlgorithm)
@@ -356,7 +360,23 @@ class Saving(OffPolicyAlgorithm):
             {name: getattr(self, name) for name in variables},
         )
         file.seek(0)
-        return base.load(file, env=self.env, device=self.device)
+        plain = base.load(file, env=self.env, device=self.device)
+        self._plain_agents = (*self._plain_agents, weakref.ref(plain))
+        return plain
+
+    def _share_env(self) -> None:
+        """
+        Called when ``learn`` begins: one that has stepped the env since this agent did has left it elsewhere, and this agent
+        will do the same to it. Whoever has no last observation begins with a reset.
+        """
+        for plain in (reference() for reference in self._plain_agents):
+            if plain is not None and plain.env is self.env:
+                if plain._last_obs is not None:
+                    self._last_obs = None
+                plain._last_obs = None
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_plain_agents"]
 
     def check_parameters(self) -> None:
         """

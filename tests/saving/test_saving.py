@@ -1,6 +1,8 @@
 import copy
+import gc
 import io
 import sys
+import weakref
 import zipfile
 
 import gymnasium as gym
@@ -11,10 +13,10 @@ from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecNormalize
-from tiny import FAST, equal_agents
+from tiny import FAST, TruePendulum, equal_agents
 
 import sb3_mbpo
-from sb3_mbpo import MBPO, MBTD3
+from sb3_mbpo import DHMBPO, MBPO, MBTD3
 
 
 def falls(obs, actions, next_obs):
@@ -346,6 +348,51 @@ def test_the_model_free_agent(tmp_path, cls, base, method, monkeypatch):
     plain.learn(40, reset_num_timesteps=False)
     assert all(th.equal(before[key], value) for key, value in agent.policy.state_dict().items())
     assert set(vars(loaded)) == set(vars(base("MlpPolicy", "Pendulum-v1").learn(2)))
+
+
+def true_transitions(buffer):
+    """For each stored step, whether Pendulum goes from that observation by that action to the next one."""
+    obs, actions, next_obs = (
+        getattr(buffer, name)[: buffer.size(), 0] for name in ("observations", "actions", "next_observations")
+    )
+    predicted, _ = TruePendulum(3, 1).sample(th.as_tensor(obs), th.as_tensor(actions))
+    return np.abs(predicted.numpy() - next_obs).max(axis=1) < 1e-3
+
+
+@pytest.mark.parametrize(("cls", "method"), [(MBPO, "to_sac"), (DHMBPO, "to_sac"), (MBTD3, "to_td3")])
+def test_both_may_learn_in_the_env_that_they_share(cls, method):
+    """By turns: no transition leads from where the one was to where the other has gone."""
+    agent = cls("MlpPolicy", "Pendulum-v1", **FAST).learn(30)
+    agent.learn(5, reset_num_timesteps=False)
+    first, second = getattr(agent, method)(), getattr(agent, method)()
+    assert first.env is agent.env
+    for one in (first, agent, first, agent, agent, second, agent):
+        one.learn(7, reset_num_timesteps=False)
+    for one in (agent, first, second):
+        assert true_transitions(one.replay_buffer).all()
+
+
+def test_an_agent_whose_model_free_one_does_not_learn_goes_on_undisturbed():
+    """To the last bit, also where that one has an env of its own."""
+    agents = [MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30) for _ in range(2)]
+    plain = agents[0].to_sac()
+    plain.set_env(gym.make("Pendulum-v1"))
+    state = th.get_rng_state(), np.random.get_state()
+    for agent in agents:
+        th.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        agent.learn(10, reset_num_timesteps=False)
+        plain.learn(3, reset_num_timesteps=False)
+    assert equal_agents(*agents)
+
+
+def test_the_model_free_agent_is_not_kept_alive(tmp_path):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    reference = weakref.ref(agent.to_sac())
+    gc.collect()
+    assert reference() is None
+    agent.save(tmp_path / "agent")
+    assert MBPO.load(tmp_path / "agent", env=agent.env).learn(3) and agent.learn(3)
 
 
 def test_the_model_free_agent_without_an_env(tmp_path):
