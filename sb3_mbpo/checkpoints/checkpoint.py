@@ -19,6 +19,7 @@ from typing import Any
 import torch as th
 
 from sb3_mbpo.runtime.provenance import versions
+from sb3_mbpo.saving.whole_files import flush, flush_folder, is_running
 
 FORMAT = 2
 _NAME = r"(\d{5,})-step-(\d+)"
@@ -86,14 +87,14 @@ def write(
         with (unfinished / "tensors.pt").open("wb") as file:
             # Storage that is shared, as by the rows of a buffer that are filled, would be written whole.
             th.save({name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()}, file)
-            _flush(file)
+            flush(file)
         files = {name: {"bytes": size, "sha256": digest} for name, size, digest in map(_measure, _paths(unfinished))}
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files, "versions": versions()}
         manifest["sha256"] = _digest(manifest)
         _write_file(unfinished / "manifest.json", json.dumps(manifest, indent=1).encode())
-        _flush_folder(unfinished)
+        flush_folder(unfinished)
         unfinished.rename(target)
-        _flush_folder(folder)
+        flush_folder(folder)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         # torch has errors of its own for a full disk.
@@ -186,7 +187,7 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
     for path in folder.glob(".*-step-*.*"):
         match = re.fullmatch(_UNFINISHED, path.name)
         # With this process's number: of an earlier one that had it, for nothing is being written now.
-        if match and (int(match[1]) == os.getpid() or not _is_running(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not is_running(int(match[1]))):
             _remove(path)
 
 
@@ -231,21 +232,7 @@ def _is_part(tensor: th.Tensor) -> bool:
 def _write_file(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
-        _flush(file)
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(file)
 
 
 def _read_file(path: Path, name: str) -> bytes:
@@ -283,13 +270,3 @@ def _instead(path: Path) -> str:
         except _STRANGE:
             continue
     return "There is no other that is sound: remove the folder or choose another one, and start anew"
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

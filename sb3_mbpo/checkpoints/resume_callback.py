@@ -20,17 +20,11 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 
 from sb3_mbpo.checkpoints import checkpoint
+from sb3_mbpo.checkpoints.callback_state import all_callbacks, tell_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted, Interrupts
 from sb3_mbpo.checkpoints.lock import FolderLock
 from sb3_mbpo.checkpoints.packing import Tensors
-from sb3_mbpo.checkpoints.training_state import (
-    all_callbacks,
-    put_agent,
-    put_training,
-    take_agent,
-    take_training,
-    tell_callbacks,
-)
+from sb3_mbpo.checkpoints.training_state import put_agent, put_training, take_agent, take_training
 from sb3_mbpo.saving.description import AGENTS, build, describe
 from sb3_mbpo.validation.faults import InvalidTransition
 

@@ -1,44 +1,30 @@
 """Everything that decides how a run goes on: agent, buffers, random generators, envs, callbacks; taken out and put back."""
 
 import copy
-import functools
 import inspect
-import io
 import json
-import logging
 import random
 import time
-import types
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
-from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.buffers.replay_buffer import ROWS
+from sb3_mbpo.buffers.replay_buffer import ROWS, check_finite
+from sb3_mbpo.checkpoints.callback_state import may_put, put_callbacks, take_callback
 from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, put_statistics, take_envs, take_statistics
 from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.checked_tensors import check_weights
 
 # Attributes of an agent that belong to the process and not to the run.
-_OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log", "_custom_logger"}
+_OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log", "_custom_logger", "_plain_agents"}
 # An argument that SB3 keeps under another name.
 _OF_THE_PROCESS |= {"_stats_window_size"}
-# Attributes of a callback that SB3 sets anew, from arguments too, or that say where files go.
-_SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
-_SET_ANEW |= {"log_path", "best_model_save_path", "save_path", "_total_max_episodes"}
-# What a callback is made of, and what it writes to.
-_NO_STATE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
-_NO_STATE += (functools.partial, Logger, logging.Logger, KVWriter, io.IOBase, PurePath, BaseCallback, BaseAlgorithm)
-_NO_STATE += (th.nn.Module, gym.Space, th.device, th.dtype, np.dtype)
 # What action noise of SB3 remembers; of other noise, all numbers and arrays are taken.
 _NOISE: dict[type, tuple[str, ...]] = {
     **{NormalActionNoise: (), VectorizedActionNoise: ()},
@@ -52,7 +38,7 @@ def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, l
     The whole state of a run, between two updates.
 
     :param agent: a ModelBased algorithm in ``learn``
-    :param callbacks: of that ``learn``, see ``all_callbacks``
+    :param callbacks: of that ``learn``, see :func:`.callback_state.all_callbacks`
     :param tensors: see :func:`.packing.pack`; they share memory with the agent
     :param lost: why the envs are left out; the run will go on at an episode's start
     :return: JSON; under ``"envs_lost"`` the reason why envs are not in it, if they are not
@@ -83,7 +69,7 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
     :param state: from ``take_training``
     :param tensors: what it filled
     :return: what could not be restored, and why, in one or two sentences; empty: everything was
-    :raises ValueError: the agent, its env or its buffer were made differently
+    :raises ValueError: the agent, its env or its buffer were made differently; or numbers are not finite
     """
     _fill_buffer(agent.replay_buffer, unpack(state["replay_buffer"], tensors))
     lost = put_callbacks(callbacks, state["callbacks"], tensors)
@@ -103,6 +89,7 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
         agent._last_episode_starts = np.ones((agent.n_envs,), dtype=bool)
         if agent._vec_normalize_env is not None:
             agent._last_original_obs = agent._vec_normalize_env.get_original_obs()
+    check_weights(agent)
     return _told(reason, lost)
 
 
@@ -134,18 +121,21 @@ def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
 def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     """Put back what ``take_agent`` took."""
     agent.set_parameters(unpack(state["parameters"], tensors), exact_match=True, device=agent.device)
-    for name, value in unpack(state["variables"], tensors).items():
-        if value is not None:
-            _reach(agent, name).data.copy_(value)
+    variables = unpack(state["variables"], tensors)
+    for name in agent._get_torch_save_params()[1]:
+        if variables.get(name) is not None:
+            _reach(agent, name).data.copy_(variables[name])
     without = _not_of_the_run(agent)
     for name, value in unpack(state["attributes"], tensors).items():
-        present = getattr(agent, name, None)
-        if name not in without and not callable(present):
+        present = vars(agent).get(name)
+        # A checkpoint may be foreign: what is not taken is not put back.
+        if name not in without and may_put(agent, name) and _is_plain(present) and _is_plain(value):
             setattr(agent, name, deque(value, present.maxlen) if isinstance(present, deque) else value)
     agent.start_time = time.time_ns() - state["elapsed"]
-    for name, value in unpack(state["log"], tensors).items():
+    log = unpack(state["log"], tensors)
+    for name in _recorded(agent):
         getattr(agent.logger, name).clear()
-        getattr(agent.logger, name).update(value)
+        getattr(agent.logger, name).update(log[name])
     # Last: what was done above may have drawn random numbers.
     _put_random(agent, unpack(state["random"], tensors))
 
@@ -207,15 +197,19 @@ def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
     """Counters, last observations, statistics of episodes: whatever is plain and not an argument of the constructor."""
     without = _not_of_the_run(agent)
     for name, value in vars(agent).items():
-        if name in without or isinstance(value, _GENERATORS):
-            continue
-        try:
-            packed = pack(value, {}, name)
-        except CannotPackError:
-            continue
-        # Tensors are parts of networks, or variables: those have a place of their own.
-        if '"$tensor"' not in json.dumps(packed):
+        if name not in without and _is_plain(value):
             yield name, value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be saved among the attributes. Generators and tensors have places of their own."""
+    if isinstance(value, _GENERATORS):
+        return False
+    try:
+        # Tensors are parts of networks, or variables.
+        return '"$tensor"' not in json.dumps(pack(value, {}))
+    except CannotPackError:
+        return False
 
 
 def _recorded(agent: Any) -> dict[str, dict[str, Any]]:
@@ -313,8 +307,7 @@ def _noise_state(noise: Any) -> Any:
 
 def _put_noise(noise: Any, state: Any) -> None:
     if noise is not None and state is not None:
-        names = _NOISE.get(type(noise), tuple(vars(noise)))
-        vars(noise).update({name: value for name, value in state["own"].items() if name in names})
+        vars(noise).update({name: state["own"][name] for name in _noise_state(noise)["own"] if name in state["own"]})
         for one, its_state in zip(getattr(noise, "noises", []), state["several"], strict=True):
             _put_noise(one, its_state)
 
@@ -327,103 +320,14 @@ def _buffer_contents(buffer: Any) -> dict[str, Any]:
 
 
 def _fill_buffer(buffer: Any, contents: dict[str, Any]) -> None:
-    for name, filled in contents["rows"].items():
-        rows = getattr(buffer, name)
+    for name in ROWS:
+        rows, filled = getattr(buffer, name), contents["rows"][name]
         if rows.shape[1:] != filled.shape[1:] or len(filled) > len(rows) or (contents["full"] and len(filled) < len(rows)):
             raise ValueError(
                 f"the checkpoint's replay buffer has {name} of shape {filled.shape}, the agent's has room for {rows.shape}: "
                 "make the agent with the same buffer_size and as many envs"
             )
         rows[: len(filled)] = filled
+    check_finite(contents["rows"], contents["imagined"])
     buffer.pos, buffer.full = contents["pos"], contents["full"]
     buffer.model_buffer.restore(contents["imagined"], contents["refills"])
-
-
-def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
-    """:return: a callback and all those inside it, also in lists, tuples and values of dictionaries, in a fixed order"""
-    found = [callback]
-    for one in found:
-        for value in vars(one).values():
-            found += [item for item in _callbacks_in(value) if item not in found]
-    return found
-
-
-def _callbacks_in(value: Any) -> Iterator[BaseCallback]:
-    if isinstance(value, BaseCallback):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _callbacks_in(item)
-
-
-def _arguments(callback: BaseCallback) -> set[str]:
-    """Names of the constructor's arguments, also of those that it passes on."""
-    constructors = [kind.__init__ for kind in type(callback).__mro__ if "__init__" in vars(kind)]  # type: ignore[misc]
-    return {name for one in constructors for name in inspect.signature(one).parameters}
-
-
-def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
-    """
-    What is plain of a callback, but arguments of its constructor; and the state of its envs, if it has any of its own.
-
-    :param callback: one of ``all_callbacks``
-    :param tensors: see :func:`.packing.pack`
-    :param name: what the tensors' names begin with
-    :return: JSON; under ``"lost"``, by name, what could not be saved
-    """
-    state: dict[str, Any] = {}
-    envs: dict[str, Any] = {}
-    lost: dict[str, str] = {}
-    arguments = _arguments(callback)
-    for key, value in vars(callback).items():
-        try:
-            if key in _SET_ANEW:
-                continue
-            if isinstance(value, VecEnv):
-                envs[key] = take_envs(value, tensors, f"{name}.{key}")
-            elif key not in arguments:
-                state[key] = pack(value, tensors, f"{name}.{key}")
-        except CannotRestoreError as error:
-            lost[key] = str(error)
-        except (CannotPackError, RecursionError):
-            if not isinstance(value, _NO_STATE) and next(_callbacks_in(value), None) is None:
-                lost[key] = type(value).__name__
-    return {"class": type(callback).__name__, "state": state, "envs": envs, "lost": lost}
-
-
-def put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> dict[str, str]:
-    """
-    Each gets the state of its class's first, second, ... in the run; one that the run did not have starts anew.
-
-    :param callbacks: see ``all_callbacks``
-    :param states: from ``take_callback``, of all
-    :param tensors: what it filled
-    :return: what could not be restored, such as ``"MyCallback.seen"``, and why
-    """
-    seen: Counter[str] = Counter()
-    lost: dict[str, str] = {}
-    for callback in callbacks:
-        kind = type(callback).__name__
-        mine = [state for state in states if state["class"] == kind]
-        if seen[kind] < len(mine):
-            state = mine[seen[kind]]
-            lost |= {f"{kind}.{key}": reason for key, reason in state["lost"].items()}
-            without = _SET_ANEW | _arguments(callback)
-            for key, value in state["state"].items():
-                if key not in without and not callable(getattr(callback, key, None)):
-                    setattr(callback, key, unpack(value, tensors))
-            for key, env_state in state["envs"].items():
-                try:
-                    if isinstance(env := getattr(callback, key, None), VecEnv):
-                        put_envs(env, env_state, tensors)
-                except CannotRestoreError as error:
-                    lost[f"{kind}.{key}"] = str(error)
-        seen[kind] += 1
-    return lost
-
-
-def tell_callbacks(callbacks: list[BaseCallback]) -> None:
-    """Last of all, call ``on_resume()`` of those that have it."""
-    for callback in callbacks:
-        if hasattr(callback, "on_resume"):
-            callback.on_resume()

@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
     CheckpointCallback,
+    EvalCallback,
     EventCallback,
     StopTrainingOnMaxEpisodes,
 )
@@ -18,7 +19,8 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise, Vectori
 from tiny import FAST, equal_agents
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.checkpoints.training_state import all_callbacks, put_agent, put_training, take_agent, take_training
+from sb3_mbpo.checkpoints.callback_state import all_callbacks
+from sb3_mbpo.checkpoints.training_state import _put_noise, put_agent, put_training, take_agent, take_training
 
 
 def learned(n_steps=40, n_envs=1, **settings):
@@ -219,3 +221,91 @@ def test_generators_of_nested_modules(make, draw):
     put_training(second, [], *taken(take_training, first, []))
     assert second.own is second.extra.inner[0].stream is second.extra.generator
     assert draw(first.own) == draw(second.own)
+
+
+# ---------------------------------------------------------------------- foreign checkpoints
+
+
+class Writes(BaseCallback):
+    """Has what a file could misuse, and counters of many kinds."""
+
+    def __init__(self, folder, **kwargs):
+        super().__init__(**kwargs)
+        self.csv, self.archive = f"{folder}/log.csv", "x"
+        self.report_file, self.options = "report", {"out_dir": "here", "seen": 0}
+        self.tell, self.phase, self.n_files, self.history = print, "first", 0, {"rollout/reward": []}
+        self.weights = th.zeros(2)
+
+    @property
+    def where(self):
+        return self.csv
+
+    def _on_step(self):
+        return True
+
+
+class WritesMore(Writes):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+def test_a_foreign_checkpoint_says_no_place_and_replaces_nothing(tmp_path):
+    """What is not taken is not put back: no path, no argument, no method, no function, no property, no class."""
+    agent, callback = learned(), WritesMore(folder=str(tmp_path))
+    # As every honest run.
+    callback.phase, callback.n_files, callback.history, callback.late = "second", 3, {"rollout/reward": [1.5]}, 7
+    callback.weights = th.ones(2)
+    evaluation = EvalCallback(make_vec_env("Pendulum-v1"), best_model_save_path=str(tmp_path))
+    state, tensors = taken(take_training, agent, [callback, evaluation])
+    honest = state["callbacks"][0]["state"]
+    assert {"phase", "n_files", "history", "late", "weights"} <= set(honest)
+    assert not {"csv", "folder", "verbose", "report_file", "options", "tell"} & set(honest)
+    evil = {
+        "csv": "/evil",
+        "archive": "/evil",
+        "report_file": "evil",
+        "options": {"out_dir": "evil", "seen": 1},
+        "folder": "evil",
+    }
+    evil |= {"tell": "evil", "where": "evil", "on_step": "evil", "_on_step": None, "__class__": "evil", "__dict__": {}}
+    evil |= {"model": None, "num_envs": 3, "verbose": 2}
+    honest.update(evil)
+    state["callbacks"][1]["state"].update({"best_model_save_path": "/evil", "log_path": "/evil", "callback": {}, "n_calls": 5})
+    state["callbacks"][1]["envs"].update({"n_calls": [], "nothing": []})
+    fresh = [WritesMore(folder=str(tmp_path)), EvalCallback(evaluation.eval_env, best_model_save_path=str(tmp_path))]
+    before = dict(vars(fresh[0]))
+    put_training(agent, fresh, state, tensors)
+    put = {name: value for name, value in vars(fresh[0]).items() if name not in before or value is not before[name]}
+    assert th.equal(put.pop("weights"), th.ones(2))
+    expected = {"phase": "second", "n_files": 3, "history": {"rollout/reward": [1.5]}, "late": 7, "num_envs": 3}
+    assert {name: put[name] for name in expected} == expected
+    assert not set(put) & (set(evil) - {"num_envs"})
+    assert fresh[0].where == f"{tmp_path}/log.csv" and fresh[0]._on_step() is True
+    assert fresh[1].best_model_save_path == str(tmp_path) and fresh[1].log_path is None and fresh[1].n_calls == 5
+
+
+def test_a_foreign_checkpoint_replaces_nothing_of_the_agent():
+    agent = learned()
+    state, tensors = taken(take_training, agent, [])
+    noise, names = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)), set(vars(agent))
+    evil = {"learn": "evil", "predict": None, "tensorboard_log": "evil", "gradient_steps": 10**6, "actor": "evil"}
+    evil |= {"lifetime_timesteps": 3, "__class__": "evil", "_n_updates": 12345, "log_ent_coef": 1.0}
+    state["attributes"].update(evil)
+    state["log"]["dir"], state["log"]["name_to_value"]["mine"] = {"a": 1}, 2.0
+    state["variables"]["policy"] = None
+    before = {name: vars(agent).get(name) for name in evil}
+    put_training(agent, [], state, tensors)
+    assert agent._n_updates == 12345 and agent.logger.name_to_value["mine"] == 2.0
+    assert all(vars(agent).get(name) is before[name] for name in evil if name != "_n_updates")
+    assert set(vars(agent)) == names and agent.learn(5).num_timesteps == 5
+    _put_noise(noise, {"own": {"reset": "evil", "noise_prev": np.ones(1)}, "several": []})
+    assert callable(noise.reset) and noise.noise_prev == 1
+
+
+@pytest.mark.parametrize("part", ["policy", "rewards"])
+def test_a_foreign_checkpoint_with_numbers_that_are_not_finite(part):
+    agent, other = learned(), learned(25, seed=1)
+    (agent.actor.mu.weight.data if part == "policy" else agent.replay_buffer.rewards)[0] = float("nan")
+    state, tensors = taken(take_training, agent, [])
+    with pytest.raises(ValueError, match=f"{part}.* (is not finite|is nan)"):
+        put_training(other, [], state, tensors)
