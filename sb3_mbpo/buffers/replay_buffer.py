@@ -1,13 +1,13 @@
 """The replay buffer: it stores real transitions, and mixes them with the imagined ones of a ModelBuffer when sampled."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
@@ -19,6 +19,8 @@ from sb3_mbpo.validation.episode_ends import Steps, lost_ends, reported_limit
 BLOCK_NUMBERS = 2**20
 # Number of newest steps that are checked for time limits reported as terminations.
 ENDS_LOOKED_AT = 20_000
+# Number of rows that are checked together, so that no second copy of a large buffer is made.
+_ROWS_AT_ONCE = 10_000
 # SB3's storage arrays, one row per step: (buffer_size, n_envs, ...).
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
@@ -79,6 +81,46 @@ def balanced_ratio(updates: float) -> float:
     return min(max(1 / max(updates, 1e-9), 0.05), 0.5)
 
 
+def check_fits(buffer: ReplayBuffer, n_envs: int, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    :param buffer: plain or mixed
+    :param n_envs: of the agent, as its spaces
+    :raises ValueError: the buffer was made for other envs, or without next observations
+    """
+    expected = {"n_envs": n_envs, "obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
+    for name, ours in {**expected, "optimize_memory_usage": False}.items():
+        theirs = getattr(buffer, name)
+        if theirs != ours:
+            raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
+
+
+def check_finite(rows: Mapping[str, np.ndarray], imagined: th.Tensor) -> None:
+    """
+    :param rows: filled parts of SB3's storage arrays, by name: ``(N, n_envs, ...)``, in any order
+    :param imagined: packed rows of a model buffer
+    :raises ValueError: a number that is not finite in float32, of which all weights would become NaN; names the first
+    """
+    for name, array in rows.items():
+        for start in range(0, len(array) if array.dtype.kind == "f" else 0, _ROWS_AT_ONCE):
+            block = array[start : start + _ROWS_AT_ONCE]
+            with np.errstate(over="ignore"):
+                wrong = ~np.isfinite(block.astype(np.float32, copy=False))
+            if wrong.any():
+                step, env, *place = (int(i) for i in np.argwhere(wrong)[0])
+                where = f" {place if len(place) > 1 else place[0]}" if place else ""
+                raise ValueError(
+                    f"{name}{where} of env {env} in step {start + step} is {block[step, env][tuple(place)]}, and an agent "
+                    "that learns from it becomes NaN. Use a replay buffer from before, or pass the finite transitions "
+                    "to prefill"
+                )
+    for start in range(0, len(imagined), _ROWS_AT_ONCE):
+        if not imagined[start : start + _ROWS_AT_ONCE].isfinite().all():
+            raise ValueError(
+                f"imagined transitions after number {start} are not finite, and an agent that learns from them becomes NaN. "
+                "Save the buffer without imagined=True"
+            )
+
+
 class MixedReplayBuffer(ReplayBuffer):
     """
     SB3's replay buffer for real transitions, with batches that also contain imagined ones.
@@ -101,7 +143,7 @@ class MixedReplayBuffer(ReplayBuffer):
     :param seed: Seed for drawing imagined rows and start states; ``None``: a random seed from the system
     """
 
-    #: Called before batches are drawn; it may raise to abort a long ``train()``.
+    #: Called before each batch; it may raise to abort a long ``train()``.
     check: Callable[[], None] | None = None
     #: Whether the VecEnv is known to keep the last observation of each episode, see :func:`.episode_ends.lost_ends`.
     copies_ends = False
@@ -136,17 +178,18 @@ class MixedReplayBuffer(ReplayBuffer):
         Use the transitions of another replay buffer, SB3's or a mixed one. Imagined transitions of this buffer are removed.
 
         :param buffer: the other buffer; its arrays are shared, not copied
-        :raises ValueError: it was created for other envs, or without next observations
+        :raises ValueError: it was created for other envs, or without next observations, or has numbers that are not finite;
+            then this buffer stays as it was
         """
-        for name in ("n_envs", "obs_shape", "action_dim", "optimize_memory_usage"):
-            theirs, ours = getattr(buffer, name), getattr(self, name)
-            if theirs != ours:
-                raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
+        check_fits(buffer, self.n_envs, self.observation_space, self.action_space)
+        imagined = self.model_buffer.rows[:0]
+        refills: list[int] = []
+        if isinstance(buffer, MixedReplayBuffer):
+            imagined, refills = buffer.model_buffer.contents()
+        check_finite({name: getattr(buffer, name)[: buffer.size()] for name in ROWS}, imagined)
         own = ("real_ratio", "model_buffer", "generator", "device", "check", "copies_ends")
         self.__dict__.update({key: value for key, value in buffer.__dict__.items() if key not in own})
-        self.model_buffer.refills.clear()
-        if isinstance(buffer, MixedReplayBuffer):
-            self.model_buffer.restore(*buffer.model_buffer.contents())
+        self.model_buffer.restore(imagined, refills)
 
     def _set_up_mixing(
         self, real_ratio: float, retained_rollouts: int, model_buffer_size: int | None, seed: int | None
@@ -255,7 +298,11 @@ class MixedReplayBuffer(ReplayBuffer):
             obs, actions, next_obs, dones, rewards = mixed.split(widths, dim=2)
             obs, next_obs = (normalize_obs(raw.unflatten(2, self.obs_shape), env) for raw in (obs, next_obs))
             fields = (obs, actions, next_obs, dones, normalize_rewards(rewards, env))
-            yield from map(ReplayBufferSamples, *(field.unbind() for field in fields))
+            for i, batch in enumerate(map(ReplayBufferSamples, *(field.unbind() for field in fields))):
+                # A block may hold many updates' worth.
+                if i > 0:
+                    self._check()
+                yield batch
             n -= drawn
 
     def _check(self) -> None:

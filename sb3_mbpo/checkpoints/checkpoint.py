@@ -19,11 +19,14 @@ from typing import Any
 import torch as th
 
 from sb3_mbpo.runtime.provenance import versions
+from sb3_mbpo.saving.whole_files import flush, flush_folder, is_running
 
-FORMAT = 1
+FORMAT = 2
 _NAME = r"(\d{5,})-step-(\d+)"
 _UNFINISHED = r"\.\d{5,}-step-\d+\.(\d+)"
 _FILES = ("state.json", "tensors.pt")
+# What reading a file raises that something else has written.
+_STRANGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class CheckpointError(ValueError):
@@ -84,21 +87,21 @@ def write(
         with (unfinished / "tensors.pt").open("wb") as file:
             # Storage that is shared, as by the rows of a buffer that are filled, would be written whole.
             th.save({name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()}, file)
-            _flush(file)
+            flush(file)
         files = {name: {"bytes": size, "sha256": digest} for name, size, digest in map(_measure, _paths(unfinished))}
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files, "versions": versions()}
         manifest["sha256"] = _digest(manifest)
         _write_file(unfinished / "manifest.json", json.dumps(manifest, indent=1).encode())
-        _flush_folder(unfinished)
+        flush_folder(unfinished)
         unfinished.rename(target)
-        _flush_folder(folder)
+        flush_folder(folder)
     except BaseException as error:
-        free = shutil.disk_usage(folder).free
         shutil.rmtree(unfinished, ignore_errors=True)
         # torch has errors of its own for a full disk.
         if isinstance(error, OSError | RuntimeError):
             raise OSError(
-                f"{target} could not be written, older checkpoints are as they were: {error} ({free:,} bytes are free there)"
+                f"{target} could not be written, older checkpoints are as they were: {error} ({_free(folder)} bytes are free "
+                "there). Free some space or make the folder writable, and run the same command again"
             ) from error
         raise
     return Checkpoint(target, manifest)
@@ -113,7 +116,7 @@ def listed(folder: Path) -> Iterator[Checkpoint]:
             checkpoint = Checkpoint(path, manifest)
             if manifest["format"] == FORMAT and checkpoint.step >= 0 and set(manifest["files"]) == set(_FILES):
                 yield checkpoint
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *_STRANGE):
             continue
 
 
@@ -147,10 +150,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
     :return: state and tensors, as ``write`` got them
     :raises CheckpointError: a file is missing, cut or altered, or from another format
     """
+    content = _read_file(path, "manifest.json")
     try:
-        manifest = json.loads(_read_file(path, "manifest.json"))
-        problem = _problem(path, manifest)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        problem = _problem(path, json.loads(content))
+    except _STRANGE:
         problem = "manifest.json: not what this program writes"
     if problem:
         raise CheckpointError(f"{path}: {problem}. {_instead(path)}")
@@ -160,14 +163,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
     except Exception as error:
         # What PyTorch says itself would recommend to load it unsafely.
         what = f"not what this program writes, though its checksums are right ({type(error).__name__})"
-        raise CheckpointError(f"{path}: {what}") from None
+        raise CheckpointError(f"{path}: {what}. {_instead(path)}") from None
 
 
 def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
     """
-    Remove old checkpoints, and what writers that were killed have left behind.
+    Remove old checkpoints, and what writers that were killed have left behind. Of a link to a folder, the link alone.
 
-    :param folder: of one run
+    :param folder: of one run, which this process is not writing to
     :param keep: newest ones that stay
     :param keep_best: the one with the highest score stays as well
     """
@@ -176,17 +179,32 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
     best = max(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.number), default=None) if keep_best else None
     for checkpoint in checkpoints[keep:]:
         if checkpoint is not best:
-            # Its manifest goes first: half a checkpoint must not look like one.
-            (checkpoint.path / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            _remove(checkpoint.path)
     for path in folder.glob("*-step-*"):
         # Someone was killed right here.
         if re.fullmatch(_NAME, path.name) and not (path / "manifest.json").exists():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     for path in folder.glob(".*-step-*.*"):
         match = re.fullmatch(_UNFINISHED, path.name)
-        if match and not _is_running(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
+        # With this process's number: of an earlier one that had it, for nothing is being written now.
+        if match and (int(match[1]) == os.getpid() or not is_running(int(match[1]))):
+            _remove(path)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number of"
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    # The manifest goes first: half a checkpoint must not look like one.
+    (path / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _number(path: Path) -> int:
@@ -214,21 +232,7 @@ def _is_part(tensor: th.Tensor) -> bool:
 def _write_file(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
-        _flush(file)
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(file)
 
 
 def _read_file(path: Path, name: str) -> bytes:
@@ -260,16 +264,9 @@ def _problem(path: Path, manifest: dict[str, Any]) -> str | None:
 def _instead(path: Path) -> str:
     """Which checkpoint to use in place of a bad one."""
     for checkpoint in listed(path.parent):
-        if checkpoint.path != path and _problem(checkpoint.path, checkpoint.manifest) is None:
-            return f"Use {checkpoint.path}, the newest that is sound"
-    return "There is no other that is sound; start anew"
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        try:
+            if checkpoint.path != path and _problem(checkpoint.path, checkpoint.manifest) is None:
+                return f"Use {checkpoint.path}, the newest that is sound"
+        except _STRANGE:
+            continue
+    return "There is no other that is sound: remove the folder or choose another one, and start anew"

@@ -1,121 +1,192 @@
-"""The state of environments, taken out and put back: where the simulation stands, counters of wrappers, random generators."""
+"""
+The state of envs, taken out and put back: of what is known exactly, and of envs that save themselves.
 
-import enum
-import inspect
-import logging
-import types
+Attributes that change while an env runs are listed by class, in ``_STATE``. Nothing else is read or written, so an argument of
+a constructor never comes from a checkpoint. An env or wrapper that is not listed has ``get_state()`` and ``set_state(state)``,
+or cannot be restored.
+"""
+
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch as th
-from gymnasium.envs.registration import EnvSpec
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
 
-# What time it was, where a log goes, and SB3's way to look attributes up in a wrapped VecEnv.
-_IGNORED = {"results_writer", "t_start", "episode_times", "class_attributes"}
-# How an env looks. A number or an array under such a name may be something else, and is taken.
-_DRAWING = {"mujoco_renderer", "screen", "clock", "surf", "window", "viewer", "metadata", "renderer"}
+_CONTROL, _MUJOCO = "gymnasium.envs.classic_control", "gymnasium.envs.mujoco"
+_COMMON, _STATEFUL = "gymnasium.wrappers.common", "gymnasium.wrappers.stateful"
+_VEC, _ZOO = "stable_baselines3.common.vec_env", "rl_zoo3.wrappers"
+#: What changes while it runs, for each class whose state is known. Subclasses may hold more, and are not known.
+_STATE: dict[str, tuple[str, ...]] = {
+    f"{_CONTROL}.pendulum.PendulumEnv": ("state", "last_u"),
+    f"{_CONTROL}.continuous_mountain_car.Continuous_MountainCarEnv": ("state",),
+    f"{_CONTROL}.mountain_car.MountainCarEnv": ("state",),
+    f"{_CONTROL}.acrobot.AcrobotEnv": ("state",),
+    f"{_CONTROL}.cartpole.CartPoleEnv": ("state", "steps_beyond_terminated"),
+    **{f"{_MUJOCO}.reacher_{version}.ReacherEnv": ("goal",) for version in ("v4", "v5")},
+    **{f"{_MUJOCO}.pusher_{version}.PusherEnv": ("goal_pos", "cylinder_pos") for version in ("v4", "v5")},
+    f"{_COMMON}.TimeLimit": ("_elapsed_steps",),
+    f"{_COMMON}.Autoreset": ("autoreset",),
+    f"{_COMMON}.OrderEnforcing": ("_has_reset",),
+    # It checks the first steps of a process, whichever they are.
+    f"{_COMMON}.PassiveEnvChecker": (),
+    f"{_COMMON}.RecordEpisodeStatistics": (
+        *("episode_count", "episode_returns", "episode_lengths", "time_queue", "return_queue", "length_queue"),
+    ),
+    f"{_STATEFUL}_action.StickyAction": ("last_action", "is_sticky_actions", "num_repeats", "repeats_taken"),
+    f"{_STATEFUL}_action.RepeatAction": (),
+    f"{_STATEFUL}_observation.DelayObservation": ("observation_queue",),
+    f"{_STATEFUL}_observation.TimeAwareObservation": ("timesteps",),
+    f"{_STATEFUL}_observation.FrameStackObservation": ("obs_queue",),
+    f"{_STATEFUL}_observation.NormalizeObservation": ("obs_rms",),
+    f"{_STATEFUL}_observation.MaxAndSkipObservation": (),
+    f"{_STATEFUL}_reward.NormalizeReward": ("return_rms", "discounted_reward"),
+    # Frames that were collected are not kept.
+    "gymnasium.wrappers.rendering.RenderCollection": (),
+    "gymnasium.wrappers.rendering.HumanRendering": (),
+    "gymnasium.wrappers.rendering.RecordVideo": ("step_id", "episode_id"),
+    "stable_baselines3.common.monitor.Monitor": (
+        *("rewards", "needs_reset", "episode_returns", "episode_lengths", "total_steps", "current_reset_info"),
+    ),
+    f"{_VEC}.vec_normalize.VecNormalize": ("obs_rms", "ret_rms", "returns", "old_obs", "old_reward"),
+    f"{_VEC}.vec_frame_stack.VecFrameStack": ("stacked_obs",),
+    f"{_VEC}.vec_monitor.VecMonitor": ("episode_count", "episode_returns", "episode_lengths"),
+    f"{_VEC}.vec_check_nan.VecCheckNan": ("_user_warned",),
+    f"{_VEC}.vec_extract_dict_obs.VecExtractDictObs": (),
+    f"{_VEC}.vec_transpose.VecTransposeImage": (),
+    f"{_VEC}.vec_video_recorder.VecVideoRecorder": ("step_id",),
+    "rl_zoo3.gym_patches.PatchedTimeLimit": ("_elapsed_steps",),
+    f"{_ZOO}.TruncatedOnSuccessWrapper": ("current_successes",),
+    # Its noise is that of NumPy's global generator.
+    f"{_ZOO}.ActionNoiseWrapper": (),
+    f"{_ZOO}.ActionSmoothingWrapper": ("smoothed_action",),
+    f"{_ZOO}.DelayedRewardWrapper": ("current_step", "accumulated_reward"),
+    f"{_ZOO}.HistoryWrapper": ("obs_history", "action_history"),
+    f"{_ZOO}.FrameSkip": (),
+    f"{_ZOO}.MaskVelocityWrapper": (),
+    "sb3_contrib.common.wrappers.time_feature.TimeFeatureWrapper": ("_current_step",),
+}
+# Functions of one action, observation or reward. Those that users pass to them are taken for functions, too.
+_STATELESS = tuple(f"gymnasium.wrappers.transform_{what}." for what in ("action", "observation", "reward"))
+# Objects that such attributes may be, and what changes in them.
+_PARTS = {
+    "gymnasium.wrappers.utils.RunningMeanStd": ("mean", "var", "count"),
+    "stable_baselines3.common.running_mean_std.RunningMeanStd": ("mean", "var", "count"),
+    f"{_VEC}.stacked_observations.StackedObservations": ("stacked_obs", "sub_stacked_observations"),
+}
 _NEXT_RESET = ("_seeds", "_options")
-# What does not change while an env runs.
-_STATIC: tuple[type, ...] = (EnvSpec, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-_STATIC += (types.ModuleType, logging.Logger, Logger, np.dtype, th.dtype, th.device)
+# What MuJoCo derives from its state. Envs read some of it before their next step, as it was in the last one.
+_DERIVED: tuple[str, ...] = (
+    "xpos",
+    "xquat",
+    "xmat",
+    "xipos",
+    "ximat",
+    "geom_xpos",
+    "geom_xmat",
+    "site_xpos",
+    "site_xmat",
+    "subtree_com",
+)
+_DERIVED += ("cinert", "cvel", "cacc", "cfrc_int", "cfrc_ext", "qfrc_actuator", "qfrc_constraint", "sensordata", "qacc")
 
 
 class CannotRestoreError(Exception):
-    """An env that holds something which cannot be taken out; says what."""
+    """The state of an env cannot be taken or put back; says whose and why."""
 
 
 def take_envs(env: VecEnv, tensors: Tensors, name: str) -> Any:
     """
     The state of a vectorised env with all its wrappers.
 
-    MuJoCo's data, numbers, arrays, generators and plain Python objects are found by themselves, in every wrapper. An env with
-    ``get_state()``, which returns plain values, and ``set_state(state)`` is asked instead. One in another process has to be
-    wrapped in :class:`RestorableEnv`.
+    Known are Gymnasium's MuJoCo and classic-control envs and the wrappers of Gymnasium, SB3 and the RL Zoo. Any other env or
+    wrapper is asked for its state by ``get_state()``, which returns plain values, and gets it back by ``set_state(state)``. Of
+    all envs ``np_random`` is taken. An env in another process has to be wrapped in :class:`RestorableEnv`.
 
     :param env: see SB3
     :param tensors: see :func:`.packing.pack`
     :param name: what the tensors' names begin with
     :return: JSON
-    :raises CannotRestoreError: names what cannot be taken
+    :raises CannotRestoreError: names the env or wrapper that is unknown and has no ``get_state``, or whose state is not plain
     """
-    wrappers, inner = take_wrappers(env, tensors, f"{name}.wrappers"), _layers(env)[1]
+    wrappers, inner = _vec_layers(env)
+    state: dict[str, Any] = {"wrappers": [_take(layer, tensors, f"{name}.wrappers.{i}") for i, layer in enumerate(wrappers)]}
+    # What the next reset is to be called with.
+    state["following"] = _packed(inner, {key: getattr(inner, key, None) for key in _NEXT_RESET}, tensors, f"{name}.following")
+    if type(inner) is DummyVecEnv:
+        return state | {"envs": [take_env(one, tensors, f"{name}.env{i}") for i, one in enumerate(inner.envs)]}
+    if type(inner) is not SubprocVecEnv:
+        return state | {"vectorised": _take(inner, tensors, f"{name}.vectorised")}
     try:
-        # What the next reset is to be called with.
-        following = pack({key: getattr(inner, key) for key in _NEXT_RESET}, tensors, f"{name}.following")
-        state = {"wrappers": wrappers, "following": following}
-        if isinstance(inner, DummyVecEnv):
-            return state | {"envs": [take_env(one, tensors, f"{name}.env{i}") for i, one in enumerate(inner.envs)]}
-        if not all(inner.env_is_wrapped(RestorableEnv)):
+        if not all(inner.env_is_wrapped(RestorableEnv)) or any(inner.env_is_wrapped(_WrappedOnce())):  # type: ignore[arg-type]
             raise CannotRestoreError(
-                f"{type(inner).__name__} keeps its envs in other processes; as the outermost wrapper of each, "
+                "SubprocVecEnv keeps its envs in other processes; as the outermost wrapper of each, "
                 "sb3_mbpo.RestorableEnv makes their state accessible"
             )
         answers = inner.env_method("get_state")
-        for lost in (answer["lost"] for answer in answers if "lost" in answer):
-            raise CannotRestoreError(lost)
-        return state | {"states": [pack(one, tensors, f"{name}.env{i}") for i, one in enumerate(answers)]}
     except (EOFError, OSError) as error:
         raise CannotRestoreError("their processes have ended") from error
-    except (CannotPackError, AttributeError, NotImplementedError, RecursionError) as error:
-        raise CannotRestoreError(f"{type(inner).__name__}: {error}") from error
+    for lost in (answer["lost"] for answer in answers if "lost" in answer):
+        raise CannotRestoreError(lost)
+    return state | {"states": [_packed(inner, one, tensors, f"{name}.env{i}") for i, one in enumerate(answers)]}
 
 
 def put_envs(env: VecEnv, state: Any, tensors: Tensors) -> None:
     """
     Put back what ``take_envs`` took, into an env that was made in the same way and was reset.
 
-    :raises ValueError: the env is made differently
+    :raises ValueError: the env has other wrappers, or another number of them
+    :raises CannotRestoreError: a ``set_state`` raised
     """
-    put_wrappers(env, state["wrappers"], tensors)
-    inner = _layers(env)[1]
-    vars(inner).update(unpack(state["following"], tensors))
-    if "envs" in state:
-        envs = inner.envs if isinstance(inner, DummyVecEnv) else []
-        for one, env_state in _pairs(envs, state["envs"], "envs in this process"):
+    wrappers, inner = _vec_layers(env)
+    for layer, layer_state in _pairs(wrappers, state["wrappers"], "wrappers around the vectorised env"):
+        _put(layer, layer_state, tensors)
+    if "vectorised" in state:
+        _put(inner, state["vectorised"], tensors)
+    elif "envs" in state:
+        for one, env_state in _pairs(inner.envs if type(inner) is DummyVecEnv else [], state["envs"], "envs in this process"):
             put_env(one, env_state, tensors)
     else:
         for i, env_state in _pairs(range(inner.num_envs), state["states"], "envs"):
-            inner.env_method("set_state", unpack(env_state, tensors), indices=i)
+            if (problem := inner.env_method("set_state", unpack(env_state, tensors), indices=i)[0]) is not None:
+                raise CannotRestoreError(problem)
+    following = unpack(state["following"], tensors)
+    vars(inner).update({key: following[key] for key in _NEXT_RESET})
 
 
-def take_wrappers(env: VecEnv, tensors: Tensors, name: str) -> list[Any]:
-    """
-    The state of the wrappers around a vectorised env, ``VecNormalize``'s statistics among it, outermost first.
+def take_statistics(env: VecEnv, tensors: Tensors, name: str) -> list[Any]:
+    """:return: JSON for each wrapper of a vectorised env, as ``VecNormalize``, outermost first; ``None`` for unknown ones"""
+    found: list[Any] = []
+    for i, layer in enumerate(_vec_layers(env)[0]):
+        try:
+            found.append(_take(layer, tensors, f"{name}.{i}"))
+        except CannotRestoreError:
+            found.append(None)
+    return found
 
-    :raises CannotRestoreError: names what cannot be taken
-    """
-    return [
-        {"class": type(layer).__name__, "attributes": _take_attributes(layer, tensors, f"{name}.{i}", ("venv",))}
-        for i, layer in enumerate(_layers(env)[0])
-    ]
 
-
-def put_wrappers(env: VecEnv, state: list[Any], tensors: Tensors) -> None:
-    """Put back what ``take_wrappers`` took."""
-    for layer, layer_state in _pairs(_layers(env)[0], state, "wrappers around the vectorised env"):
-        _check_class(layer, layer_state)
-        _put_attributes(layer, layer_state["attributes"], tensors)
+def put_statistics(env: VecEnv, state: list[Any], tensors: Tensors) -> None:
+    """Put back what ``take_statistics`` took."""
+    for layer, layer_state in _pairs(_vec_layers(env)[0], state, "wrappers around the vectorised env"):
+        if layer_state is not None:
+            _put(layer, layer_state, tensors)
 
 
 def take_env(env: gym.Env, tensors: Tensors, name: str) -> list[Any]:
-    """:return: the state of each wrapper, outermost first, and last of the env itself"""
-    return [_take_layer(layer, tensors, f"{name}.{i}") for i, layer in enumerate(_gym_layers(env))]
+    """
+    :return: the state of each wrapper, outermost first, and last of the env itself
+    :raises CannotRestoreError: see ``take_envs``
+    """
+    return [_take(layer, tensors, f"{name}.{i}") for i, layer in enumerate(_layers(env))]
 
 
 def put_env(env: gym.Env, state: list[Any], tensors: Tensors) -> None:
-    """Put back what ``take_env`` took."""
-    for layer, layer_state in _pairs(list(_gym_layers(env)), state, "wrappers"):
-        _check_class(layer, layer_state)
-        if "own" in layer_state:
-            layer.set_state(unpack(layer_state["own"], tensors))
-        _put_attributes(layer, layer_state["attributes"], tensors)
+    """Put back what ``take_env`` took; errors: see ``put_envs``."""
+    for layer, layer_state in _pairs(list(_layers(env)), state, "wrappers"):
+        _put(layer, layer_state, tensors)
 
 
 class RestorableEnv(gym.Wrapper):
@@ -126,17 +197,38 @@ class RestorableEnv(gym.Wrapper):
         tensors: Tensors = {}
         try:
             state = take_env(self.env, tensors, "env")
-        except (CannotRestoreError, CannotPackError, RecursionError) as error:
+        except CannotRestoreError as error:
             # An exception would end the process.
             return {"lost": str(error)}
-        return {"state": state, "tensors": {name: tensor.clone() for name, tensor in tensors.items()}}
+        # In a process of its own, global generators are this env's.
+        generators = {"python": random.getstate(), "numpy": np.random.get_state()}
+        return {"state": state, "tensors": {key: tensor.clone() for key, tensor in tensors.items()}, "global": generators}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """:param state: from ``get_state``"""
-        put_env(self.env, state["state"], state["tensors"])
+    def set_state(self, state: dict[str, Any]) -> str | None:
+        """
+        :param state: from ``get_state``
+        :return: why it does not fit this env; ``None``: it does
+        """
+        try:
+            put_env(self.env, state["state"], state["tensors"])
+        except Exception as error:
+            return str(error)
+        random.setstate(state["global"]["python"])
+        np.random.set_state(state["global"]["numpy"])
+        return None
 
 
-def _layers(env: VecEnv) -> tuple[list[VecEnvWrapper], VecEnv]:
+class _WrappedOnce:
+    """``env_is_wrapped(_WrappedOnce())``, asked where an env lives: is its outermost wrapper something else than ours?"""
+
+    asked = False
+
+    def __instancecheck__(self, wrapper: Any) -> bool:
+        first, self.asked = not self.asked, True
+        return first and type(wrapper) is not RestorableEnv
+
+
+def _vec_layers(env: VecEnv) -> tuple[list[VecEnvWrapper], VecEnv]:
     wrappers = []
     while isinstance(env, VecEnvWrapper):
         wrappers.append(env)
@@ -144,7 +236,7 @@ def _layers(env: VecEnv) -> tuple[list[VecEnvWrapper], VecEnv]:
     return wrappers, env
 
 
-def _gym_layers(env: Any) -> Iterator[Any]:
+def _layers(env: Any) -> Iterator[Any]:
     while isinstance(env, gym.Wrapper):
         yield env
         if isinstance(env, RestorableEnv):
@@ -160,109 +252,107 @@ def _pairs(ours: Any, theirs: Any, what: str) -> Iterator[tuple[Any, Any]]:
     return zip(ours, theirs, strict=True)
 
 
-def _check_class(layer: Any, state: dict[str, Any]) -> None:
-    if type(layer).__name__ != state["class"]:
-        raise ValueError(f"the checkpoint has a {state['class']} where this env has a {type(layer).__name__}")
+def _kind(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def _take_layer(layer: Any, tensors: Tensors, name: str) -> dict[str, Any]:
-    kind = type(layer).__name__
-    if not all(callable(getattr(type(layer), method, None)) for method in ("get_state", "set_state")):
-        return {"class": kind, "attributes": _take_attributes(layer, tensors, name, ("env",))}
-    # Most forget their generator.
-    own = {key: value for key, value in vars(layer).items() if isinstance(value, np.random.Generator)}
-    generators = {key: pack(value, tensors, f"{name}.{key}") for key, value in own.items()}
-    state = layer.get_state()
-    if isinstance(layer, RestorableEnv) and "lost" in state:
-        raise CannotRestoreError(state["lost"])
-    return {"class": kind, "own": pack(state, tensors, f"{name}.own"), "attributes": generators}
+def _packed(owner: Any, value: Any, tensors: Tensors, name: str) -> Any:
+    try:
+        return pack(value, tensors, name)
+    except (CannotPackError, RecursionError) as error:
+        raise CannotRestoreError(f"the state of {type(owner).__name__} holds what cannot be saved: {error}") from error
 
 
-def _take_attributes(thing: Any, tensors: Tensors, name: str, skipped: tuple[str, ...] = ()) -> dict[str, Any]:
-    result = {}
-    for key, value in vars(thing).items():
-        if key in skipped or key in _IGNORED or isinstance(value, _STATIC) or inspect.isroutine(value):
-            continue
+def _take(layer: Any, tensors: Tensors, name: str) -> dict[str, Any]:
+    """The state of one env or wrapper."""
+    kind = _kind(layer)
+    simulation = getattr(layer, "data", None) if kind.startswith(f"{_MUJOCO}.") else None
+    result: dict[str, Any] = {"class": type(layer).__name__}
+    if kind in _STATE or kind.startswith(_STATELESS) or _is_mujoco(simulation):
+        values = {key: _read(getattr(layer, key)) for key in _STATE.get(kind, ()) if hasattr(layer, key)}
+        result["state"] = _packed(layer, values, tensors, f"{name}.state")
+        if _is_mujoco(simulation):
+            result["mujoco"] = _packed(layer, _take_mujoco(layer), tensors, f"{name}.mujoco")
+    elif all(callable(getattr(type(layer), method, None)) for method in ("get_state", "set_state")):
         try:
-            result[key] = _take_value(value, tensors, f"{name}.{key}")
-        except CannotPackError as error:
-            if key not in _DRAWING:
-                raise CannotRestoreError(f"{type(thing).__name__}.{key}: {error}") from error
+            own = layer.get_state()
+        except Exception as error:
+            raise CannotRestoreError(f"{type(layer).__name__}.get_state() raised {type(error).__name__}: {error}") from error
+        if isinstance(layer, RestorableEnv) and "lost" in own:
+            raise CannotRestoreError(own["lost"])
+        result["own"] = _packed(layer, own, tensors, f"{name}.own")
+    else:
+        known = "is not among those whose state is known; give it get_state() and set_state(state)"
+        raise CannotRestoreError(f"{type(layer).__name__} {known}")
+    # Most envs that save themselves forget their generator.
+    generators = {key: one for key, one in vars(layer).items() if isinstance(one, np.random.Generator)}
+    states = {key: one.bit_generator.state for key, one in generators.items()}
+    result["generators"] = _packed(layer, states, tensors, f"{name}.generators")
     return result
 
 
-def _take_value(value: Any, tensors: Tensors, name: str) -> Any:
-    if isinstance(value, gym.Space):
-        # Its bounds do not change; its generator does, where somebody draws from it.
-        return {"$space": None if value._np_random is None else pack(value._np_random, tensors, name)}
-    try:
-        return pack(value, tensors, name)
-    except CannotPackError:
-        if _is_mujoco(value, "MjModel"):
-            return {"$model": pack(_floats(value, ()), tensors, name)}
-        if _is_mujoco(value, "MjData"):
-            return {"$data": pack(_floats(value, _OF_A_STEP), tensors, name)}
-        plain = hasattr(value, "__dict__") and not isinstance(value, BaseCallback | VecEnv | gym.Env | enum.Enum)
-        # A class in C may hide what it holds.
-        if not plain or type(value).__module__.split(".")[0] in ("Box2D", "pybullet", "mujoco") or _is_foreign(value):
-            raise
-        return {"$object": _take_attributes(value, tensors, name)}
+def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
+    """Put back what ``_take`` took."""
+    if type(layer).__name__ != state["class"]:
+        raise ValueError(f"the checkpoint has a {state['class']} where this env has a {type(layer).__name__}")
+    if "own" in state:
+        try:
+            problem = layer.set_state(unpack(state["own"], tensors))
+        except Exception as error:
+            raise CannotRestoreError(f"{type(layer).__name__}.set_state() raised {type(error).__name__}: {error}") from error
+        if isinstance(layer, RestorableEnv) and problem is not None:
+            raise CannotRestoreError(problem)
+    else:
+        values = unpack(state["state"], tensors)
+        for key in _STATE.get(_kind(layer), ()):
+            # Not there: the run had it, and this env is made with arguments under which it has none.
+            if key in values and hasattr(layer, key):
+                _write(layer, key, values[key])
+        if "mujoco" in state:
+            _put_mujoco(layer, unpack(state["mujoco"], tensors))
+    for key, generator_state in unpack(state["generators"], tensors).items():
+        # In place: helpers of the env may share it. The property makes the one that gymnasium makes at the first use.
+        generator = layer.np_random if key == "_np_random" else getattr(layer, key, None)
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = generator_state
 
 
-def _is_foreign(value: Any) -> bool:
-    """Whether a value's class, or one it derives from, is written in C."""
-    return any(not kind.__flags__ & (1 << 9) for kind in type(value).__mro__ if kind is not object)
+def _read(value: Any) -> Any:
+    parts = _PARTS.get(_kind(value))
+    return value if parts is None else {part: getattr(value, part) for part in parts if hasattr(value, part)}
 
 
-def _is_mujoco(value: Any, name: str) -> bool:
-    return type(value).__name__ == name and type(value).__module__.startswith("mujoco")
+def _write(owner: Any, key: str, value: Any) -> None:
+    present = getattr(owner, key)
+    if (parts := _PARTS.get(_kind(present))) is None:
+        setattr(owner, key, value)
+    else:
+        vars(present).update({part: value[part] for part in parts if part in value})
 
 
-# Of constraints and islands: in memory that each step hands out anew.
-_OF_A_STEP = ("efc_", "i", "map_", "contact", "solver", "timer", "warning", "dof_island", "tree_island")
+def _is_mujoco(data: Any) -> bool:
+    return type(data).__name__ == "MjData" and type(data).__module__.startswith("mujoco")
 
 
-def _floats(mujoco: Any, without: tuple[str, ...]) -> dict[str, Any]:
-    """
-    The arrays of floats, and for ``MjData`` all others and the time, whose size does not depend on contacts.
+def _take_mujoco(env: Any) -> dict[str, np.ndarray]:
+    """What MuJoCo integrates, and what it has derived from it; not the model, which is made with the env."""
+    import mujoco
 
-    The state that MuJoCo integrates would do for its next step, but not for what observations and rewards read before it:
-    positions of bodies and contact forces lag behind. A model changes where an env draws masses or frictions anew.
-    """
-    found: dict[str, Any] = {}
-    for key in dir(mujoco):
-        if key.startswith(("_", *without)):
-            continue
-        value = getattr(mujoco, key, None)
-        if isinstance(value, np.ndarray) and (without or value.dtype.kind == "f"):
-            found[key] = np.array(value)
-        elif isinstance(value, float) and without:
-            found[key] = value
-    return found
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(env.model, kind))
+    mujoco.mj_getState(env.model, env.data, state, kind)
+    return {"integration": state} | {key: np.array(getattr(env.data, key)) for key in _DERIVED}
 
 
-def _put_attributes(thing: Any, state: dict[str, Any], tensors: Tensors) -> None:
-    for key, packed in state.items():
-        kind = next(iter(packed), None) if isinstance(packed, dict) and len(packed) == 1 else None
-        if kind == "$object":
-            if getattr(thing, key, None) is None:
-                raise ValueError(f"the checkpoint has {type(thing).__name__}.{key}, and this env has none")
-            _put_attributes(getattr(thing, key), packed["$object"], tensors)
-        elif kind in ("$data", "$model"):
-            _put_mujoco(getattr(thing, key), unpack(packed[kind], tensors))
-        elif kind == "$space":
-            if packed[kind] is not None:
-                getattr(thing, key).np_random.bit_generator.state = unpack(packed[kind], tensors).bit_generator.state
-        else:
-            setattr(thing, key, unpack(packed, tensors))
+def _put_mujoco(env: Any, values: dict[str, np.ndarray]) -> None:
+    import mujoco
 
-
-def _put_mujoco(mujoco: Any, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        present = getattr(mujoco, key)
-        if not isinstance(value, np.ndarray):
-            setattr(mujoco, key, value)
-        elif present.shape != value.shape:
-            raise ValueError(f"the checkpoint's MuJoCo model has {key} of shape {value.shape}, this env's has {present.shape}")
-        elif not np.array_equal(present, value):
-            present[...] = value
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    sizes = {"integration": (mujoco.mj_stateSize(env.model, kind),)}
+    sizes |= {key: getattr(env.data, key).shape for key in _DERIVED}
+    for key, shape in sizes.items():
+        if values[key].shape != shape:
+            raise ValueError(f"the checkpoint's MuJoCo model has {key} of shape {values[key].shape}, this env's has {shape}")
+    mujoco.mj_setState(env.model, env.data, values["integration"], kind)
+    for key in _DERIVED:
+        getattr(env.data, key)[...] = values[key]

@@ -4,38 +4,72 @@ import errno
 import os
 import platform
 import sys
+import weakref
 from pathlib import Path
-from typing import IO
 
 
-def lock(folder: Path) -> IO[str]:
+class FolderLock:
     """
-    Keep other processes out of a folder.
+    Keeps other runs out of a folder, in other processes and in this one, until it is closed.
 
-    The system holds the lock for this process alone, and drops it when the process ends, however it does: there are no stale
-    ones. The file ``lock`` stays, and says who had it last. Not on Windows.
+    The system drops the lock when the process ends, however it does: there are no stale ones. Forked children do not keep it.
+    The file ``lock`` stays, and names who had it last. On Windows there is no lock.
 
     :param folder: made if need be
-    :return: an open file; closed, it lets others in
-    :raises ValueError: another process has it
+    :raises ValueError: another run has it
+    :raises OSError: the folder cannot be made or written to
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("a+")
-    if sys.platform != "win32":
+
+    def __init__(self, folder: Path) -> None:
+        self._handle = -1
+        _HELD.add(self)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            owner = None if self._take() else os.read(self._handle, 1000).decode(errors="replace").strip()
+            if owner is None:
+                os.ftruncate(self._handle, 0)
+                os.write(self._handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+        except OSError as error:
+            self.close()
+            raise OSError(
+                f"folder={folder} cannot be used for checkpoints: {error}. Free some space there or make it writable, "
+                "or choose another folder"
+            ) from error
+        if owner is not None:
+            self.close()
+            raise ValueError(
+                f"folder={folder} is that of a run under way, {owner}: wait for its end, or give each run its own folder"
+            )
+
+    def _take(self) -> bool:
+        if sys.platform == "win32":
+            return True
         import fcntl
 
         try:
-            # Unlike flock, not shared with forked children, which may outlive the run.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Unlike lockf, not dropped when this process closes the file somewhere else, and held against its own threads.
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             # Other errors: a file system without locks.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                with file:
-                    file.seek(0)
-                    owner = file.read().strip()
-                raise ValueError(
-                    f"folder={folder} is that of a run under way, {owner}: wait for its end, or give each run its own folder"
-                ) from None
-    file.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-    return file
+            return error.errno not in (errno.EACCES, errno.EAGAIN)
+        return True
+
+    def close(self) -> None:
+        """Let others in."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+
+_HELD: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child shares the lock, and may outlive the run."""
+    for one in list(_HELD):
+        one.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)

@@ -1,15 +1,23 @@
 """Plain values as JSON and named tensors, and back: what a checkpoint consists of."""
 
+import base64
 import math
 import random
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
 import numpy as np
 import torch as th
 
 Tensors = dict[str, th.Tensor]
+
+_DICTS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered_dict", Counter: "$counter", defaultdict: "$defaultdict"}
+_SEQUENCES: dict[type, str] = {
+    **{list: "$list", tuple: "$tuple", set: "$set"},
+    **{frozenset: "$frozenset", deque: "$deque"},
+}
+# What an entry of a defaultdict may begin with.
+_FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (int, float, bool, str, list, tuple, dict, set)}
 
 
 class CannotPackError(TypeError):
@@ -20,8 +28,11 @@ def pack(value: Any, tensors: Tensors, name: str = "") -> Any:
     """
     A value as JSON can hold it. What JSON has no word for becomes an object with one key that begins with ``$``.
 
-    :param value: None, bool, int, float, str; numpy's numbers and arrays of numbers; torch's tensors; generators of torch,
-        numpy and Python; and lists, tuples, deques and dictionaries of these
+    Subclasses, such as named tuples and enums, are not plain: they would come back as something else.
+
+    :param value: None, bool, int, float, str, bytes; numpy's numbers and arrays of numbers; torch's tensors; generators of
+        torch, numpy and Python; and lists, tuples, sets, deques, and dictionaries of these, also ordered, counting and with a
+        default
     :param tensors: arrays and tensors are put in here, detached and on the CPU, under names that the result refers to; what
         lived on the CPU before shares its memory
     :param name: where the value stands, for those names and for the error
@@ -29,28 +40,41 @@ def pack(value: Any, tensors: Tensors, name: str = "") -> Any:
     """
     if isinstance(value, np.generic) and value.dtype.kind in "biuf":
         return {"$scalar": [str(value.dtype), pack(value.item(), tensors)]}
-    if value is None or isinstance(value, bool | int | str):
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
         return value
-    if isinstance(value, float):
+    if kind is float:
         return value if math.isfinite(value) else {"$float": str(value)}
+    if kind is bytes:
+        return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, th.Tensor):
         return {"$tensor": [_put(value.detach().cpu(), tensors, name), str(value.device)]}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    if kind is np.ndarray and value.dtype.kind in "biuf":
         # torch knows no uint32, nor the other byte order.
         wide = np.asarray(value, dtype=np.int64 if value.dtype.kind == "u" and value.dtype.itemsize > 1 else None)
         tensor = th.from_numpy(np.ascontiguousarray(wide.astype(wide.dtype.newbyteorder("="), copy=False)))
         return {"$array": [_put(tensor, tensors, name), value.dtype.str, list(value.shape)]}
-    if isinstance(value, Mapping):
-        items = [[key, pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]
-        if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
-            return dict(items)
-        return {"$dict": [[pack(key, tensors, f"{name}[key]"), item] for key, item in items]}
-    if isinstance(value, list | tuple | deque):
+    if kind in _DICTS:
+        return _pack_dict(value, tensors, name)
+    if kind in _SEQUENCES:
         items = [pack(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
-        if isinstance(value, deque):
+        if kind is deque:
             return {"$deque": [items, value.maxlen]}
-        return items if isinstance(value, list) else {"$tuple": items}
+        return items if kind is list else {_SEQUENCES[kind]: items}
     return _pack_generator(value, tensors, name)
+
+
+def _pack_dict(value: Any, tensors: Tensors, name: str) -> Any:
+    items = [[key, pack(item, tensors, f"{name}.{key}")] for key, item in value.items()]
+    if type(value) is dict and all(type(key) is str and not key.startswith("$") for key, _ in items):
+        return dict(items)
+    pairs = [[pack(key, tensors, f"{name}[key]"), item] for key, item in items]
+    if type(value) is not defaultdict:
+        return {_DICTS[type(value)]: pairs}
+    factory = value.default_factory
+    if factory is not None and factory not in _FACTORIES.values():
+        raise CannotPackError(f"{name} is a defaultdict with a default_factory other than {', '.join(_FACTORIES)}")
+    return {"$defaultdict": [None if factory is None else factory.__name__, pairs]}
 
 
 def _put(tensor: th.Tensor, tensors: Tensors, name: str) -> str:
@@ -134,12 +158,22 @@ def _torch_generator(content: Any, tensors: Tensors) -> th.Generator:
     return result
 
 
+def _items(content: Any, tensors: Tensors) -> list[tuple[Any, Any]]:
+    return [(unpack(key, tensors), unpack(item, tensors)) for key, item in content]
+
+
 _UNPACK = {
     "$scalar": lambda content, tensors: np.dtype(content[0]).type(unpack(content[1], tensors)),
     "$float": lambda content, tensors: float(content),
     "$tensor": _tensor,
     "$array": _array,
-    "$dict": lambda content, tensors: {unpack(key, tensors): unpack(item, tensors) for key, item in content},
+    "$bytes": lambda content, tensors: base64.b64decode(content),
+    "$dict": lambda content, tensors: dict(_items(content, tensors)),
+    "$ordered_dict": lambda content, tensors: OrderedDict(_items(content, tensors)),
+    "$counter": lambda content, tensors: Counter(dict(_items(content, tensors))),
+    "$defaultdict": lambda content, tensors: defaultdict(_FACTORIES.get(content[0]), _items(content[1], tensors)),
+    "$set": lambda content, tensors: set(unpack(content, tensors)),
+    "$frozenset": lambda content, tensors: frozenset(unpack(content, tensors)),
     "$deque": lambda content, tensors: deque(unpack(content[0], tensors), maxlen=content[1]),
     "$tuple": lambda content, tensors: tuple(unpack(content, tensors)),
     "$numpy_generator": _numpy_generator,

@@ -1,28 +1,42 @@
 """Runs that may be cut anywhere: checkpoints at the points where nothing is under way, and the way back into them."""
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    ConvertCallback,
+    EvalCallback,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnNoModelImprovement,
+    StopTrainingOnRewardThreshold,
+)
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 
 from sb3_mbpo.checkpoints import checkpoint
+from sb3_mbpo.checkpoints.callback_state import all_callbacks, tell_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted, Interrupts
-from sb3_mbpo.checkpoints.lock import lock
+from sb3_mbpo.checkpoints.lock import FolderLock
 from sb3_mbpo.checkpoints.packing import Tensors
-from sb3_mbpo.checkpoints.training_state import all_callbacks, put_agent, put_training, take_agent, take_training
-from sb3_mbpo.saving.description import build, describe
+from sb3_mbpo.checkpoints.training_state import put_agent, put_training, take_agent, take_training
+from sb3_mbpo.saving.description import AGENTS, build, describe
 from sb3_mbpo.validation.faults import InvalidTransition
 
 # All saves so far, and one more like the last, take at most 1/50 of the time: 2 %. The last of a run waits for nothing.
 _PATIENCE = 50
 # Updates in one call of train() from which on it can be broken off.
 _LONG_TRAIN = 100
+# What `resume` takes from the run.
+_SETTINGS = ("every", "keep", "signals", "verbose")
+# What is raised where a checkpoint's state is put into something else.
+_NO_FIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+_STOPPED = "a callback ended the run in the middle of a step"
 
 
 class ResumeCallback(BaseCallback):
@@ -36,6 +50,8 @@ class ResumeCallback(BaseCallback):
 
     A signal ends the run: it is saved as soon as nothing is under way, at most some seconds later, and ``learn`` returns. A
     fit, a rollout or a long ``train()`` is broken off and repeated later. A second signal ends the process at once.
+
+    A run that a callback has ended is saved as well. Run again, it goes on from there, unless that callback ends it at once.
 
     :param folder: of this run
     :param every: env steps from one checkpoint to the next; more where saving would take more than 2 % of the time
@@ -56,10 +72,12 @@ class ResumeCallback(BaseCallback):
         for name, value in (("every", every), ("keep", keep)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ResumeCallback: {name}={value!r} must be a whole number of at least 1")
-        self.folder, self.every, self.keep = Path(folder), every, keep
-        self.interrupts = Interrupts(signals)
-        # Others are kept out of the folder while it is open.
-        self._lock: IO[str] | None = None
+        self.folder, self.every, self.keep = _read_folder("ResumeCallback", folder), every, keep
+        self.signals = [signals] if isinstance(signals, str) else list(signals)
+        self.interrupts = Interrupts(self.signals)
+        self._lock: FolderLock | None = None
+        # Made by `resume` from the checkpoint itself.
+        self._is_run_of_agent = False
         self.model: Any
 
     @property
@@ -80,7 +98,7 @@ class ResumeCallback(BaseCallback):
 
         :param callback: all callbacks of this ``learn``
         """
-        self._lock = lock(self.folder)
+        self._lock = FolderLock(self.folder)
         self._all = callback
         # Not itself: what it holds is of this process.
         self._others = [one for one in all_callbacks(callback) if one is not self]
@@ -90,6 +108,9 @@ class ResumeCallback(BaseCallback):
         # What is left to do of the rollout under way, see `rollout`; then what train() is set back to.
         self._left: dict[str, Any] | None = None
         self._before_train: tuple[dict[str, Any], Tensors] | None = None
+        # What the agent had learned when the run began; and where the run was, if a callback had ended it.
+        self._origin: list[int] | None = None
+        self._stopped_at: int | None = None
         self._saved_at, self._began, self._seconds, self._spent = self.model.num_timesteps, time.perf_counter(), 0.0, 0.0
         self._is_consistent = False
         self.model.replay_buffer.check = self.check_train
@@ -110,10 +131,12 @@ class ResumeCallback(BaseCallback):
         :return: its result; that of the run that was cut, if it was cut after that; one that ends ``learn`` after a signal
         """
         left = None
+        if self._origin is None:
+            self._origin = self._life()
         if self._found is not None:
             left = self._go_on(*self._found)
         if left is None:
-            if self.model.num_timesteps >= self.model._total_timesteps:
+            if self.model.num_timesteps >= self.model._total_timesteps or self._is_over():
                 return RolloutReturn(0, 0, continue_training=False)
             if self.interrupts.received is not None or self._is_due():
                 self.save()
@@ -135,12 +158,15 @@ class ResumeCallback(BaseCallback):
             time.sleep(0.5)
             if self.interrupts.received is None:
                 raise
-            self.save(envs=False)
+            self.save(lost="their processes have ended")
             return self._end()
         except InvalidTransition:
             # Nothing of that step was stored or counted, but the envs have moved on.
-            self.save(envs=False)
+            self.save(lost="they were in the middle of a step that failed")
             raise
+        if not result.continue_training and self.model.num_timesteps - self.model.n_envs != self._stopped_at:
+            # Not where it was ended before: each try would leave the run a step further.
+            self.save(lost=_STOPPED, stopped=True)
         self._left = {"steps": result.episode_timesteps, "rollout_end": False}
         self._before_train = self._agent() if self._is_long(result) else None
         self._is_consistent = result.continue_training
@@ -178,23 +204,30 @@ class ResumeCallback(BaseCallback):
         self._all.on_training_end()
 
     def _on_training_end(self) -> None:
-        # Not after a callback ended the run in the midst of a rollout.
+        # Not after a callback ended the run in the middle of a step.
         if self._is_consistent:
             self.save()
 
-    def save(self, left: dict[str, Any] | None = None, envs: bool = True) -> checkpoint.Checkpoint:
+    def save(
+        self, left: dict[str, Any] | None = None, lost: str | None = None, stopped: bool = False
+    ) -> checkpoint.Checkpoint:
         """
         :param left: what of a rollout is still to be done
-        :param envs: see :func:`.training_state.take_training`
+        :param lost: see :func:`.training_state.take_training`
+        :param stopped: a callback has ended the run
         :return: the new checkpoint
         :raises ValueError: learning has diverged; the checkpoints of before are the ones to go back to
         """
         self.model.check_parameters()
         started = time.perf_counter()
         tensors: Tensors = {}
-        state = take_training(self.model, self._others, tensors, envs)
+        state = take_training(self.model, self._others, tensors, lost)
         state |= {
             "left": left,
+            "stopped": stopped,
+            "origin": self._origin,
+            "life": self._life(),
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
             "class": type(self.model).__name__,
             "agent": describe(self.model),
             "learn": self._learn_arguments(),
@@ -212,9 +245,33 @@ class ResumeCallback(BaseCallback):
     def _go_on(self, state: dict[str, Any], tensors: Tensors, found: checkpoint.Checkpoint) -> dict[str, Any] | None:
         """Into the state of a checkpoint; what was left to do there."""
         if state["class"] != type(self.model).__name__:
-            raise ValueError(f"{found.path} is a checkpoint of {state['class']}, not of {type(self.model).__name__}")
+            raise ValueError(
+                f"{found.path} is a checkpoint of {state['class']}, not of {type(self.model).__name__}: make such an agent, "
+                "or choose another folder"
+            )
+        if not self._is_run_of_agent and self._origin not in (state["origin"], state["life"]):
+            raise ValueError(
+                f"{self.folder} holds the run of another agent: that one had learned for {state['origin'][0]:,} steps when "
+                f"the run began, and this one for {self._life()[0]:,}, which would be lost. Make the agent as it was made "
+                "for that run, or choose another folder"
+            )
         target = self.model._total_timesteps
-        put_training(self.model, self._others, state, tensors)
+        try:
+            lost = put_training(self.model, self._others, state, tensors)
+        except _NO_FIT as error:
+            different = self._different(state["agent"])
+            how = f"with the {', '.join(different)} of the run" if different else "and its env as those of the run"
+            # Which takes the arguments from the checkpoint.
+            or_else = "or" if self._is_run_of_agent else "call sb3_mbpo.resume, or"
+            raise ValueError(
+                f"{found.path} does not fit the agent: {' '.join(str(error).split())[:500]}. Make the agent {how}, {or_else} "
+                "choose another folder"
+            ) from error
+        tell_callbacks(self._others)
+        self._origin = state["origin"]
+        self._stopped_at = self.model.num_timesteps if state["stopped"] else None
+        if lost and not self._is_over():
+            warnings.warn(lost, stacklevel=2)
         self._compare(state["agent"])
         # A longer `learn` than that of the run goes on to its own end.
         self.model._total_timesteps = target
@@ -223,6 +280,14 @@ class ResumeCallback(BaseCallback):
             print(f"Resumed at step {self.model.num_timesteps:,} from {found.path}")
         return state["left"]
 
+    def _life(self) -> list[int]:
+        """How much the agent has learned: env steps and updates."""
+        return [self.model.lifetime_timesteps, self.model._n_updates]
+
+    def _is_over(self) -> bool:
+        """Whether a callback of SB3 has ended the run, and would do so again, if only some steps later."""
+        return self._stopped_at == self.model.num_timesteps and any(map(_has_ended, self._others))
+
     def _learn_arguments(self) -> dict[str, Any]:
         """Those of the present ``learn`` that say how it goes on."""
         given = {name: self.locals.get(name) for name in ("log_interval", "tb_log_name")}
@@ -230,14 +295,18 @@ class ResumeCallback(BaseCallback):
 
     def _compare(self, then: dict[str, Any]) -> None:
         """Warn of what was different when the checkpoint was written."""
-        now = describe(self.model)
-        # Action noise remembers numbers, which are put back.
-        names = [(part, name) for part in ("arguments", "versions") for name in now[part] if name != "action_noise"]
-        different = [name for part, name in names if now[part][name] != then[part].get(name)]
+        different = self._different(then)
         random = ", but its random numbers go on" if "seed" in different else ""
         if different:
             what = f"The run was begun with other values of {', '.join(different)}; it goes on with those of now{random}"
             warnings.warn(what, stacklevel=2)
+
+    def _different(self, then: dict[str, Any]) -> list[str]:
+        """Names of arguments and versions that are not those of a checkpoint."""
+        now = describe(self.model)
+        # Action noise remembers numbers, which are put back.
+        names = [(part, name) for part in ("arguments", "versions") for name in now[part] if name != "action_noise"]
+        return [name for part, name in names if now[part][name] != then[part].get(name)]
 
     def _is_due(self) -> bool:
         if self.model.num_timesteps // self.every <= self._saved_at // self.every:
@@ -258,33 +327,72 @@ class ResumeCallback(BaseCallback):
 
 
 def resume(
-    folder: str | Path, env: GymEnv | str, callback: MaybeCallback = None, device: th.device | str = "auto", **arguments: Any
+    folder: str | Path,
+    env: GymEnv | str,
+    callback: MaybeCallback = None,
+    device: th.device | str = "auto",
+    agent_class: type | None = None,
+    **arguments: Any,
 ) -> Any:
     """
     Go on with a run from its folder alone: make its agent, and let it learn to the run's own end.
 
-    :param folder: of a ``ResumeCallback``, which goes on saving there
+    :param folder: of a ``ResumeCallback``, which goes on saving there with the run's own settings
     :param env: made as that of the run was, or its name
-    :param callback: the run's other callbacks, made as they were
+    :param callback: the run's other callbacks, made as they were; a ``ResumeCallback`` for the same folder, if it is to have
+        other settings
     :param device: see SB3
+    :param agent_class: of the agent, if it is a subclass of yours; a checkpoint imports nothing
     :param arguments: of the agent's constructor: those that no file can hold (functions, and classes of yours), and
         ``tensorboard_log``
     :return: the agent
     :raises ValueError: there is no checkpoint, or none that is sound, or an argument that has to be passed is missing
     """
-    found = checkpoint.newest(Path(folder))
+    folder = _read_folder("resume", folder)
+    found = checkpoint.newest(folder)
     if found is None:
         raise ValueError(f"resume: there are no checkpoints in {folder}")
     state, _, place = found
+    if agent_class is None and state["class"] not in AGENTS:
+        raise ValueError(
+            f"resume: {place.path}: its agent is of class {state['class']!r}, and known are {', '.join(AGENTS)}: pass "
+            f"agent_class={state['class']}"
+        )
     try:
-        agent = build(state["agent"], env, device=device, **arguments)
+        agent = build(state["agent"], env, cls=agent_class, device=device, **arguments)
     except ValueError as error:
         raise ValueError(f"resume: {place.path}: {error}") from error
     # As new: all that it has counted comes with the rest.
     agent.num_timesteps, agent._earlier_timesteps, agent.dynamics_fitted_at = 0, 0, None
     others = callback if isinstance(callback, list) else [] if callback is None else [callback]
     others = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in others]
-    return agent.learn(callback=[*others, ResumeCallback(folder)], **state["learn"])
+    ours = [one for given in others for one in all_callbacks(given) if isinstance(one, ResumeCallback)]
+    if not ours:
+        ours = [ResumeCallback(folder, **{name: state["settings"][name] for name in _SETTINGS})]
+        others += ours
+    if any(one.folder.resolve() != folder.resolve() for one in ours):
+        raise ValueError(f"resume: the ResumeCallback among the callbacks is for {ours[0].folder}, and must be for {folder}")
+    ours[0]._is_run_of_agent = True
+    return agent.learn(callback=others, **state["learn"])
+
+
+def _read_folder(what: str, folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise ValueError(f"{what}: folder={folder!r} must be a path such as 'runs/hopper'; '.' is the present folder")
+    return Path(folder)
+
+
+def _has_ended(callback: BaseCallback) -> bool:
+    """Whether a callback of SB3 that ends runs has what it waits for."""
+    if isinstance(callback, StopTrainingOnMaxEpisodes):
+        return callback.n_episodes >= callback._total_max_episodes
+    if not isinstance(callback.parent, EvalCallback):
+        return False
+    if isinstance(callback, StopTrainingOnRewardThreshold):
+        return bool(callback.parent.best_mean_reward >= callback.reward_threshold)
+    if isinstance(callback, StopTrainingOnNoModelImprovement):
+        return callback.no_improvement_evals > callback.max_no_improvement_evals
+    return False
 
 
 def will_resume(callback: Any) -> bool:

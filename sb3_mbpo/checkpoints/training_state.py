@@ -5,8 +5,7 @@ import inspect
 import json
 import random
 import time
-import warnings
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,48 +13,54 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 
-from sb3_mbpo.buffers.replay_buffer import ROWS
-from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, put_wrappers, take_envs, take_wrappers
+from sb3_mbpo.buffers.replay_buffer import ROWS, check_finite
+from sb3_mbpo.checkpoints.callback_state import may_put, put_callbacks, take_callback
+from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, put_statistics, take_envs, take_statistics
 from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.checked_tensors import check_weights
 
 # Attributes of an agent that belong to the process and not to the run.
-_OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log"}
-# Attributes of a callback that SB3 sets anew, or that say where its files go.
-_SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
-_SET_ANEW |= {"log_path", "best_model_save_path", "save_path"}
+_OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log", "_custom_logger", "_plain_agents"}
+# An argument that SB3 keeps under another name.
+_OF_THE_PROCESS |= {"_stats_window_size"}
+# What action noise of SB3 remembers; of other noise, all numbers and arrays are taken.
+_NOISE: dict[type, tuple[str, ...]] = {
+    **{NormalActionNoise: (), VectorizedActionNoise: ()},
+    **{OrnsteinUhlenbeckActionNoise: ("noise_prev",)},
+}
+_GENERATORS = (th.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
-def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, envs: bool = True) -> dict[str, Any]:
+def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, lost: str | None = None) -> dict[str, Any]:
     """
     The whole state of a run, between two updates.
 
     :param agent: a ModelBased algorithm in ``learn``
-    :param callbacks: of that ``learn``, see ``all_callbacks``
+    :param callbacks: of that ``learn``, see :func:`.callback_state.all_callbacks`
     :param tensors: see :func:`.packing.pack`; they share memory with the agent
-    :param envs: with the envs' state; without, the run will go on at an episode's start
+    :param lost: why the envs are left out; the run will go on at an episode's start
     :return: JSON; under ``"envs_lost"`` the reason why envs are not in it, if they are not
     """
     state = {
         **take_agent(agent, tensors),
         "replay_buffer": pack(_buffer_contents(agent.replay_buffer), tensors, "replay_buffer"),
-        "callbacks": [_take_callback(one, tensors, f"callbacks.{i}") for i, one in enumerate(callbacks)],
-        "wrappers": None,
+        "callbacks": [take_callback(one, tensors, f"callbacks.{i}") for i, one in enumerate(callbacks)],
+        # By themselves: the statistics of VecNormalize are not lost with the envs.
+        "wrappers": take_statistics(agent.env, tensors, "wrappers"),
         "envs": None,
-        "envs_lost": None if envs else "they were in the middle of a step that failed",
+        "envs_lost": lost,
     }
     try:
-        # By themselves: the statistics of VecNormalize are not lost with the envs.
-        state["wrappers"] = take_wrappers(agent.env, tensors, "wrappers")
-        if envs:
+        if lost is None:
             state["envs"] = take_envs(agent.env, tensors, "envs")
     except CannotRestoreError as error:
         state["envs_lost"] = str(error)
     return state
 
 
-def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any], tensors: Tensors) -> None:
+def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any], tensors: Tensors) -> str:
     """
     Go on as the run would have that ``take_training`` saw.
 
@@ -63,27 +68,41 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
     :param callbacks: of that ``learn``, made as those of the run were
     :param state: from ``take_training``
     :param tensors: what it filled
-    :raises ValueError: the agent, its env or its buffer were made differently
+    :return: what could not be restored, and why, in one or two sentences; empty: everything was
+    :raises ValueError: the agent, its env or its buffer were made differently; or numbers are not finite
     """
     _fill_buffer(agent.replay_buffer, unpack(state["replay_buffer"], tensors))
-    _put_callbacks(callbacks, state["callbacks"], tensors)
+    lost = put_callbacks(callbacks, state["callbacks"], tensors)
+    reason = state["envs_lost"]
     if state["envs"] is not None:
-        put_envs(agent.env, state["envs"], tensors)
+        try:
+            put_envs(agent.env, state["envs"], tensors)
+        except CannotRestoreError as error:
+            reason = str(error)
+    if reason is None:
         put_agent(agent, state, tensors)
-        _tell_callbacks(callbacks)
-        return
-    warnings.warn(
-        f"The run goes on at the start of an episode, for its envs could not be saved: {state['envs_lost']}", stacklevel=2
-    )
-    if state["wrappers"] is not None:
-        put_wrappers(agent.env, state["wrappers"], tensors)
-    obs = agent.env.reset()
-    put_agent(agent, state, tensors)
-    agent._last_obs = obs
-    agent._last_episode_starts = np.ones((agent.n_envs,), dtype=bool)
-    if agent._vec_normalize_env is not None:
-        agent._last_original_obs = agent._vec_normalize_env.get_original_obs()
-    _tell_callbacks(callbacks)
+    else:
+        put_statistics(agent.env, state["wrappers"], tensors)
+        obs = agent.env.reset()
+        put_agent(agent, state, tensors)
+        agent._last_obs = obs
+        agent._last_episode_starts = np.ones((agent.n_envs,), dtype=bool)
+        if agent._vec_normalize_env is not None:
+            agent._last_original_obs = agent._vec_normalize_env.get_original_obs()
+    check_weights(agent)
+    return _told(reason, lost)
+
+
+def _told(reason: str | None, of_callbacks: dict[str, str]) -> str:
+    """What could not be restored, of envs and of callbacks."""
+    lines = []
+    if reason is not None:
+        lines.append(f"The run goes on at the start of an episode, for its envs could not be restored: {reason}")
+    # A callback's env is mostly made as the agent's.
+    names = [f"{name} ({why})" for name, why in of_callbacks.items() if why != reason]
+    if names:
+        lines.append(f"Of the run's callbacks, this could not be restored and begins anew: {', '.join(names)}")
+    return ". ".join(lines)
 
 
 def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
@@ -102,15 +121,21 @@ def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
 def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     """Put back what ``take_agent`` took."""
     agent.set_parameters(unpack(state["parameters"], tensors), exact_match=True, device=agent.device)
-    for name, value in unpack(state["variables"], tensors).items():
-        if value is not None:
-            _reach(agent, name).data.copy_(value)
+    variables = unpack(state["variables"], tensors)
+    for name in agent._get_torch_save_params()[1]:
+        if variables.get(name) is not None:
+            _reach(agent, name).data.copy_(variables[name])
+    without = _not_of_the_run(agent)
     for name, value in unpack(state["attributes"], tensors).items():
-        setattr(agent, name, value)
+        present = vars(agent).get(name)
+        # A checkpoint may be foreign: what is not taken is not put back.
+        if name not in without and may_put(agent, name) and _is_plain(present) and _is_plain(value):
+            setattr(agent, name, deque(value, present.maxlen) if isinstance(present, deque) else value)
     agent.start_time = time.time_ns() - state["elapsed"]
-    for name, value in unpack(state["log"], tensors).items():
+    log = unpack(state["log"], tensors)
+    for name in _recorded(agent):
         getattr(agent.logger, name).clear()
-        getattr(agent.logger, name).update(value)
+        getattr(agent.logger, name).update(log[name])
     # Last: what was done above may have drawn random numbers.
     _put_random(agent, unpack(state["random"], tensors))
 
@@ -163,19 +188,28 @@ def _reach(agent: Any, name: str) -> Any:
     return value
 
 
+def _not_of_the_run(agent: Any) -> set[str]:
+    """Attributes that are never saved nor put back: arguments of the constructor, and what belongs to the process."""
+    return set(inspect.signature(type(agent)).parameters) | _OF_THE_PROCESS
+
+
 def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
     """Counters, last observations, statistics of episodes: whatever is plain and not an argument of the constructor."""
-    arguments = set(inspect.signature(type(agent)).parameters)
+    without = _not_of_the_run(agent)
     for name, value in vars(agent).items():
-        if name in arguments - {"action_noise"} or name in _OF_THE_PROCESS:
-            continue
-        try:
-            packed = pack(value, {}, name)
-        except CannotPackError:
-            continue
-        # Tensors are parts of networks, or variables: those have a place of their own.
-        if '"$tensor"' not in json.dumps(packed):
+        if name not in without and _is_plain(value):
             yield name, value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be saved among the attributes. Generators and tensors have places of their own."""
+    if isinstance(value, _GENERATORS):
+        return False
+    try:
+        # Tensors are parts of networks, or variables.
+        return '"$tensor"' not in json.dumps(pack(value, {}))
+    except CannotPackError:
+        return False
 
 
 def _recorded(agent: Any) -> dict[str, dict[str, Any]]:
@@ -199,11 +233,31 @@ def _pending_log(agent: Any) -> dict[str, Any]:
 
 
 def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
-    """Generators of the agent's parts."""
-    for name in (*_learned(agent), "replay_buffer"):
-        for key, value in vars(getattr(agent, name)).items():
-            if isinstance(value, th.Generator):
+    """Generators of the agent, of its replay buffer, and of its networks and dynamics with all modules inside."""
+    owners = [("agent", agent), ("replay_buffer", agent.replay_buffer)]
+    for name, part in vars(agent).items():
+        if isinstance(part, th.nn.Module):
+            owners += part.named_modules(prefix=name)
+    for name, owner in owners:
+        for key, value in vars(owner).items():
+            if isinstance(value, _GENERATORS):
                 yield f"{name}.{key}", value
+
+
+def _generator_state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _put_generator(generator: Any, state: Any) -> None:
+    """In place: several parts may share it."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _spaces(agent: Any) -> Iterator[tuple[str, Any]]:
@@ -219,7 +273,7 @@ def _random_states(agent: Any) -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": th.get_rng_state(),
         "cuda": th.cuda.get_rng_state_all() if agent.device.type == "cuda" else None,
-        "parts": {name: generator.get_state() for name, generator in _generators(agent)},
+        "parts": {name: _generator_state(generator) for name, generator in _generators(agent)},
         # Of those that were sampled from, or seeded.
         "spaces": {n: space.np_random.bit_generator.state for n, space in _spaces(agent) if space._np_random is not None},
         "noise": _noise_state(agent.action_noise),
@@ -233,7 +287,8 @@ def _put_random(agent: Any, states: dict[str, Any]) -> None:
     if states["cuda"] is not None and agent.device.type == "cuda":
         th.cuda.set_rng_state_all([one.cpu() for one in states["cuda"]])
     for name, generator in _generators(agent):
-        generator.set_state(states["parts"][name])
+        if name in states["parts"]:
+            _put_generator(generator, states["parts"][name])
     for name, space in _spaces(agent):
         if name in states["spaces"]:
             space.np_random.bit_generator.state = states["spaces"][name]
@@ -245,13 +300,14 @@ def _noise_state(noise: Any) -> Any:
     if noise is None:
         return None
     several = [_noise_state(one) for one in getattr(noise, "noises", [])]
-    own = {name: value for name, value in vars(noise).items() if isinstance(value, np.ndarray | int | float | None)}
+    names = _NOISE.get(type(noise), tuple(vars(noise)))
+    own = {name: value for name in names if isinstance(value := getattr(noise, name), np.ndarray | int | float | None)}
     return {"own": own, "several": several}
 
 
 def _put_noise(noise: Any, state: Any) -> None:
     if noise is not None and state is not None:
-        vars(noise).update(state["own"])
+        vars(noise).update({name: state["own"][name] for name in _noise_state(noise)["own"] if name in state["own"]})
         for one, its_state in zip(getattr(noise, "noises", []), state["several"], strict=True):
             _put_noise(one, its_state)
 
@@ -264,66 +320,14 @@ def _buffer_contents(buffer: Any) -> dict[str, Any]:
 
 
 def _fill_buffer(buffer: Any, contents: dict[str, Any]) -> None:
-    for name, filled in contents["rows"].items():
-        rows = getattr(buffer, name)
+    for name in ROWS:
+        rows, filled = getattr(buffer, name), contents["rows"][name]
         if rows.shape[1:] != filled.shape[1:] or len(filled) > len(rows) or (contents["full"] and len(filled) < len(rows)):
             raise ValueError(
                 f"the checkpoint's replay buffer has {name} of shape {filled.shape}, the agent's has room for {rows.shape}: "
                 "make the agent with the same buffer_size and as many envs"
             )
         rows[: len(filled)] = filled
+    check_finite(contents["rows"], contents["imagined"])
     buffer.pos, buffer.full = contents["pos"], contents["full"]
     buffer.model_buffer.restore(contents["imagined"], contents["refills"])
-
-
-def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
-    """A callback and all those inside it, in a fixed order."""
-    found = [callback]
-    for one in found:
-        for value in vars(one).values():
-            inside = value if isinstance(value, list) else [value]
-            found += [item for item in inside if isinstance(item, BaseCallback) and item not in found]
-    return found
-
-
-def _take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
-    """What is plain of a callback, and the state of its env, if it has one of its own."""
-    state, envs = {}, {}
-    # As with the agent, arguments are those of the command.
-    arguments = inspect.signature(type(callback).__init__).parameters
-    for key, value in vars(callback).items():
-        if key in _SET_ANEW or key in arguments:
-            if not isinstance(value, VecEnv):
-                continue
-        try:
-            if isinstance(value, VecEnv):
-                envs[key] = take_envs(value, tensors, f"{name}.{key}")
-            else:
-                state[key] = pack(value, tensors, f"{name}.{key}")
-        except (CannotPackError, CannotRestoreError):
-            continue
-    return {"class": type(callback).__name__, "state": state, "envs": envs}
-
-
-def _tell_callbacks(callbacks: list[BaseCallback]) -> None:
-    """Last of all, those that have a method ``on_resume()`` are told."""
-    for callback in callbacks:
-        if hasattr(callback, "on_resume"):
-            callback.on_resume()
-
-
-def _put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> None:
-    """
-    Each gets the state of its class's first, second, ... in the run; one that the run did not have starts anew.
-    """
-    seen: Counter[str] = Counter()
-    for callback in callbacks:
-        kind = type(callback).__name__
-        mine = [state for state in states if state["class"] == kind]
-        if seen[kind] < len(mine):
-            state = mine[seen[kind]]
-            for key, value in state["state"].items():
-                setattr(callback, key, unpack(value, tensors))
-            for key, envs in state["envs"].items():
-                put_envs(getattr(callback, key), envs, tensors)
-        seen[kind] += 1

@@ -44,6 +44,7 @@ class Collecting(Saving):
         **kwargs: Any,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None
+        self._share_env()
         # Wrappers may have been added or removed since the last call.
         self._boundary = Boundary(self.env)
         if reset_num_timesteps or self._last_obs is None:

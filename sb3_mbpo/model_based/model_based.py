@@ -176,9 +176,9 @@ class ModelBased(ModelLearning, Resuming, Exporting):
             self.real_ratio = self._balanced_ratio()
         if self.rollout_schedule != "auto":
             rollout_length(self.rollout_schedule, 0)
-        if self.replay_buffer is None:
-            self.replay_buffer_class = MixedReplayBuffer
-            self.replay_buffer = self._make_replay_buffer()
+        self.replay_buffer_class = MixedReplayBuffer
+        # A zip may hold a buffer (``include``), and a plain one if a model-free agent saved it.
+        self.replay_buffer = self._make_replay_buffer() if self.replay_buffer is None else self.replay_buffer
         super()._setup_model()
         self.dynamics = self._make_dynamics()
         if self.dynamics_window is not None:

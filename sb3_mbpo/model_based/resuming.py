@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
+from sb3_mbpo.checkpoints.callback_state import all_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted
 from sb3_mbpo.checkpoints.resume_callback import ResumeCallback, will_resume
-from sb3_mbpo.checkpoints.training_state import all_callbacks
 from sb3_mbpo.model_based.collecting import Collecting
 from sb3_mbpo.validation.misuse import check_evaluation
 

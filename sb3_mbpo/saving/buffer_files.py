@@ -1,19 +1,29 @@
 """The replay buffer as tensors, so that whoever loads it need not trust whoever saved it."""
 
+import os
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.save_util import open_path
 
-from sb3_mbpo.buffers.replay_buffer import ROWS, MixedReplayBuffer
+from sb3_mbpo.buffers.replay_buffer import ROWS, MixedReplayBuffer, check_finite
 from sb3_mbpo.saving.safe_files import read_tensors
+from sb3_mbpo.saving.whole_files import check_checksum
 
 SUFFIX = "pt"
 FORMAT = 1
 _KEYS = {"format", "rows", "buffer_size", "pos", "full", "handle_timeout_termination", "imagined", "refills"}
 # Every zip-file begins so, and no pickle that Python writes.
 _ZIP = b"PK"
+
+
+def means_tensors(path: Any) -> bool:
+    """
+    :param path: a name, or an open file, which may have one
+    :return: whether a file of this name has to hold tensors, not a pickle
+    """
+    name = path if isinstance(path, str | os.PathLike) else getattr(path, "name", "")
+    return str(name).lower().endswith(f".{SUFFIX}")
 
 
 def starts_as_zip(file: BinaryIO) -> bool:
@@ -25,10 +35,10 @@ def starts_as_zip(file: BinaryIO) -> bool:
         file.seek(start)
 
 
-def save_tensors(buffer: MixedReplayBuffer, path: Any, imagined: bool) -> None:
+def save_tensors(buffer: MixedReplayBuffer, file: BinaryIO, imagined: bool) -> None:
     """
     :param buffer: what is filled of it goes to the file
-    :param path: see SB3; without a suffix, it gets ``.pt``
+    :param file: open for writing
     :param imagined: with the imagined transitions, too
     """
     rows, refills = buffer.model_buffer.contents()
@@ -43,35 +53,24 @@ def save_tensors(buffer: MixedReplayBuffer, path: Any, imagined: bool) -> None:
         "imagined": rows.cpu() if imagined else th.empty(0, rows.shape[1]),
         "refills": refills if imagined else [],
     }
-    file = open_path(path, "w", suffix=SUFFIX)
-    try:
-        th.save(content, file)
-    finally:
-        if file is not path:
-            file.close()
+    th.save(content, file)
 
 
-def load_tensors(buffer: MixedReplayBuffer, file: BinaryIO, path: Any) -> None:
+def load_tensors(buffer: MixedReplayBuffer, file: BinaryIO) -> None:
     """
     Put the transitions of a file in the place of those of a buffer; of more than it has room for, the last ones.
 
     :param buffer: of the same envs; unchanged if the file is refused
-    :param file: written by :func:`save_tensors`, or by anyone
-    :param path: its name, for the error
-    :raises ValueError: another file, or transitions of other envs
+    :param file: written by :func:`save_tensors` within :func:`.whole_files.with_checksum`, or by anyone
+    :raises ValueError: another file, an altered one, transitions of other envs, or numbers that are not finite
     """
-    try:
-        _load(buffer, file)
-    except ValueError as error:
-        raise ValueError(f"load_replay_buffer: {path}: {error}") from error
-
-
-def _load(buffer: MixedReplayBuffer, file: BinaryIO) -> None:
     if not starts_as_zip(file):
         raise ValueError(
             "it is no replay buffer saved with safe=True, and a pickle is not opened. "
-            "Load it with safe=False if you trust its author"
+            f"Load it with safe=False if you trust its author; its name must not end in .{SUFFIX} then"
         )
+    if not check_checksum(file):
+        raise ValueError("it is cut off, or no replay buffer saved with safe=True: there is no checksum at its end")
     content = read_tensors(file)
     if not isinstance(content, dict) or set(content) != _KEYS:
         raise ValueError("it is no replay buffer saved with safe=True")
@@ -81,6 +80,7 @@ def _load(buffer: MixedReplayBuffer, file: BinaryIO) -> None:
     _check_places(content, n_rows)
     _check_imagined(content, buffer.model_buffer.rows.shape[1])
     rows = {name: tensor.numpy() for name, tensor in content["rows"].items()}
+    check_finite(rows, content["imagined"])
     buffer.reset()
     if content["buffer_size"] == buffer.buffer_size:
         for name, array in rows.items():

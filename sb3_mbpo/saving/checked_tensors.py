@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch as th
@@ -33,6 +33,40 @@ class Bounded(TorchDispatchMode):
             if min(self.left, self.made_left) < 0:
                 raise ValueError("the described networks are larger than the tensors in the file")
         return func(*args, **(kwargs or {}))
+
+
+def check_weights(agent: Any) -> None:
+    """
+    :param agent: a ModelBased algorithm
+    :raises ValueError: a weight of it is NaN or infinite, or NaN is in an optimizer of its policy, which would spread
+    """
+    names, variables = agent._get_torch_save_params()
+    of_policy = {id(module) for module in agent.policy.modules()}
+    found: list[tuple[str, th.Tensor]] = []
+    for name in names:
+        part, root = recursive_getattr(agent, name), getattr(agent, name.split(".")[0])
+        learned = isinstance(root, th.nn.Module) and id(root) not in of_policy
+        if isinstance(part, th.nn.Module):
+            # Errors that were never measured are infinite in the dynamics, and are no weights.
+            state = part.named_parameters() if learned else part.state_dict().items()
+            found += [(f"{name}: {key}", value) for key, value in state]
+        elif not learned:
+            # Squares of large gradients may be infinite.
+            found += [(f"{name}: {key}", value.nan_to_num(nan=th.nan, posinf=0, neginf=0)) for key, value in _tensors_of(part)]
+    for name, value in [*found, *((name, recursive_getattr(agent, name)) for name in variables)]:
+        n_wrong = int((~value.isfinite()).sum()) if value is not None else 0
+        if n_wrong:
+            raise ValueError(
+                f"{name} is not finite in {n_wrong:,} of {value.numel():,} numbers: learning had diverged, or the file was "
+                "altered. Load an agent or a checkpoint that was saved before"
+            )
+
+
+def _tensors_of(optimizer: th.optim.Optimizer) -> Iterator[tuple[str, th.Tensor]]:
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, th.Tensor):
+                yield f"{key} of parameter {number}", value
 
 
 def check_like(expected: Any, given: Any, where: str) -> None:

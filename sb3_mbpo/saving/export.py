@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_mbpo.saving.save_load import Saving
+from sb3_mbpo.saving.whole_files import written_whole
 from sb3_mbpo.validation.rules import shown
 
 # Names of input and output in an ONNX file.
@@ -245,7 +246,8 @@ class Exporting(Saving):
             content, program = torchscript(policy, example)
             check_equal(program, self, statistics)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with written_whole(path, "") as file:
+            file.write(content)
 
     def _statistics(self, given: Any) -> VecNormalize | None:
         """:return: of observations; ``None``: the policy sees them raw"""

@@ -59,6 +59,29 @@ def _stored(file: BinaryIO) -> zipfile.ZipFile:
     return archive
 
 
+def check_whole(file: BinaryIO) -> zipfile.ZipFile:
+    """
+    :param file: an agent's zip; is left where it was
+    :return: the same, of which every member is as it was written
+    :raises ValueError: it is no zip-file, was cut off, or a member of it has changed
+    """
+    start = file.tell()
+    try:
+        archive = zipfile.ZipFile(file)
+        changed = archive.testzip()
+    except Exception as error:
+        # Python has many errors for a damaged zip.
+        raise ValueError(f"it is no zip-file, or is damaged or cut off ({error})") from None
+    finally:
+        file.seek(start)
+    if changed is not None:
+        raise ValueError(f"it is damaged: {changed[:50]!r} in it has changed since it was written")
+    if any("/" in name for name in archive.namelist()):
+        # The members of an agent's zip are zips of PyTorch, and the last whole one is taken for the file.
+        raise ValueError("it is damaged or cut off, or no agent's zip-file")
+    return archive
+
+
 def read_members(content: bytes) -> dict[str, bytes]:
     """
     :param content: of a flat zip-file, none of it compressed

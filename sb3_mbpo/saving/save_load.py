@@ -1,9 +1,11 @@
 """What a model-based agent saves, loads and takes over, and how it changes places with its model-free relative."""
 
+import copy
 import inspect
 import io
 import json
 import warnings
+import weakref
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -19,11 +21,14 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.arguments.user_functions import check_device
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
-from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
-from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, save_tensors, starts_as_zip
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, check_fits
+from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
+from sb3_mbpo.saving.checked_tensors import check_weights
 from sb3_mbpo.saving.description import register
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
+from sb3_mbpo.saving.safe_files import check_whole
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
+from sb3_mbpo.saving.whole_files import check_checksum, skip_checksum, with_checksum, written_whole
 from sb3_mbpo.validation.misuse import missing_statistics
 from sb3_mbpo.validation.rules import did_you_mean, shown
 from sb3_mbpo.validation.unsupported import check_env
@@ -41,21 +46,21 @@ _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
 
 def _glance(path: Any) -> dict[str, Any] | None:
-    """The JSON in an agent's zip; ``None``: there is no dynamics in it. Empty for what is no zip: SB3 says what is wrong."""
-    file = open_path(path, "r", suffix="zip")
-    start = file.tell()
-    try:
-        archive = zipfile.ZipFile(file)
+    """
+    The JSON in an agent's zip; ``None``: there is no dynamics in it.
+
+    :raises ValueError: it is no zip-file, or a damaged one
+    """
+    file: Any = open_path(path, "r", suffix="zip")
+    with nullcontext() if file is path else file:
+        start = file.tell()
+        archive = check_whole(file)
         if "dynamics.pth" not in archive.namelist():
             return None
-        return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
-    except (zipfile.BadZipFile, ValueError):
-        return {}
-    finally:
-        if file is path:
+        try:
+            return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+        finally:
             file.seek(start)
-        else:
-            file.close()
 
 
 def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
@@ -64,8 +69,15 @@ def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
         raise ValueError(f"load: {cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
 
 
-def _loaded(agent: SelfSaving) -> SelfSaving:
-    """:return: the agent, after a warning where its env is not normalized as that which it learned in"""
+def _loaded(agent: SelfSaving, path: Any) -> SelfSaving:
+    """
+    :return: the agent, after a warning where its env is not normalized as that which it learned in
+    :raises ValueError: weights are not finite
+    """
+    try:
+        check_weights(agent)
+    except ValueError as error:
+        raise ValueError(f"load: {path}: {error}") from error
     if (warning := missing_statistics(agent)) is not None:
         warnings.warn(warning, stacklevel=3)
     return agent
@@ -76,11 +88,13 @@ class Saving(OffPolicyAlgorithm):
 
     observation_space: spaces.Box
     action_space: spaces.Box
-    replay_buffer: MixedReplayBuffer
     dynamics: Any
     dynamics_window: int | None
     model_train_freq: int
     retained_rollouts: int
+
+    #: Agents that were made of this one and got its env.
+    _plain_agents: tuple[weakref.ref[OffPolicyAlgorithm], ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,8 +120,8 @@ class Saving(OffPolicyAlgorithm):
         :param safe: ``False``: as SB3 does it, which runs whatever code the author of the file has put into it; ``True``:
             nothing is unpickled, and only JSON and tensors are read. Arguments that JSON cannot hold (functions, and classes
             of yours) have to be passed again, and ``tensorboard_log``, too
-        :raises ValueError: the zip is a model-free agent's, or ``kwargs`` has what is no argument of the constructor; or, with
-            ``safe``, the file is not what ``save`` writes
+        :raises ValueError: the zip is damaged or a model-free agent's, or weights in it are not finite, or ``kwargs`` has what
+            is no argument of the constructor; or, with ``safe``, the file is not what ``save`` writes
         """
         _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
         if env is not None:
@@ -117,8 +131,11 @@ class Saving(OffPolicyAlgorithm):
         if safe:
             if custom_objects is not None:
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
-            return _loaded(load_safely(cls, path, env, device, kwargs))
-        data = _glance(path)
+            return _loaded(load_safely(cls, path, env, device, kwargs), path)
+        try:
+            data = _glance(path)
+        except ValueError as error:
+            raise ValueError(f"load: {path}: {error}") from error
         if data is None:
             raise ValueError(
                 f"load: {path} holds no dynamics; it was saved by a model-free algorithm. To start from its networks, make a "
@@ -132,7 +149,7 @@ class Saving(OffPolicyAlgorithm):
             # SB3 keeps it under another name, and would not find it.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         try:
-            return _loaded(super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs))
+            agent = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
             shaping = {name: kwargs[name] for name in _SHAPING if name in kwargs}
             if not shaping:
@@ -141,19 +158,40 @@ class Saving(OffPolicyAlgorithm):
             raise ValueError(
                 f"load: the networks in {path} do not fit {passed} ({error}). Leave these out: they are in the file"
             ) from error
+        return _loaded(agent, path)
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
+        """
+        See SB3. If a file is refused, the agent's parameters stay.
+
+        :raises ValueError: the file is no zip-file, or a damaged one, or has weights that are not finite or do not fit
+        """
+        if isinstance(load_path_or_dict, dict):
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            return
+        before: Any = copy.deepcopy(self.get_parameters())
+        try:
+            _glance(load_path_or_dict)
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            check_weights(self)
+        except Exception as error:
+            super().set_parameters(before, device=device)
+            if isinstance(error, ValueError):
+                raise ValueError(f"set_parameters: {load_path_or_dict}: {error}") from error
+            raise
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads."""
+        """
+        See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads.
+
+        :raises OSError: it could not be written; a file of that name stays as it is
+        """
         whole = io.BytesIO()
         super().save(whole, exclude, include)
         with zipfile.ZipFile(whole, "a") as archive:
             archive.writestr(MEMBER, description_text(self))
-        file = open_path(path, "w", suffix="zip")
-        try:
+        with written_whole(path, "zip") as file:
             file.write(whole.getbuffer())
-        finally:
-            if file is not path:
-                file.close()
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
@@ -184,46 +222,96 @@ class Saving(OffPolicyAlgorithm):
         except MemoryError as error:
             raise ValueError(f"buffer_size={self.buffer_size} does not fit into memory ({error}). Lower it") from error
 
+    @property
+    def replay_buffer(self) -> MixedReplayBuffer:
+        """
+        The real and imagined transitions.
+
+        A plain ``ReplayBuffer`` of SB3 that is put in its place is taken over: the agent gets a ``MixedReplayBuffer`` with the
+        same transitions, which shares its arrays. ``None`` makes room.
+
+        :raises ValueError: on assignment: it is no replay buffer, or one of other envs, or has numbers that are not finite
+        """
+        return self.__dict__["replay_buffer"]  # type: ignore[no-any-return]
+
+    @replay_buffer.setter
+    def replay_buffer(self, buffer: ReplayBuffer | None) -> None:
+        if buffer is not None:
+            if not isinstance(buffer, ReplayBuffer):
+                raise ValueError(f"replay_buffer={shown(buffer)} must be a ReplayBuffer of Stable-Baselines3, or None")
+            check_fits(buffer, self.n_envs, self.observation_space, self.action_space)
+            if not isinstance(buffer, MixedReplayBuffer):
+                plain, buffer = buffer, self._make_replay_buffer()
+                buffer.adopt(plain)
+        # SB3 puts it there, too, when it loads a zip.
+        self.__dict__["replay_buffer"] = buffer
+
     def save_replay_buffer(self, path: Any, imagined: bool = False, safe: bool = False) -> None:
         """
-        See SB3; the file is as large as what is filled.
+        See SB3; the file is as large as what is filled, and has a checksum at its end.
 
         :param path: see SB3; a name that ends in ``.pt`` means ``safe``
         :param imagined: with the imagined transitions, too; without, a loaded agent imagines new ones before it trains
         :param safe: tensors instead of a pickle: nobody who loads it has to trust you
+        :raises ValueError: there is no buffer
+        :raises OSError: it could not be written; a file of that name stays as it is
         """
-        buffer, full = self.replay_buffer, self.replay_buffer.model_buffer
-        if safe or str(path).endswith(f".{SUFFIX}"):
-            save_tensors(buffer, path, imagined)
-            return
-        if not imagined:
-            buffer.model_buffer = ModelBuffer(full.widths[0], full.widths[1], full.refills.maxlen or 1, full.max_rows)
-        try:
-            super().save_replay_buffer(path)
-        finally:
-            buffer.model_buffer = full
+        buffer: MixedReplayBuffer | None = self.replay_buffer
+        if buffer is None:
+            raise ValueError("save_replay_buffer: the agent's replay_buffer is None: there is nothing to save")
+        safe = safe or means_tensors(path)
+        with written_whole(path, SUFFIX if safe else "pkl") as target, with_checksum(target) as file:
+            if safe:
+                save_tensors(buffer, file, imagined)
+                return
+            full = buffer.model_buffer
+            if not imagined:
+                buffer.model_buffer = ModelBuffer(full.widths[0], full.widths[1], full.refills.maxlen or 1, full.max_rows)
+            try:
+                super().save_replay_buffer(file)
+            finally:
+                buffer.model_buffer = full
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True, safe: bool = False) -> None:
         """
-        See SB3; also takes the pickled replay buffer of a model-free agent.
+        See SB3; also takes the pickled replay buffer of a model-free agent. If the file is refused, the agent's buffer stays.
 
+        :param path: see SB3; a file whose name ends in ``.pt`` is never unpickled
         :param safe: refuse a pickle, which would run whatever code its author has put into it
-        :raises ValueError: with ``safe``, or if it is no pickle: the file is not what ``save_replay_buffer`` writes
+        :raises ValueError: the file is not what ``save_replay_buffer`` of such an agent writes, was altered, or has numbers
+            that are not finite
         """
-        mine = self.replay_buffer
-        # It may have been thrown away to make room, or the agent moved to another device.
-        fits = mine is not None and mine.device == self.device
         file = open_path(path, "r", suffix=SUFFIX if safe else "pkl")
         with nullcontext() if file is path else file:
-            if safe or starts_as_zip(file):
-                mine = mine if fits else self._make_replay_buffer()
-                load_tensors(mine, file, path)
-                self.replay_buffer = mine
-                return
+            mine = self.replay_buffer
+            # It may have been thrown away to make room, or the agent moved to another device.
+            target = mine if mine is not None and mine.device == self.device else self._make_replay_buffer()
+            try:
+                if safe or means_tensors(file) or starts_as_zip(file):
+                    load_tensors(target, file)
+                else:
+                    target.adopt(self._unpickled(file, truncate_last_traj))
+                    target.device = self.device
+            except ValueError as error:
+                raise ValueError(f"load_replay_buffer: {path}: {error}") from error
+        self.replay_buffer = target
+
+    def _unpickled(self, file: Any, truncate_last_traj: bool) -> MixedReplayBuffer:
+        """:return: what SB3 makes of a pickle, as a mixed buffer; the agent's own stays"""
+        check_checksum(file)
+        mine = self.replay_buffer
+        try:
             super().load_replay_buffer(file, truncate_last_traj)
-        loaded, self.replay_buffer = self.replay_buffer, mine if fits else self._make_replay_buffer()
-        self.replay_buffer.adopt(loaded)
-        self.replay_buffer.device = self.device
+            skip_checksum(file)
+            return self.replay_buffer
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"it is damaged, or no pickle of a replay buffer that can be read here ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            self.replay_buffer = mine
 
     def prefill(self, data: Any) -> None:
         """
@@ -252,7 +340,7 @@ class Saving(OffPolicyAlgorithm):
         """
         :param policy: what its policy's state dict is to be; ``None``: that of the agent's policy
         :return: an agent of SB3's own class with the same arguments, networks, optimizers and counters, on the same env, and
-            an empty replay buffer
+            an empty replay buffer. The two may learn by turns: each begins with a reset after the other has learned
         """
         base: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, Saving))
         assert issubclass(base, OffPolicyAlgorithm)
@@ -274,7 +362,23 @@ class Saving(OffPolicyAlgorithm):
             {name: getattr(self, name) for name in variables},
         )
         file.seek(0)
-        return base.load(file, env=self.env, device=self.device)
+        plain = base.load(file, env=self.env, device=self.device)
+        self._plain_agents = (*self._plain_agents, weakref.ref(plain))
+        return plain
+
+    def _share_env(self) -> None:
+        """
+        Called when ``learn`` begins: one that has stepped the env since this agent did has left it elsewhere, and this agent
+        will do the same to it. Whoever has no last observation begins with a reset.
+        """
+        for plain in (reference() for reference in self._plain_agents):
+            if plain is not None and plain.env is self.env:
+                if plain._last_obs is not None:
+                    self._last_obs = None
+                plain._last_obs = None
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_plain_agents"]
 
     def check_parameters(self) -> None:
         """

@@ -68,10 +68,39 @@ def test_prune_removes_what_killed_writers_left(tmp_path):
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    left, busy = tmp_path / f".00002-step-9.{child}", tmp_path / f".00002-step-9.{os.getpid()}"
-    left.mkdir(), busy.mkdir()
+    # A process that runs; one that does not; and one that had the number that is now this one's.
+    names = [f".00002-step-9.{process}" for process in (os.getppid(), child, os.getpid())]
+    for name in names:
+        (tmp_path / name).mkdir()
     prune(tmp_path, keep=1)
-    assert not left.exists() and busy.exists()
+    assert [(tmp_path / name).exists() for name in names] == [True, False, False]
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_prune_follows_no_links(tmp_path, is_whole):
+    """To a checkpoint of another run: the link goes, and what it points to stays."""
+    other = write(tmp_path / "other", *content(7), step=7).path
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "00001-step-7").symlink_to(other, target_is_directory=True)
+    if not is_whole:
+        (other / "manifest.json").unlink()
+        (other / "kept").touch()
+    for i in range(2):
+        write(folder, *content(i), step=10 + i)
+        prune(folder, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["00002-step-10", "00003-step-11"]
+    assert same(read(other), 7) if is_whole else (other / "kept").exists()
+
+
+def test_a_manifest_that_nests_too_deep(tmp_path):
+    """It is passed over, and named with what to use instead."""
+    write(tmp_path, *content(0), step=10)
+    bad = write(tmp_path, *content(1), step=20).path
+    (bad / "manifest.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert same(newest(tmp_path), 0) and [one.step for one in listed(tmp_path)] == [10]
+    with pytest.raises(CheckpointError, match=r"00002-step-20: manifest\.json.*Use .*00001-step-10"):
+        read(bad)
 
 
 @pytest.mark.parametrize("name", ["state.json", "tensors.pt", "manifest.json"])
@@ -101,7 +130,7 @@ def test_another_format(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     path = write(tmp_path, *content(0), step=1).path
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"format 99.*reads format 1"):
+    with pytest.raises(CheckpointError, match=r"format 99.*reads format 2"):
         read(path)
 
 

@@ -1,6 +1,8 @@
 import json
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -87,7 +89,36 @@ def test_other_generators_go_on():
     assert th.equal(th.rand(5, generator=round_trip(new)), th.rand(5, generator=new))
 
 
-NOT_PLAIN = {"object": object(), "set": {"a": {1, 2}}, "bytes": b"", "text": np.array(["text"]), "function": lambda: None}
+def test_containers_of_other_types():
+    """Each comes back as what it was, and goes on as that."""
+    counted = defaultdict(list, {"a": [1]})
+    value = {"set": {1, "a", (2, 3)}, "frozen": frozenset({1}), "bytes": b"\x00\xff", "counter": Counter("aab")}
+    value |= {"default": counted, "ordered": OrderedDict(b=1, a=2), "no default": defaultdict(None, {1: 2})}
+    back = round_trip(value)
+    assert back == value and [type(item) for item in back.values()] == [type(item) for item in value.values()]
+    back["default"]["b"].append(2)
+    back["counter"].update("b")
+    assert back["default"] == {"a": [1], "b": [2]} and back["counter"]["b"] == 2
+
+
+class Point(NamedTuple):
+    x: int
+
+
+class Mode(IntEnum):
+    FAST = 1
+
+
+class Masked(np.ndarray):
+    pass
+
+
+NOT_PLAIN = {
+    **{"object": object(), "text": np.array(["text"]), "function": lambda: None},
+    # As their parent, they would come back as something else.
+    **{"namedtuple": [Point(1)], "enum": {"a": Mode.FAST}, "key": {Mode.FAST: 1}, "array": np.zeros(1).view(Masked)},
+    **{"factory": defaultdict(lambda: 7), "set": {Mode.FAST}, "another factory": defaultdict(object)},
+}
 
 
 @pytest.mark.parametrize("value", NOT_PLAIN.values(), ids=NOT_PLAIN)

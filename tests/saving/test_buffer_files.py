@@ -12,7 +12,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from tiny import FAST
 
 from sb3_mbpo import MBPO, MixedReplayBuffer
+from sb3_mbpo.buffers import replay_buffer
 from sb3_mbpo.buffers.replay_buffer import ROWS
+from sb3_mbpo.saving.whole_files import with_checksum
 
 
 def make(env="Pendulum-v1", **kwargs):
@@ -121,9 +123,38 @@ def test_a_pickle_is_not_opened(tmp_path, name):
     with pytest.raises(ValueError, match=rf"load_replay_buffer: .*{name}: it is no replay buffer saved with safe=True"):
         agent.load_replay_buffer(tmp_path / name, safe=True)
     assert not (tmp_path / "marker").exists()
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=rf"load_replay_buffer: .*{name}: .*"):
         agent.load_replay_buffer(tmp_path / name)
-    assert (tmp_path / "marker").exists(), "the payload is a real one"
+    assert (tmp_path / "marker").exists() == (name != "buffer.pt"), "the payload is a real one"
+
+
+@pytest.mark.parametrize("name", ["evil.pt", "evil.PT"])
+def test_a_name_that_promises_tensors_is_enough(tmp_path, name):
+    """Without ``safe`` too, by its name or as an open file: a pickle under such a name is refused unopened."""
+    (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
+    agent = make()
+    with open(tmp_path / name, "rb") as file:
+        for path in (tmp_path / name, str(tmp_path / name), file):
+            with pytest.raises(ValueError, match=r"load_replay_buffer: .*a pickle is not opened.*must not end in .pt then"):
+                agent.load_replay_buffer(path)
+    assert not (tmp_path / "marker").exists()
+    # What the error says works.
+    honest = make().learn(10)
+    honest.save_replay_buffer(tmp_path / "honest")
+    (tmp_path / "honest.pkl").rename(tmp_path / "honest.pt")
+    with pytest.raises(ValueError, match="a pickle is not opened"):
+        agent.load_replay_buffer(tmp_path / "honest.pt")
+    (tmp_path / "honest.pt").rename(tmp_path / "honest.pkl")
+    agent.load_replay_buffer(tmp_path / "honest.pkl")
+    assert agent.replay_buffer.size() == 10
+
+
+def test_an_open_file_with_such_a_name_gets_tensors(tmp_path):
+    with open(tmp_path / "buffer.pt", "wb") as file:
+        make().learn(10).save_replay_buffer(file)
+    agent = make()
+    agent.load_replay_buffer(tmp_path / "buffer.pt", safe=True)
+    assert agent.replay_buffer.size() == 10
 
 
 def test_an_honest_pickle_is_not_opened_either(tmp_path):
@@ -144,7 +175,8 @@ def changed(content, change):
     value = th.load(io.BytesIO(content), weights_only=True)
     value = change(value) or value
     file = io.BytesIO()
-    th.save(value, file)
+    with with_checksum(file) as summed:
+        th.save(value, summed)
     file.seek(0)
     return file
 
@@ -201,6 +233,196 @@ def test_cut_off_anywhere(content):
     for length in (0, 2, 100, len(content) // 2, len(content) - 1):
         with pytest.raises(ValueError, match="load_replay_buffer: "):
             make().load_replay_buffer(io.BytesIO(content[:length]), safe=True)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return make().learn(40)
+
+
+def all_of(agent):
+    buffer = agent.replay_buffer
+    return [
+        buffer.pos,
+        buffer.full,
+        *(getattr(buffer, name)[: buffer.size()].tobytes() for name in ROWS),
+        *map(str, imagined_of(buffer)),
+    ]
+
+
+def imagined_of(buffer):
+    rows, refills = buffer.model_buffer.contents()
+    return rows.tolist(), refills
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_flipped_bits(learned, safe):
+    """Of 200 flips none loads altered, and none of an altered file is read."""
+    file, agent, rng = io.BytesIO(), make(), np.random.default_rng(0)
+    learned.save_replay_buffer(file, imagined=True, safe=safe)
+    content, loaded = file.getvalue(), 0
+    agent.replay_buffer.reset()
+    before = all_of(agent)
+    # The last bytes are the checksum itself.
+    for place in [*rng.integers(len(content) - 48, size=170), *rng.integers(len(content) - 48, len(content), size=30)]:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(8)
+        try:
+            agent.load_replay_buffer(io.BytesIO(flipped), safe=safe)
+        except ValueError as error:
+            assert "checksum" in str(error) and all_of(agent) == before
+        else:
+            assert all_of(agent) == all_of(learned) and place >= len(content) - 48 and not safe
+            agent.replay_buffer.reset()
+            loaded += 1
+    assert loaded < 20
+    agent.load_replay_buffer(io.BytesIO(content), safe=safe)
+    assert all_of(agent) == all_of(learned)
+
+
+def test_cut_off_pickles(learned):
+    file = io.BytesIO()
+    learned.save_replay_buffer(file)
+    content = file.getvalue()
+    for length in (0, 2, 100, len(content) // 2, len(content) - 60):
+        with pytest.raises(ValueError, match=r"load_replay_buffer: .*it is damaged"):
+            make().load_replay_buffer(io.BytesIO(content[:length]))
+
+
+def test_what_follows_a_pickle_in_an_open_file_is_left_to_be_read(learned):
+    file = io.BytesIO()
+    learned.save_replay_buffer(file)
+    pickle.dump("more", file)
+    file.seek(0)
+    agent = make()
+    agent.load_replay_buffer(file)
+    assert pickle.load(file) == "more" and agent.replay_buffer.size() == 40
+
+
+# ---------------------------------------------------------------------- numbers that are not finite
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("rewards", (3, 0), np.nan, "rewards of env 0 in step 3 is nan"),
+        ("rewards", (39, 0), np.inf, "rewards of env 0 in step 39 is inf"),
+        ("observations", (20, 0, 1), -np.inf, "observations 1 of env 0 in step 20 is -inf"),
+        ("next_observations", (0, 0, 2), np.nan, "next_observations 2 of env 0 in step 0 is nan"),
+        ("actions", (7, 0, 0), np.nan, "actions 0 of env 0 in step 7 is nan"),
+        ("dones", (7, 0), np.nan, "dones of env 0 in step 7 is nan"),
+    ],
+)
+def test_numbers_that_are_not_finite(tmp_path, safe, name, place, value, message):
+    """Refused, with what and where; what the error recommends works."""
+    agent, other = make().learn(40), make().learn(5)
+    getattr(agent.replay_buffer, name)[place] = value
+    agent.save_replay_buffer(tmp_path / "buffer", safe=safe)
+    buffer, before = other.replay_buffer, all_of(other)
+    with pytest.raises(ValueError, match=f"load_replay_buffer: .*buffer: {message}, and an agent that .* becomes NaN"):
+        other.load_replay_buffer(tmp_path / "buffer", safe=safe)
+    assert other.replay_buffer is buffer and all_of(other) == before
+    rows = {key: getattr(agent.replay_buffer, key)[:40, 0] for key in ROWS}
+    finite = np.all([np.isfinite(rows[key]).reshape(40, -1).all(axis=1) for key in ROWS], axis=0)
+    names = {"observations": "observations", "next_observations": "next_observations", "rewards": "rewards"}
+    names |= {"dones": "terminations"}
+    data = {ours: rows[key][finite] for key, ours in names.items()}
+    other.prefill(data | {"actions": 2 * rows["actions"][finite], "terminations": data["terminations"] > 0})
+    assert other.replay_buffer.size() == 44 and other.learn(10).replay_buffer.size() == 54
+
+
+def test_far_into_a_large_file(monkeypatch, learned):
+    """The rows are looked at in blocks."""
+    monkeypatch.setattr(replay_buffer, "_ROWS_AT_ONCE", 7)
+    file, agent = io.BytesIO(), make().learn(40)
+    agent.replay_buffer.observations[33, 0, 2] = np.nan
+    agent.save_replay_buffer(file)
+    file.seek(0)
+    with pytest.raises(ValueError, match="observations 2 of env 0 in step 33 is nan"):
+        make().load_replay_buffer(file)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_imagined_numbers_that_are_not_finite(tmp_path, safe):
+    agent = make().learn(40)
+    agent.replay_buffer.model_buffer.rows[4, 2] = float("nan")
+    agent.save_replay_buffer(tmp_path / "buffer", imagined=True, safe=safe)
+    other = make()
+    with pytest.raises(ValueError, match=r"imagined transitions after number 0 are not finite.*without imagined=True"):
+        other.load_replay_buffer(tmp_path / "buffer", safe=safe)
+    agent.save_replay_buffer(tmp_path / "buffer", safe=safe)
+    other.load_replay_buffer(tmp_path / "buffer", safe=safe)
+    assert other.replay_buffer.size() == 40
+
+
+# ---------------------------------------------------------------------- what is no buffer, and plain buffers
+
+
+@pytest.mark.parametrize(
+    "content", [pickle.dumps({"a": 1}), pickle.dumps(None), b"", b"nothing", b"\x80\x05", b"cos\nnothing\n."]
+)
+def test_what_is_no_buffer_leaves_the_agents_own(tmp_path, content):
+    (tmp_path / "file.pkl").write_bytes(content)
+    agent = make().learn(5)
+    buffer, before = agent.replay_buffer, all_of(agent)
+    with pytest.raises(ValueError, match=r"load_replay_buffer: .*file.pkl: (it is damaged|replay_buffer=\{'a': 1\} must be)"):
+        agent.load_replay_buffer(tmp_path / "file.pkl")
+    assert agent.replay_buffer is buffer and all_of(agent) == before
+    agent.learn(5, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mixed"])
+def test_buffers_of_other_envs_leave_the_agents_own(tmp_path, kind):
+    other = (SAC if kind == "plain" else MBPO)("MlpPolicy", make_vec_env("Pendulum-v1", 2), gradient_steps=1).learn(10)
+    other.save_replay_buffer(tmp_path / "file")
+    agent = make().learn(5)
+    buffer, before = agent.replay_buffer, all_of(agent)
+    with pytest.raises(ValueError, match=r"load_replay_buffer: .*file: this replay buffer has n_envs=2, but the agent's must"):
+        agent.load_replay_buffer(tmp_path / "file")
+    assert agent.replay_buffer is buffer and all_of(agent) == before
+
+
+def plain_buffer(n=20):
+    sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=1000, seed=0).learn(n)
+    return sac.replay_buffer
+
+
+def test_a_plain_buffer_in_its_place(tmp_path):
+    """The agent makes it its own, and everything works."""
+    agent, plain = make(), plain_buffer()
+    agent.replay_buffer = plain
+    buffer = agent.replay_buffer
+    assert type(buffer) is MixedReplayBuffer and buffer.observations is plain.observations and buffer.size() == 20
+    agent.set_random_seed(3)
+    agent.learn(40)
+    assert buffer.size() == 60 and len(buffer.model_buffer) > 0
+    agent.save_replay_buffer(tmp_path / "buffer.pt")
+    agent.load_replay_buffer(tmp_path / "buffer.pt")
+    assert agent.replay_buffer.size() == 60
+
+
+def test_a_plain_buffer_inside_a_zip(tmp_path):
+    agent = make().learn(30)
+    vars(agent)["replay_buffer"] = plain_buffer()
+    agent.save(tmp_path / "agent", include=["replay_buffer"])
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    assert type(loaded.replay_buffer) is MixedReplayBuffer
+    assert loaded.learn(30).replay_buffer.size() == 50
+
+
+def test_what_is_put_in_its_place_must_fit():
+    agent = make().learn(5)
+    buffer = agent.replay_buffer
+    with pytest.raises(ValueError, match=r"replay_buffer=\[1\] must be a ReplayBuffer of Stable-Baselines3, or None"):
+        agent.replay_buffer = [1]
+    two = make(make_vec_env("Pendulum-v1", 2), gradient_steps=1)
+    with pytest.raises(ValueError, match="n_envs=2"):
+        agent.replay_buffer = two.replay_buffer
+    assert agent.replay_buffer is buffer
+    agent.replay_buffer = None
+    with pytest.raises(ValueError, match="save_replay_buffer: the agent's replay_buffer is None"):
+        agent.save_replay_buffer("buffer")
 
 
 def test_a_pickle_inside_the_zip(tmp_path, content):

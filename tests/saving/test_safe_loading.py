@@ -257,7 +257,7 @@ def test_no_pickle_can_be_reached():
             reached.add(module)
             waiting += imported_modules(sources[module], module)
     read = ("description", "plain_values", "checked_tensors", "safe_files", "save_load")
-    resumed = ("resume_callback", "checkpoint", "training_state", "env_state", "packing")
+    resumed = ("resume_callback", "checkpoint", "training_state", "callback_state", "env_state", "packing")
     assert {"arguments.arguments", *(f"saving.{name}" for name in read)} <= reached
     assert {f"checkpoints.{name}" for name in resumed} <= reached
     assert {module: forbidden_names(sources[module]) for module in reached if forbidden_names(sources[module])} == {}

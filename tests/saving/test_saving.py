@@ -1,6 +1,9 @@
 import copy
+import gc
 import io
 import sys
+import weakref
+import zipfile
 
 import gymnasium as gym
 import numpy as np
@@ -10,10 +13,10 @@ from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecNormalize
-from tiny import FAST, equal_agents
+from tiny import FAST, TruePendulum, equal_agents
 
 import sb3_mbpo
-from sb3_mbpo import MBPO, MBTD3
+from sb3_mbpo import DHMBPO, MBPO, MBTD3
 
 
 def falls(obs, actions, next_obs):
@@ -171,10 +174,72 @@ def test_an_agent_without_dynamics(tmp_path, where):
 
 def test_no_zip_at_all(tmp_path):
     (tmp_path / "agent.zip").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="wasn't a zip-file"):
-        MBPO.load(tmp_path / "agent.zip")
+    for load in (MBPO.load, MBPO("MlpPolicy", "Pendulum-v1", **FAST).set_parameters):
+        with pytest.raises(ValueError, match=r"(load|set_parameters): .*agent.zip: it is no zip-file, or is damaged"):
+            load(tmp_path / "agent.zip")
     with pytest.raises(FileNotFoundError):
         MBPO.load(tmp_path / "other.zip")
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return MBPO("MlpPolicy", "Pendulum-v1", termination_fn="learned", **FAST).learn(40)
+
+
+def test_a_damaged_zip_is_called_damaged(tmp_path, agent):
+    """Cut off anywhere, or a byte changed: not taken for the file of another algorithm, whole as the zips inside it may be."""
+    agent.save(tmp_path / "whole")
+    content, other = (tmp_path / "whole.zip").read_bytes(), MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "seed": 1})
+    before = copy.deepcopy(other.get_parameters())
+    lengths = [int(share * len(content)) for share in (0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999)]
+    damaged = [content[:length] for length in lengths]
+    with zipfile.ZipFile(tmp_path / "whole.zip") as archive:
+        for member in archive.infolist():
+            place = member.header_offset + 30 + len(member.filename) + member.file_size // 2
+            damaged.append(content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :])
+    for one in damaged:
+        (tmp_path / "agent.zip").write_bytes(one)
+        for load in (MBPO.load, other.set_parameters):
+            with pytest.raises(ValueError, match=r"(load|set_parameters): .*agent.zip: it is .*damaged"):
+                load(tmp_path / "agent.zip")
+    assert same_state(before, other.get_parameters())
+
+
+# Where a number is spoilt, what then, and what the error says.
+SPOILT = {
+    "policy": (lambda a: a.actor.mu.weight, "policy: actor.mu.weight is not finite in 1 of 8 numbers"),
+    "target": (lambda a: a.critic_target.qf1[0].bias, "policy: critic_target.qf1.0.bias is not finite in 1 of 8"),
+    "variable": (lambda a: a.log_ent_coef, "log_ent_coef is not finite in 1 of 1"),
+    "dynamics": (lambda a: a.dynamics.mlp.layers[0].weight, "dynamics: mlp.layers.0.weight is not finite"),
+    "reward": (lambda a: next(a.learned_reward.parameters()), "learned_reward: .* is not finite in 1 of"),
+    "termination": (lambda a: next(a.learned_termination.parameters()), "learned_termination: .* is not finite in 1 of"),
+    "optimizer": (
+        lambda a: next(iter(a.actor.optimizer.state.values()))["exp_avg"],
+        "actor.optimizer: exp_avg of parameter 0 is not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", SPOILT)
+def test_weights_that_are_not_finite(tmp_path, agent, name, value):
+    """Refused with what and where, by each way to load; an infinite moment of Adam is harmless."""
+    spoilt = copy.deepcopy(agent)
+    part, message = SPOILT[name]
+    part(spoilt).data.view(-1)[0] = value
+    spoilt.save(tmp_path / "agent")
+    other = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "seed": 1})
+    before = copy.deepcopy(other.get_parameters())
+    loads = [MBPO.load, lambda path: MBPO.load(path, safe=True)]
+    # SB3 does not count variables among the parameters.
+    loads += [other.set_parameters] if name != "variable" else []
+    for load in loads:
+        if (name, value) == ("optimizer", float("inf")):
+            load(tmp_path / "agent")
+            continue
+        with pytest.raises(ValueError, match=rf"(load|set_parameters): .*agent: {message}.* Load an agent or a checkpoint"):
+            load(tmp_path / "agent")
+        assert same_state(before, other.get_parameters())
 
 
 # ---------------------------------------------------------------------- replay buffers
@@ -283,6 +348,51 @@ def test_the_model_free_agent(tmp_path, cls, base, method, monkeypatch):
     plain.learn(40, reset_num_timesteps=False)
     assert all(th.equal(before[key], value) for key, value in agent.policy.state_dict().items())
     assert set(vars(loaded)) == set(vars(base("MlpPolicy", "Pendulum-v1").learn(2)))
+
+
+def true_transitions(buffer):
+    """For each stored step, whether Pendulum goes from that observation by that action to the next one."""
+    obs, actions, next_obs = (
+        getattr(buffer, name)[: buffer.size(), 0] for name in ("observations", "actions", "next_observations")
+    )
+    predicted, _ = TruePendulum(3, 1).sample(th.as_tensor(obs), th.as_tensor(actions))
+    return np.abs(predicted.numpy() - next_obs).max(axis=1) < 1e-3
+
+
+@pytest.mark.parametrize(("cls", "method"), [(MBPO, "to_sac"), (DHMBPO, "to_sac"), (MBTD3, "to_td3")])
+def test_both_may_learn_in_the_env_that_they_share(cls, method):
+    """By turns: no transition leads from where the one was to where the other has gone."""
+    agent = cls("MlpPolicy", "Pendulum-v1", **FAST).learn(30)
+    agent.learn(5, reset_num_timesteps=False)
+    first, second = getattr(agent, method)(), getattr(agent, method)()
+    assert first.env is agent.env
+    for one in (first, agent, first, agent, agent, second, agent):
+        one.learn(7, reset_num_timesteps=False)
+    for one in (agent, first, second):
+        assert true_transitions(one.replay_buffer).all()
+
+
+def test_an_agent_whose_model_free_one_does_not_learn_goes_on_undisturbed():
+    """To the last bit, also where that one has an env of its own."""
+    agents = [MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30) for _ in range(2)]
+    plain = agents[0].to_sac()
+    plain.set_env(gym.make("Pendulum-v1"))
+    state = th.get_rng_state(), np.random.get_state()
+    for agent in agents:
+        th.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        agent.learn(10, reset_num_timesteps=False)
+        plain.learn(3, reset_num_timesteps=False)
+    assert equal_agents(*agents)
+
+
+def test_the_model_free_agent_is_not_kept_alive(tmp_path):
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    reference = weakref.ref(agent.to_sac())
+    gc.collect()
+    assert reference() is None
+    agent.save(tmp_path / "agent")
+    assert MBPO.load(tmp_path / "agent", env=agent.env).learn(3) and agent.learn(3)
 
 
 def test_the_model_free_agent_without_an_env(tmp_path):

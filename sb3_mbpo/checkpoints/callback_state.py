@@ -1,0 +1,172 @@
+"""The state of callbacks, taken out and put back: what they have counted, never where they write or what they are made of."""
+
+import functools
+import inspect
+import io
+import logging
+import re
+import types
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, take_envs
+from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+
+# Attributes of a callback that SB3 sets anew, from arguments too, or that say where files go.
+_SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
+_SET_ANEW |= {"log_path", "best_model_save_path", "save_path", "_total_max_episodes"}
+# What a callback is made of, and what it writes to.
+_NO_STATE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
+_NO_STATE += (functools.partial, Logger, logging.Logger, KVWriter, io.IOBase, PurePath, BaseCallback, BaseAlgorithm)
+_NO_STATE += (th.nn.Module, gym.Space, th.device, th.dtype, np.dtype)
+# Names and texts that say where a file is. Where a run writes is said by its command, never by a checkpoint.
+_NAME_OF_A_PLACE = re.compile(r"(path|dir|directory|folder|file|filename|url)s?$", re.IGNORECASE)
+_PLACE = re.compile(r"[/\\]|^~|^\.\.?$")
+
+
+def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
+    """:return: a callback and all those inside it, also in lists, tuples and values of dictionaries, in a fixed order"""
+    found = [callback]
+    for one in found:
+        for value in vars(one).values():
+            found += [item for item in _callbacks_in(value) if item not in found]
+    return found
+
+
+def _callbacks_in(value: Any) -> Iterator[BaseCallback]:
+    if isinstance(value, BaseCallback):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _callbacks_in(item)
+
+
+def _arguments(callback: BaseCallback) -> set[str]:
+    """Names of the constructor's arguments, also of those that it passes on."""
+    constructors = [kind.__init__ for kind in type(callback).__mro__ if "__init__" in vars(kind)]  # type: ignore[misc]
+    return {name for one in constructors for name in inspect.signature(one).parameters}
+
+
+def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """All texts in a value, with the name that is nearest to each."""
+    if isinstance(value, str | bytes):
+        yield name, value if isinstance(value, str) else value.decode(errors="replace")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(item, key if isinstance(key, str) else name)
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        for item in value:
+            yield from _texts(item, name)
+
+
+def _says_a_place(name: str, value: Any) -> bool:
+    """Whether an attribute says where a file is."""
+    return any(_NAME_OF_A_PLACE.search(key) or _PLACE.search(text) for key, text in _texts(value, name))
+
+
+def may_put(owner: Any, name: str) -> bool:
+    """
+    Whether an attribute may be set from a file: never in the place of a method, a function or an object.
+
+    :param owner: an agent or a callback
+    :param name: that the file gives
+    """
+    if name in vars(owner):
+        try:
+            pack(vars(owner)[name], {})
+        except (CannotPackError, RecursionError):
+            return False
+        return True
+    of_class = inspect.getattr_static(type(owner), name, None)
+    return not (name.startswith("__") or callable(of_class) or hasattr(of_class, "__get__"))
+
+
+def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
+    """
+    What is plain of a callback, but arguments of its constructor and what says where a file is; and the state of its envs, if
+    it has any of its own.
+
+    :param callback: one of ``all_callbacks``
+    :param tensors: see :func:`.packing.pack`
+    :param name: what the tensors' names begin with
+    :return: JSON; under ``"lost"``, by name, what could not be saved
+    """
+    state: dict[str, Any] = {}
+    envs: dict[str, Any] = {}
+    lost: dict[str, str] = {}
+    without = _SET_ANEW | _arguments(callback)
+    for key, value in vars(callback).items():
+        try:
+            if isinstance(value, VecEnv) and key not in _SET_ANEW:
+                envs[key] = take_envs(value, tensors, f"{name}.{key}")
+            elif key in without:
+                continue
+            elif not _says_a_place(key, value):
+                state[key] = pack(value, tensors, f"{name}.{key}")
+            elif not isinstance(value, str | bytes):
+                # Beside a place, it may hold counters.
+                lost[key] = f"{type(value).__name__} that says where a file is"
+        except CannotRestoreError as error:
+            lost[key] = str(error)
+        except (CannotPackError, RecursionError):
+            if not isinstance(value, _NO_STATE) and next(_callbacks_in(value), None) is None:
+                lost[key] = type(value).__name__
+    return {"class": type(callback).__name__, "state": state, "envs": envs, "lost": lost}
+
+
+def put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> dict[str, str]:
+    """
+    Each gets the state of its class's first, second, ... in the run; one that the run did not have starts anew.
+
+    :param callbacks: see ``all_callbacks``
+    :param states: from ``take_callback``, of all
+    :param tensors: what it filled
+    :return: what could not be restored, such as ``"MyCallback.seen"``, and why
+    """
+    seen: Counter[str] = Counter()
+    lost: dict[str, str] = {}
+    for callback in callbacks:
+        kind = type(callback).__name__
+        mine = [state for state in states if state["class"] == kind]
+        if seen[kind] < len(mine):
+            problems = _put_callback(callback, mine[seen[kind]], tensors)
+            lost |= {f"{kind}.{key}": reason for key, reason in problems.items()}
+        seen[kind] += 1
+    return lost
+
+
+def _put_callback(callback: BaseCallback, state: dict[str, Any], tensors: Tensors) -> dict[str, str]:
+    """A checkpoint may be foreign: what is not taken is not put back."""
+    lost = dict(state["lost"])
+    without = _SET_ANEW | _arguments(callback)
+    for key, packed in state["state"].items():
+        if key in without or not may_put(callback, key):
+            continue
+        value = unpack(packed, tensors)
+        if not any(_says_a_place(key, one) for one in (value, vars(callback).get(key))):
+            setattr(callback, key, value)
+    for key, env_state in state["envs"].items():
+        try:
+            env = vars(callback).get(key)
+            if isinstance(env, VecEnv) and key not in _SET_ANEW:
+                put_envs(env, env_state, tensors)
+        except CannotRestoreError as error:
+            lost[key] = str(error)
+    return lost
+
+
+def tell_callbacks(callbacks: list[BaseCallback]) -> None:
+    """Last of all, call ``on_resume()`` of those that have it."""
+    for callback in callbacks:
+        if hasattr(callback, "on_resume"):
+            callback.on_resume()

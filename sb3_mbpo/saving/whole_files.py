@@ -1,0 +1,180 @@
+"""Files that are written as a whole or not at all, and that show whether a byte of them has changed."""
+
+import hashlib
+import io
+import os
+import platform
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stable_baselines3.common.save_util import open_path
+
+# Stands at the end of a file, before the SHA-256 of all that comes before it. A pickle and a zip end before it.
+_MARK = b"sb3_mbpo sha256 "
+_SUM_LENGTH = len(_MARK) + hashlib.sha256().digest_size
+_BLOCK = 2**20
+
+
+@contextmanager
+def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
+    """
+    Where to write a file, by the rules of SB3's ``open_path(path, "w", suffix=suffix)``.
+
+    The content goes to a hidden file beside it, is flushed to the disk, and then gets the name. Whatever interrupts this, a
+    file that had the name stays as it is.
+
+    :param path: a name; without a suffix, it gets ``suffix``; missing folders are made. Or an open file, which is written to
+        as it is and stays open
+    :param suffix: without the dot
+    :raises OSError: the disk is full, or the folder cannot be written to; nothing is left behind
+    """
+    if not isinstance(path, str | Path):
+        yield open_path(path, "w")  # type: ignore[misc]
+        return
+    target = _target(Path(path), suffix)
+    if target.exists() and not target.is_file():  # a device, or a pipe
+        with target.open("wb") as file:
+            yield file
+        return
+    unfinished = target.parent / f"{_unfinished_prefix(target)}{os.getpid()}-{threading.get_ident()}.part"
+    _remove_leftovers(target)
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            flush(file)
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        unfinished.replace(target)
+        flush_folder(target.parent)
+    except BaseException as error:
+        if unfinished.parent.is_dir():
+            unfinished.unlink(missing_ok=True)
+        # torch has errors of its own for a full disk.
+        if isinstance(error, OSError | RuntimeError):
+            there = "; the file of that name is as it was" if target.exists() else ""
+            free = shutil.disk_usage(target.parent).free
+            raise OSError(f"{target} could not be written{there}: {error} ({free:,} bytes are free there)") from error
+        raise
+
+
+def _target(path: Path, suffix: str) -> Path:
+    """The file that SB3 would open, with its warnings; behind links, the file that they lead to."""
+    if path.suffix == "" and suffix:
+        path = Path(f"{path}.{suffix}")
+    if path.is_dir():
+        warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2", stacklevel=5)
+        return _target(Path(f"{path}_2"), suffix)
+    if not path.parent.exists():
+        warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=5)
+        path.parent.mkdir(exist_ok=True, parents=True)
+    return Path(os.path.realpath(path))
+
+
+def _unfinished_prefix(target: Path) -> str:
+    # Of a process on another machine, which may share the folder, nobody here knows whether it is still running.
+    return f".{target.name[:100]}.{platform.node()}-"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed processes have left behind of the same file."""
+    pattern = re.escape(_unfinished_prefix(target)) + r"(\d+)-\d+\.part"
+    for name in os.listdir(target.parent) if target.parent.is_dir() else ():
+        match = re.fullmatch(pattern, name)
+        if match and not is_running(int(match[1])):
+            (target.parent / name).unlink(missing_ok=True)
+
+
+def flush(file: Any) -> None:
+    """:param file: what was written to it is on the disk afterwards"""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """:param path: the names in this folder are on the disk afterwards"""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_running(process: int) -> bool:
+    """:return: whether there is a process of this number on this machine; ``True`` where that is not known"""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+class _Summing(io.RawIOBase):
+    """Hands what is written to it on to a file, and keeps its SHA-256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sum = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, block: Any) -> int:
+        written = self.file.write(block)
+        self.sum.update(memoryview(block)[:written])
+        return written
+
+
+@contextmanager
+def with_checksum(file: BinaryIO) -> Iterator[io.BufferedWriter]:
+    """
+    :param file: open for writing
+    :return: where to write instead; at the end, the checksum is added to ``file``
+    """
+    summing = _Summing(file)
+    with io.BufferedWriter(summing) as writer:
+        yield writer  # type: ignore[misc]
+        writer.flush()
+        file.write(_MARK + summing.sum.digest())
+
+
+def check_checksum(file: BinaryIO) -> bool:
+    """
+    :param file: open for reading; is left where it was
+    :return: whether there is a checksum at its end; without one, the file may have been written by SB3
+    :raises ValueError: there is one, and the file from here to there has changed since it was written
+    """
+    start = file.tell()
+    try:
+        length = file.seek(0, io.SEEK_END) - start - _SUM_LENGTH
+        if length < 0:
+            return False
+        file.seek(start + length)
+        mark = file.read(_SUM_LENGTH)
+        if not mark.startswith(_MARK):
+            return False
+        found = hashlib.sha256()
+        file.seek(start)
+        for place in range(0, length, _BLOCK):
+            found.update(file.read(min(_BLOCK, length - place)))
+        if found.digest() != mark[len(_MARK) :]:
+            raise ValueError("it is damaged: its checksum differs, so a part of it was altered")
+        return True
+    finally:
+        file.seek(start)
+
+
+def skip_checksum(file: BinaryIO) -> None:
+    """:param file: open for reading; if a checksum comes next, it is read past"""
+    start = file.tell()
+    if not file.read(_SUM_LENGTH).startswith(_MARK):
+        file.seek(start)
