@@ -28,8 +28,8 @@ _OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log
 _SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
 _SET_ANEW |= {"log_path", "best_model_save_path", "save_path"}
 # Names and texts that say where a file is. Where a run writes is said by its command, never by a checkpoint.
-_NAME_OF_A_PLACE = re.compile(r"(path|dir|directory|folder|file|filename|url)s?$", re.IGNORECASE)
-_PLACE = re.compile(r"[/\\]|^~|^\.\.?$")
+_NAME_OF_A_PLACE = r"(?i)(path|dir|directory|folder|file|filename|url)s?$"
+_PLACE = r"[/\\]|^~|^\.\.?$"
 
 
 def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, envs: bool = True) -> dict[str, Any]:
@@ -346,7 +346,7 @@ def _is_of_the_run(callback: BaseCallback, name: str, value: Any) -> bool:
     """
     if name in _SET_ANEW or name in _arguments(type(callback)):
         return False
-    return not any(_NAME_OF_A_PLACE.search(key) or _PLACE.search(text) for key, text in _texts(value, name))
+    return not any(re.search(_NAME_OF_A_PLACE, key) or re.search(_PLACE, text) for key, text in _texts(value, name))
 
 
 def _arguments(kind: type) -> set[str]:
