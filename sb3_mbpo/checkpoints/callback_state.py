@@ -30,8 +30,8 @@ _NO_STATE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.Built
 _NO_STATE += (functools.partial, Logger, logging.Logger, KVWriter, io.IOBase, PurePath, BaseCallback, BaseAlgorithm)
 _NO_STATE += (th.nn.Module, gym.Space, th.device, th.dtype, np.dtype)
 # Names and texts that say where a file is. Where a run writes is said by its command, never by a checkpoint.
-_NAME_OF_A_PLACE = re.compile(r"(path|dir|directory|folder|file|filename|url)s?$", re.IGNORECASE)
-_PLACE = re.compile(r"[/\\]|^~|^\.\.?$")
+_NAME_OF_A_PLACE = r"(?i)(path|dir|directory|folder|file|filename|url)s?$"
+_PLACE = r"[/\\]|^~|^\.\.?$"
 
 
 def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
@@ -71,7 +71,7 @@ def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def _says_a_place(name: str, value: Any) -> bool:
     """Whether an attribute says where a file is."""
-    return any(_NAME_OF_A_PLACE.search(key) or _PLACE.search(text) for key, text in _texts(value, name))
+    return any(re.search(_NAME_OF_A_PLACE, key) or re.search(_PLACE, text) for key, text in _texts(value, name))
 
 
 def may_put(owner: Any, name: str) -> bool:
