@@ -55,8 +55,9 @@ class DHMBPO(ModelBased, SAC):
     :param distribution_freq: updates from one distribution rollout to the next
     :param real_roots: share of the training rollouts that start at real states instead of imagined ones
     :param value_quantiles: quantiles of the soft rewards that bound the values, see :func:`.value_expansion.value_bounds`
-    :param actor_tau: deterministic actions come from an average of the actor's weights, which moves so much of the way to the
-        weights in each update, as ``tau`` says of the target critics; 1: the actor itself
+    :param actor_tau: deterministic actions come from an average of the actor's weights. In each update it moves by this rate
+        towards the weights, and faster at first: by 10 / updates until that is less. 1: the actor itself. After you set the
+        actor's weights yourself, call ``policy.average(1.0)``
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": DHMBPOPolicy}
@@ -402,7 +403,10 @@ class DHMBPO(ModelBased, SAC):
         """
         state = {name: value for name, value in self.policy.state_dict().items() if not name.startswith("average_actor.")}
         actor = self.policy.deterministic_actor.state_dict()
-        return self._model_free(state | {f"actor.{name}": value for name, value in actor.items()})
+        sac = self._model_free(state | {f"actor.{name}": value for name, value in actor.items()})
+        # SAC would not move it.
+        sac.policy.average_actor = None
+        return sac
 
     @th.no_grad()
     def _move_targets(self) -> None:

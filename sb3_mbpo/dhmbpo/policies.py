@@ -1,5 +1,7 @@
 """SAC's policy with what double-horizon learning needs: standardized observations, smooth layers, values within bounds."""
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,8 +181,8 @@ class DHMBPOPolicy(SACPolicy):
     What differs from ``SACPolicy`` are defaults, the features extractor and
 
     :param layer_norm: normalize what goes into each layer of a critic but the first
-    :param average_actor: keep an average of the actor's weights, and act with it where actions are deterministic, see
-        :meth:`average`
+    :param average_actor: keep an average of the actor's weights, and act with it where actions are deterministic. DHMBPO
+        sets it; another trainer of such a policy has to call :meth:`average`
     """
 
     critic: BoundedCritic
@@ -248,27 +250,48 @@ class DHMBPOPolicy(SACPolicy):
 
     def begin_average(self) -> None:
         """Start the average of the actor's weights at the present ones."""
-        self.average_actor = self.make_actor().requires_grad_(False)
-        self.average_actor.load_state_dict(self.actor.state_dict())
-        self.average_actor.set_training_mode(False)
+        # A copy draws no random numbers, a new actor would: training is the same with and without an average.
+        average = copy.deepcopy(self.actor).requires_grad_(False)
+        del average.optimizer
+        average.set_training_mode(False)
+        self.average_actor = average
 
     @th.no_grad()
     def average(self, rate: float) -> None:
         """
         Move the average towards the actor: average += rate * (actor - average). Without one, nothing happens.
 
+        Buffers, such as the statistics of a batch normalization, are those of the actor.
+
         :param rate: from 0 to 1
         """
         if self.average_actor is not None:
+            for mine, new in zip(self.average_actor.buffers(), self.actor.buffers(), strict=True):
+                mine.copy_(new)
             averages = [parameter.data for parameter in self.average_actor.parameters()]
             th._foreach_lerp_(averages, [parameter.data for parameter in self.actor.parameters()], rate)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """See PyTorch; the average starts at the actor where there is none, as in a policy of SAC's."""
-        if self.average_actor is not None and not any(name.startswith("average_actor.") for name in state_dict):
-            actor = {f"average_{name}": value for name, value in state_dict.items() if name.startswith("actor.")}
-            state_dict = {**state_dict, **actor}
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        """See PyTorch, and :meth:`fitting`."""
+        return super().load_state_dict(self.fitting(state_dict), *args, **kwargs)
+
+    def fitting(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """
+        :param state_dict: of a policy with or without an average, such as one of SAC's
+        :return: the same for this policy: without the average that it does not have, or with one that starts at the actor
+        """
+        state = OrderedDict(state_dict)
+        if hasattr(state_dict, "_metadata"):
+            state._metadata = state_dict._metadata  # type: ignore[attr-defined]
+        averages = [name for name in state if str(name).startswith("average_actor.")]
+        if self.average_actor is None:
+            for name in averages:
+                del state[name]
+        elif not averages:
+            actor = {name: value for name, value in state.items() if str(name).startswith("actor.")}
+            copied = {name: value.clone() if isinstance(value, th.Tensor) else value for name, value in actor.items()}
+            state.update({f"average_{name}": value for name, value in copied.items()})
+        return state
 
     @property
     def deterministic_actor(self) -> Actor:

@@ -40,8 +40,10 @@ def with_values_of_ends(rewards: th.Tensor, alive: th.Tensor, values: th.Tensor)
     """
     Rewards with the value of the state and action in place of the reward where the episode ends.
 
-    Both are what the state and action are worth. But the reward of an end hardly changes with the action, and a trajectory
-    that ends passes no gradient back, while Q knows of the actions that would have gone on.
+    Where the step is sure to end, both are the same number. Where it may also go on, with probability 1 - p, the sum is too
+    high by p (1 - p) (value of going on - reward): branches that went on count as they are. But the reward of an end hardly
+    changes with the action, so that a trajectory that ends passes no gradient back, while Q knows of the actions that would
+    have gone on.
 
     :param rewards: ``(H, B)``
     :param alive: 1 until the episode has ended, then 0, ``(H + 1, B)``

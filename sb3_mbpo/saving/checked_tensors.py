@@ -153,6 +153,10 @@ def restore(agent: Any, tensors: dict[str, Any]) -> None:
     if set(tensors) != {*names, VARIABLES}:
         _complain_of_keys({*names, VARIABLES}, tensors, "the file")
     parts = {name: recursive_getattr(agent, name) for name in names}
+    # A policy may know how to take what was saved with other arguments.
+    fitting = {name: part.fitting for name, part in parts.items() if hasattr(part, "fitting")}
+    fitted = {name: fit(tensors[name]) for name, fit in fitting.items() if isinstance(tensors[name], Mapping)}
+    tensors = {**tensors, **fitted}
     for name, part in parts.items():
         if isinstance(part, th.optim.Optimizer):
             check_optimizer(part, tensors[name], name)

@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
 from true_systems import TruePendulum
@@ -57,6 +58,17 @@ class Linear(DynamicsModel):
     def sample(self, obs, actions):
         next_obs = obs @ self.a.to(obs) + actions @ self.b.to(obs)
         return next_obs, -obs.square().sum(dim=1) - 0.5 * actions.square().sum(dim=1) + next_obs.sum(dim=1)
+
+
+class Normalizing(BaseFeaturesExtractor):
+    """With statistics that training changes."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 3)
+        self.norm = th.nn.BatchNorm1d(3)
+
+    def forward(self, observations):
+        return self.norm(observations)
 
 
 def never(obs, actions, next_obs):
@@ -396,6 +408,28 @@ def test_deterministic_actions_come_from_the_average_of_the_actors_weights():
     assert np.allclose(model.policy.scale_action(sampled), model.actor(obs).detach(), atol=1e-5)
 
 
+def test_an_average_changes_nothing_of_the_training():
+    averaging, plain = (agent(actor_tau=tau).learn(50) for tau in (0.1, 1))
+    assert all(th.equal(a, b) for a, b in zip(averaging.actor.parameters(), plain.actor.parameters(), strict=True))
+
+
+def test_statistics_of_layers_are_those_of_the_actor():
+    policy = agent(policy_kwargs={"net_arch": [8], "features_extractor_class": Normalizing}, gradient_steps=3).learn(30).policy
+    own, average = policy.actor.features_extractor.norm, policy.average_actor.features_extractor.norm
+    assert own.num_batches_tracked > 0 and th.equal(own.running_var, average.running_var)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize(("saved", "loaded"), [(0.1, 1), (1, 0.1)])
+def test_an_agent_is_loaded_with_and_without_an_average(tmp_path, saved, loaded, safe):
+    model = agent(actor_tau=saved).learn(30)
+    model.save(tmp_path / "agent")
+    other = DHMBPO.load(tmp_path / "agent", actor_tau=loaded, safe=safe)
+    assert (other.policy.average_actor is None) == (loaded == 1)
+    obs = th.randn(20, 3)
+    assert th.equal(other.policy.deterministic_actor(obs, True), model.actor(obs, True))
+
+
 def test_without_an_average_the_actor_acts():
     for model in (agent(actor_tau=1).learn(40), agent(real_ratio=1)):
         assert model.policy.average_actor is None and model.policy.deterministic_actor is model.actor
@@ -419,6 +453,8 @@ def test_the_average_goes_where_the_policy_goes(tmp_path):
     assert sac.policy.average_actor is None and np.allclose(sac.predict(obs, deterministic=True)[0], acted, atol=1e-3)
     sac.set_env(gym.make("Pendulum-v1"))
     sac.learn(60)
+    again = agent(policy_kwargs={"net_arch": [16, 16], "average_actor": True}).to_sac()
+    assert again.policy.average_actor is None
     assert not np.allclose(sac.predict(obs, deterministic=True)[0], acted, atol=1e-3)
 
 
