@@ -38,7 +38,8 @@ def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
     """:return: a callback and all those inside it, also in lists, tuples and values of dictionaries, in a fixed order"""
     found = [callback]
     for one in found:
-        for value in vars(one).values():
+        # SB3 sets `locals` anew; until then it holds the callbacks of an earlier `learn`.
+        for value in (value for name, value in vars(one).items() if name not in _SET_ANEW):
             found += [item for item in _callbacks_in(value) if item not in found]
     return found
 

@@ -75,6 +75,19 @@ def test_other_settings_are_passed_as_a_callback(tmp_path):
     assert resume(tmp_path / "run", "Pendulum-v1", [callback]).num_timesteps == 5
 
 
+def test_a_callback_that_was_in_an_earlier_run(tmp_path):
+    """SB3 leaves the callbacks of that run in its ``locals``."""
+    callback = Ends(1000)
+    made().learn(6, [callback, ResumeCallback(tmp_path / "first")])
+    made().learn(5, [callback, ResumeCallback(tmp_path / "second")])
+    assert steps(tmp_path / "second") == [5]
+    state, tensors = read(next(listed(tmp_path / "second")).path)
+    state["learn"]["total_timesteps"] = 8
+    checkpoint.write(tmp_path / "second", state, tensors, 5)
+    assert resume(tmp_path / "second", "Pendulum-v1", callback).num_timesteps == 8
+    assert steps(tmp_path / "second") == [8, 5, 5] and steps(tmp_path / "first") == [6]
+
+
 @pytest.mark.parametrize("stop", [lambda: StopTrainingOnMaxEpisodes(1), lambda: Ends(200)], ids=["stock", "own"])
 def test_a_run_that_a_callback_has_ended(tmp_path, stop):
     """It is saved where it ended; run again it stays there, however often."""
