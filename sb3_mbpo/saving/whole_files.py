@@ -1,5 +1,6 @@
 """Files that are written as a whole or not at all, and that show whether a byte of them has changed."""
 
+import errno
 import hashlib
 import io
 import os
@@ -32,7 +33,7 @@ def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
     :param path: a name; without a suffix, it gets ``suffix``; missing folders are made. Or an open file, which is written to
         as it is and stays open
     :param suffix: without the dot
-    :raises OSError: the disk is full, or the folder cannot be written to; nothing is left behind
+    :raises OSError: the disk is full, or the folder or a file of that name cannot be written to; nothing is left behind
     """
     if not isinstance(path, str | Path):
         yield open_path(path, "w")  # type: ignore[misc]
@@ -42,6 +43,9 @@ def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
         with target.open("wb") as file:
             yield file
         return
+    if target.exists() and not os.access(target, os.W_OK):
+        # Renaming would ask for the permission of the folder only.
+        raise PermissionError(errno.EACCES, "the file is write-protected, and stays as it is", str(target))
     unfinished = target.parent / f"{_unfinished_prefix(target)}{os.getpid()}-{threading.get_ident()}.part"
     _remove_leftovers(target)
     try:

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import resource
@@ -85,6 +86,19 @@ def test_permissions_stay(tmp_path):
         with written_whole(tmp_path / "agent", "zip") as file:
             file.write(b"new")
         assert stat.S_IMODE((tmp_path / "agent.zip").stat().st_mode) == mode
+
+
+def test_a_write_protected_file_stays(tmp_path, monkeypatch):
+    """As with SB3. Root may write to it, hence the patch."""
+    (tmp_path / "agent.zip").write_bytes(b"old")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="write-protected") as raised, written_whole(tmp_path / "agent", "zip") as file:
+        file.write(b"new")
+    assert raised.value.errno == errno.EACCES and raised.value.filename == str(tmp_path / "agent.zip")
+    assert (tmp_path / "agent.zip").read_bytes() == b"old" and names(tmp_path) == ["agent.zip"]
+    # A new file needs the folder's permission only.
+    with written_whole(tmp_path / "other", "zip") as file:
+        file.write(b"new")
 
 
 def test_a_file_for_a_folder(tmp_path):
