@@ -168,11 +168,20 @@ def take_statistics(env: VecEnv, tensors: Tensors, name: str) -> list[Any]:
     return found
 
 
-def put_statistics(env: VecEnv, state: list[Any], tensors: Tensors) -> None:
-    """Put back what ``take_statistics`` took."""
+def put_statistics(env: VecEnv, state: list[Any], tensors: Tensors) -> list[str]:
+    """
+    Put back what ``take_statistics`` took.
+
+    :return: for each wrapper whose ``set_state`` raised, the reason; the others are put back
+    """
+    problems = []
     for layer, layer_state in _pairs(_vec_layers(env)[0], state, "wrappers around the vectorised env"):
-        if layer_state is not None:
-            _put(layer, layer_state, tensors)
+        try:
+            if layer_state is not None:
+                _put(layer, layer_state, tensors)
+        except CannotRestoreError as error:
+            problems.append(str(error))
+    return problems
 
 
 def take_env(env: gym.Env, tensors: Tensors, name: str) -> list[Any]:

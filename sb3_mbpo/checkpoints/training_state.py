@@ -82,7 +82,8 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
     if reason is None:
         put_agent(agent, state, tensors)
     else:
-        put_statistics(agent.env, state["wrappers"], tensors)
+        problems = put_statistics(agent.env, state["wrappers"], tensors)
+        reason = "; ".join(dict.fromkeys([reason, *problems]))
         obs = agent.env.reset()
         put_agent(agent, state, tensors)
         agent._last_obs = obs

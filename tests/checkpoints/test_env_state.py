@@ -7,7 +7,9 @@ import pytest
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
+from tiny import FAST
 
+from sb3_mbpo import MBPO
 from sb3_mbpo.checkpoints.env_state import (
     CannotRestoreError,
     RestorableEnv,
@@ -16,6 +18,7 @@ from sb3_mbpo.checkpoints.env_state import (
     take_envs,
     take_statistics,
 )
+from sb3_mbpo.checkpoints.training_state import put_training, take_training
 
 ids = pytest.mark.parametrize("env_id", ["Pendulum-v1", "MountainCarContinuous-v0", "Hopper-v5", "Ant-v5", "Humanoid-v5"])
 
@@ -311,6 +314,30 @@ def test_statistics_by_themselves():
     state = take_statistics(first, tensors, "wrappers")
     put_statistics(second, state, tensors)
     assert state[0] is None and second.venv.obs_rms.mean == 3
+
+
+class Refuses(NoStatistics):
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        raise KeyError("mine")
+
+
+def test_a_wrapper_that_refuses_its_state():
+    """The run goes on at the start of an episode, with all else."""
+    first, second = (
+        MBPO("MlpPolicy", Refuses(VecNormalize(make_vec_env("Pendulum-v1", 1))), **FAST).learn(n) for n in (12, 5)
+    )
+    tensors = {}
+    state = json.loads(json.dumps(take_training(first, [], tensors)))
+    reason = "Refuses.set_state() raised KeyError: 'mine'"
+    lost = put_training(second, [], state, tensors)
+    assert lost.startswith("The run goes on at the start of an episode") and lost.count(reason) == 1
+    assert second.num_timesteps == 12 and second.env.venv.obs_rms.count == pytest.approx(first.env.venv.obs_rms.count + 1)
+    # It is said as well where the envs were lost for another reason.
+    lost = put_training(second, [], state | {"envs": None, "envs_lost": "no envs"}, tensors)
+    assert lost.endswith(f"no envs; {reason}")
 
 
 @pytest.mark.expensive
