@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
 
@@ -158,13 +158,19 @@ def put_envs(env: VecEnv, state: Any, tensors: Tensors) -> None:
 
 
 def take_statistics(env: VecEnv, tensors: Tensors, name: str) -> list[Any]:
-    """:return: JSON for each wrapper of a vectorised env, as ``VecNormalize``, outermost first; ``None`` for unknown ones"""
+    """
+    :return: JSON for each wrapper of a vectorised env, outermost first; ``None`` for unknown ones. Of a subclass of
+        ``VecNormalize`` without a state of its own, the statistics are taken
+    """
     found: list[Any] = []
     for i, layer in enumerate(_vec_layers(env)[0]):
-        try:
-            found.append(_take(layer, tensors, f"{name}.{i}"))
-        except CannotRestoreError:
-            found.append(None)
+        state = None
+        for take in (_take, _take_normalize) if isinstance(layer, VecNormalize) else (_take,):
+            try:
+                state = state or take(layer, tensors, f"{name}.{i}")
+            except CannotRestoreError:
+                continue
+        found.append(state)
     return found
 
 
@@ -272,6 +278,17 @@ def _packed(owner: Any, value: Any, tensors: Tensors, name: str) -> Any:
         raise CannotRestoreError(f"the state of {type(owner).__name__} holds what cannot be saved: {error}") from error
 
 
+def _keys(layer: Any) -> tuple[str, ...]:
+    """What changes in an env or wrapper, as far as it is known; of a subclass of VecNormalize, the statistics."""
+    return _STATE.get(_kind(layer), _STATE[f"{_VEC}.vec_normalize.VecNormalize"] if isinstance(layer, VecNormalize) else ())
+
+
+def _take_normalize(layer: VecNormalize, tensors: Tensors, name: str) -> dict[str, Any]:
+    """The statistics of a subclass of VecNormalize, whatever else it holds."""
+    values = {key: _read(getattr(layer, key)) for key in _keys(layer) if hasattr(layer, key)}
+    return {"class": type(layer).__name__, "state": _packed(layer, values, tensors, f"{name}.statistics"), "generators": {}}
+
+
 def _take(layer: Any, tensors: Tensors, name: str) -> dict[str, Any]:
     """The state of one env or wrapper."""
     kind = _kind(layer)
@@ -313,7 +330,7 @@ def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
             raise CannotRestoreError(problem)
     else:
         values = unpack(state["state"], tensors)
-        for key in _STATE.get(_kind(layer), ()):
+        for key in _keys(layer):
             # Not there: the run had it, and this env is made with arguments under which it has none.
             if key in values and hasattr(layer, key):
                 _write(layer, key, values[key])

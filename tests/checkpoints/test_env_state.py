@@ -316,6 +316,29 @@ def test_statistics_by_themselves():
     assert state[0] is None and second.venv.obs_rms.mean == 3
 
 
+class OwnNormalize(VecNormalize):
+    """The statistics are those of the base class."""
+
+
+class LostState(OwnNormalize):
+    def get_state(self):
+        raise KeyError("mine")
+
+    set_state = get_state
+
+
+@pytest.mark.parametrize("kind", [OwnNormalize, LostState])
+def test_statistics_of_a_subclass(kind):
+    first, second = (kind(make_vec_env("Pendulum-v1", 1), clip_obs=clip) for clip in (3, 7))
+    first.obs_rms.mean, first.ret_rms.var = np.full(3, 3.0), np.float64(5)
+    tensors = {}
+    state = json.loads(json.dumps(take_statistics(first, tensors, "wrappers")))
+    assert put_statistics(second, state, tensors) == []
+    assert np.array_equal(second.obs_rms.mean, first.obs_rms.mean) and second.ret_rms.var == 5 and second.clip_obs == 7
+    with pytest.raises(CannotRestoreError, match=kind.__name__):
+        take_envs(first, {}, "envs")
+
+
 class Refuses(NoStatistics):
     def get_state(self):
         return {}
