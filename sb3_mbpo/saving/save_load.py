@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 from gymnasium import spaces
@@ -83,6 +83,15 @@ def _loaded(agent: SelfSaving, path: Any) -> SelfSaving:
     return agent
 
 
+class _Plain(NamedTuple):
+    """An agent that was made of another one and got its env."""
+
+    agent: weakref.ref[OffPolicyAlgorithm]
+    env: weakref.ref[Any]
+    #: Its ``start_time`` when this was last looked at: each ``learn`` sets it anew.
+    began: float
+
+
 class Saving(OffPolicyAlgorithm):
     """The part of :class:`ModelBased` that deals with what comes from outside and outlives the process."""
 
@@ -93,8 +102,8 @@ class Saving(OffPolicyAlgorithm):
     model_train_freq: int
     retained_rollouts: int
 
-    #: Agents that were made of this one and got its env.
-    _plain_agents: tuple[weakref.ref[OffPolicyAlgorithm], ...] = ()
+    #: Those that were made of this one.
+    _plain_agents: tuple[_Plain, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -340,7 +349,8 @@ class Saving(OffPolicyAlgorithm):
         """
         :param policy: what its policy's state dict is to be; ``None``: that of the agent's policy
         :return: an agent of SB3's own class with the same arguments, networks, optimizers and counters, on the same env, and
-            an empty replay buffer. The two may learn by turns: each begins with a reset after the other has learned
+            an empty replay buffer. This agent and that one may learn by turns as long as both keep the env: each begins with
+            a reset after the other has learned. Two agents that were made of this one do not know of each other
         """
         base: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, Saving))
         assert issubclass(base, OffPolicyAlgorithm)
@@ -363,19 +373,33 @@ class Saving(OffPolicyAlgorithm):
         )
         file.seek(0)
         plain = base.load(file, env=self.env, device=self.device)
-        self._plain_agents = (*self._plain_agents, weakref.ref(plain))
+        if self.env is not None:
+            self._plain_agents += (_Plain(weakref.ref(plain), weakref.ref(self.env), plain.start_time),)
         return plain
+
+    def _env_was_stepped(self) -> bool:
+        """Whether a model-free agent has learned in this env since this agent did. One that is gone may have done so."""
+        ours = [(one.agent(), one.began) for one in self._plain_agents if one.env() is self.env]
+        return any(plain is None or plain.start_time != began for plain, began in ours)
 
     def _share_env(self) -> None:
         """
-        Called when ``learn`` begins: one that has stepped the env since this agent did has left it elsewhere, and this agent
-        will do the same to it. Whoever has no last observation begins with a reset.
+        Called when ``learn`` begins. If a model-free agent has stepped the env since this agent did, the env is no longer at
+        this agent's last observation. This agent's steps do the same to the model-free agents. An agent without a last
+        observation resets the env first.
         """
-        for plain in (reference() for reference in self._plain_agents):
-            if plain is not None and plain.env is self.env:
-                if plain._last_obs is not None:
-                    self._last_obs = None
+        if self._env_was_stepped():
+            self._last_obs = None
+        kept = []
+        for one in self._plain_agents:
+            plain, env = one.agent(), one.env()
+            if env is not self.env:
+                # This agent may come back to it.
+                kept += [] if env is None else [one]
+            elif plain is not None and plain.env is env:
                 plain._last_obs = None
+                kept.append(one._replace(began=plain.start_time))
+        self._plain_agents = tuple(kept)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_plain_agents"]

@@ -372,6 +372,32 @@ def test_both_may_learn_in_the_env_that_they_share(cls, method):
         assert true_transitions(one.replay_buffer).all()
 
 
+@pytest.mark.parametrize("then", ["gone", "elsewhere", "learns elsewhere"])
+def test_a_model_free_agent_that_has_left(then):
+    """It has stepped the env before."""
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30)
+    plain = agent.to_sac().learn(7)
+    if then == "gone":
+        del plain
+        gc.collect()
+    else:
+        plain.set_env(gym.make("Pendulum-v1"))
+        plain.learn(7 if then == "learns elsewhere" else 0)
+    agent.learn(7, reset_num_timesteps=False)
+    assert true_transitions(agent.replay_buffer).all() and agent._plain_agents == ()
+
+
+def test_an_agent_that_comes_back_to_the_env_it_shared():
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30)
+    plain, env = agent.to_sac().learn(3), agent.env
+    for one in (gym.make("Pendulum-v1"), env):
+        agent.set_env(one)
+        agent.learn(5, reset_num_timesteps=False)
+    plain.learn(5, reset_num_timesteps=False)
+    for one in (agent, plain):
+        assert true_transitions(one.replay_buffer).all()
+
+
 def test_an_agent_whose_model_free_one_does_not_learn_goes_on_undisturbed():
     """To the last bit, also where that one has an env of its own."""
     agents = [MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30) for _ in range(2)]
