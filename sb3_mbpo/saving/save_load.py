@@ -401,6 +401,11 @@ class Saving(OffPolicyAlgorithm):
                 kept.append(one._replace(began=plain.start_time))
         self._plain_agents = tuple(kept)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has an env of its own, which is where the shared env is now.
+        state = {name: value for name, value in vars(self).items() if name != "_plain_agents"}
+        return state | ({"_last_obs": None} if self._env_was_stepped() else {})
+
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_plain_agents"]
 

@@ -5,6 +5,7 @@ import sys
 import weakref
 import zipfile
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -395,6 +396,21 @@ def test_an_agent_that_comes_back_to_the_env_it_shared():
         agent.learn(5, reset_num_timesteps=False)
     plain.learn(5, reset_num_timesteps=False)
     for one in (agent, plain):
+        assert true_transitions(one.replay_buffer).all()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda agent: cloudpickle.loads(cloudpickle.dumps(agent))])
+@pytest.mark.parametrize("steps", [0, 7])
+def test_copies_of_an_agent_that_shares_its_env(duplicate, steps):
+    """The copy goes on where the env is, and shares it with nobody."""
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(30)
+    plain = agent.to_sac()
+    if steps:
+        plain.learn(steps)
+    other = duplicate(agent)
+    assert other._plain_agents == () and len(agent._plain_agents) == 1 and (other._last_obs is None) == bool(steps)
+    for one in (other, agent, plain):
+        one.learn(7, reset_num_timesteps=False)
         assert true_transitions(one.replay_buffer).all()
 
 
