@@ -239,7 +239,8 @@ class Saving(OffPolicyAlgorithm):
         A plain ``ReplayBuffer`` of SB3 that is put in its place is taken over: the agent gets a ``MixedReplayBuffer`` with the
         same transitions, which shares its arrays. ``None`` makes room.
 
-        :raises ValueError: on assignment: it is no replay buffer, or one of other envs, or has numbers that are not finite
+        :raises ValueError: on assignment: it is no replay buffer, or one of other envs; or it is a plain one, and has numbers
+            that are not finite. A ``MixedReplayBuffer`` is not searched for such numbers
         """
         return self.__dict__["replay_buffer"]  # type: ignore[no-any-return]
 
