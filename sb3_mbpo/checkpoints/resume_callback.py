@@ -121,7 +121,10 @@ class ResumeCallback(BaseCallback):
         self.interrupts.close()
         if self._lock is not None:
             self._lock.close()
-        self.model.resume_callback = self.model.replay_buffer.check = None
+        self.model.resume_callback = None
+        # A callback may have thrown it away to make room.
+        if self.model.replay_buffer is not None:
+            self.model.replay_buffer.check = None
 
     def rollout(self, collect: Callable[[], RolloutReturn]) -> RolloutReturn:
         """

@@ -44,6 +44,11 @@ class Collecting(Saving):
         **kwargs: Any,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None
+        if self.replay_buffer is None:
+            raise ValueError(
+                "learn: the agent's replay_buffer is None: there is no place for transitions. Load one with "
+                "load_replay_buffer(path), or set a ReplayBuffer"
+            )
         self._share_env()
         # Wrappers may have been added or removed since the last call.
         self._boundary = Boundary(self.env)

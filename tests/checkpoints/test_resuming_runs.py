@@ -88,6 +88,20 @@ def test_a_callback_that_was_in_an_earlier_run(tmp_path):
     assert steps(tmp_path / "second") == [8, 5, 5] and steps(tmp_path / "first") == [6]
 
 
+class ThrowsAway(BaseCallback):
+    def _on_step(self):
+        return True
+
+    def _on_training_end(self):
+        self.model.replay_buffer = None
+
+
+def test_a_callback_that_throws_the_buffer_away(tmp_path):
+    """When all is saved, to make room."""
+    agent = made().learn(5, [ResumeCallback(tmp_path), ThrowsAway()])
+    assert agent.replay_buffer is None and agent.resume_callback is None and steps(tmp_path) == [5]
+
+
 @pytest.mark.parametrize("stop", [lambda: StopTrainingOnMaxEpisodes(1), lambda: Ends(200)], ids=["stock", "own"])
 def test_a_run_that_a_callback_has_ended(tmp_path, stop):
     """It is saved where it ended; run again it stays there, however often."""

@@ -70,6 +70,8 @@ def test_replay_buffer_that_was_thrown_away(tmp_path):
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(60)
     agent.save_replay_buffer(tmp_path / "buffer", imagined=True)
     agent.replay_buffer = None
+    with pytest.raises(ValueError, match=r"learn: .*replay_buffer is None: .*load_replay_buffer"):
+        agent.learn(10)
     agent.load_replay_buffer(tmp_path / "buffer")
     assert agent.replay_buffer.size() == 60 and agent.replay_buffer.real_rows(100) == 50
     agent.learn(10, reset_num_timesteps=False)
