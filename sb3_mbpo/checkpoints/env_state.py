@@ -77,6 +77,8 @@ _PARTS = {
     "stable_baselines3.common.running_mean_std.RunningMeanStd": ("mean", "var", "count"),
     f"{_VEC}.stacked_observations.StackedObservations": ("stacked_obs", "sub_stacked_observations"),
 }
+# Stands behind the name of an attribute that is a space: what it draws from.
+_OF_SPACE = "._np_random"
 _NEXT_RESET = ("_seeds", "_options")
 # What MuJoCo derives from its state. Envs read some of it before their next step, as it was in the last one.
 _DERIVED: tuple[str, ...] = (
@@ -283,7 +285,7 @@ def _keys(layer: Any) -> tuple[str, ...]:
     return _STATE.get(_kind(layer), _STATE[f"{_VEC}.vec_normalize.VecNormalize"] if isinstance(layer, VecNormalize) else ())
 
 
-def _take_normalize(layer: VecNormalize, tensors: Tensors, name: str) -> dict[str, Any]:
+def _take_normalize(layer: VecEnvWrapper, tensors: Tensors, name: str) -> dict[str, Any]:
     """The statistics of a subclass of VecNormalize, whatever else it holds."""
     values = {key: _read(getattr(layer, key)) for key in _keys(layer) if hasattr(layer, key)}
     return {"class": type(layer).__name__, "state": _packed(layer, values, tensors, f"{name}.statistics"), "generators": {}}
@@ -310,8 +312,10 @@ def _take(layer: Any, tensors: Tensors, name: str) -> dict[str, Any]:
     else:
         known = "is not among those whose state is known; give it get_state() and set_state(state)"
         raise CannotRestoreError(f"{type(layer).__name__} {known}")
-    # Most envs that save themselves forget their generator.
+    # Most envs that save themselves forget their generator, and those of their spaces.
     generators = {key: one for key, one in vars(layer).items() if isinstance(one, np.random.Generator)}
+    spaces = {key: one for key, one in vars(layer).items() if isinstance(one, gym.Space) and one._np_random is not None}
+    generators |= {f"{key}{_OF_SPACE}": space.np_random for key, space in spaces.items()}
     states = {key: one.bit_generator.state for key, one in generators.items()}
     result["generators"] = _packed(layer, states, tensors, f"{name}.generators")
     return result
@@ -338,7 +342,11 @@ def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
             _put_mujoco(layer, unpack(state["mujoco"], tensors))
     for key, generator_state in unpack(state["generators"], tensors).items():
         # In place: helpers of the env may share it. The property makes the one that gymnasium makes at the first use.
-        generator = layer.np_random if key == "_np_random" else getattr(layer, key, None)
+        if key.endswith(_OF_SPACE):
+            space = vars(layer).get(key.removesuffix(_OF_SPACE))
+            generator = space.np_random if isinstance(space, gym.Space) else None
+        else:
+            generator = layer.np_random if key == "_np_random" else getattr(layer, key, None)
         if isinstance(generator, np.random.Generator):
             generator.bit_generator.state = generator_state
 

@@ -222,6 +222,28 @@ def test_an_env_with_a_state_of_its_own():
     assert go_on_alike(make) >= 2
 
 
+class Draws(gym.Wrapper):
+    """Its rewards are drawn from a space, which no reset seeds."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.prizes = gym.spaces.Box(0, 1, ())
+
+    def step(self, action):
+        obs, _, *rest = self.env.step(action)
+        return obs, float(self.prizes.sample()), *rest
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+def test_spaces_of_an_env_go_on():
+    go_on_alike(lambda seed: make_vec_env("Pendulum-v1", 2, seed=seed, wrapper_class=Draws), after=20)
+
+
 class Shared(OwnState):
     """A helper draws from the env's own generator."""
 
