@@ -19,7 +19,7 @@ from typing import Any
 import torch as th
 
 from sb3_mbpo.runtime.provenance import versions
-from sb3_mbpo.saving.whole_files import flush, flush_folder, is_running
+from sb3_mbpo.saving.whole_files import flush, flush_folder, free_bytes, is_running
 
 FORMAT = 2
 _NAME = r"(\d{5,})-step-(\d+)"
@@ -100,8 +100,8 @@ def write(
         # torch has errors of its own for a full disk.
         if isinstance(error, OSError | RuntimeError):
             raise OSError(
-                f"{target} could not be written, older checkpoints are as they were: {error} ({_free(folder)} bytes are free "
-                "there). Free some space or make the folder writable, and run the same command again"
+                f"{target} could not be written, older checkpoints are as they were: {error} ({free_bytes(folder)} bytes are "
+                "free there). Free some space or make the folder writable, and run the same command again"
             ) from error
         raise
     return Checkpoint(target, manifest)
@@ -189,13 +189,6 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
         # With this process's number: of an earlier one that had it, for nothing is being written now.
         if match and (int(match[1]) == os.getpid() or not is_running(int(match[1]))):
             _remove(path)
-
-
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number of"
 
 
 def _remove(path: Path) -> None:

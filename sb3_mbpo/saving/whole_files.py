@@ -28,7 +28,7 @@ def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
     Where to write a file, by the rules of SB3's ``open_path(path, "w", suffix=suffix)``.
 
     The content goes to a hidden file beside it, is flushed to the disk, and then gets the name. Whatever interrupts this, a
-    file that had the name stays as it is.
+    file that had the name stays as it is. The error says so; if only the flush of the folder fails, it says that instead.
 
     :param path: a name; without a suffix, it gets ``suffix``; missing folders are made. Or an open file, which is written to
         as it is and stays open
@@ -48,6 +48,7 @@ def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
         raise PermissionError(errno.EACCES, "the file is write-protected, and stays as it is", str(target))
     unfinished = target.parent / f"{_unfinished_prefix(target)}{os.getpid()}-{threading.get_ident()}.part"
     _remove_leftovers(target)
+    is_renamed = False
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -55,15 +56,22 @@ def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
         if target.exists():
             shutil.copymode(target, unfinished)
         unfinished.replace(target)
+        is_renamed = True
         flush_folder(target.parent)
     except BaseException as error:
         if unfinished.parent.is_dir():
             unfinished.unlink(missing_ok=True)
         # torch has errors of its own for a full disk.
         if isinstance(error, OSError | RuntimeError):
-            there = "; the file of that name is as it was" if target.exists() else ""
-            free = shutil.disk_usage(target.parent).free
-            raise OSError(f"{target} could not be written{there}: {error} ({free:,} bytes are free there)") from error
+            what = "could not be written"
+            if is_renamed:
+                what = "was written, but may not outlive a power failure: its folder could not be flushed to the disk"
+            elif target.exists():
+                what += "; the file of that name is as it was"
+            number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+            text = f"{target} {what}: {reason} ({free_bytes(target.parent)} bytes are free there)"
+            # With its number, it is the subclass that SB3 would raise, such as PermissionError.
+            raise (OSError(text) if number is None else OSError(number, text)) from error
         raise
 
 
@@ -92,6 +100,14 @@ def _remove_leftovers(target: Path) -> None:
         match = re.fullmatch(pattern, name)
         if match and not is_running(int(match[1])):
             (target.parent / name).unlink(missing_ok=True)
+
+
+def free_bytes(folder: Path) -> str:
+    """:return: how many bytes are free in a folder, for an error message"""
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number of"
 
 
 def flush(file: Any) -> None:

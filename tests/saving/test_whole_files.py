@@ -79,6 +79,28 @@ def test_an_error_leaves_the_old_file(tmp_path, error):
     assert (tmp_path / "agent.zip").read_bytes() == b"old" and names(tmp_path) == ["agent.zip"]
 
 
+def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
+    """The new file has the name by then; and whoever asks how much is free may fail as well."""
+    (tmp_path / "agent.zip").write_bytes(b"old")
+
+    def fail(folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(whole_files, "flush_folder", fail)
+    monkeypatch.setattr(whole_files.shutil, "disk_usage", fail)
+    with pytest.raises(OSError, match=r"agent.zip was written, but .*: Input/output error \(an unknown number") as raised:
+        with written_whole(tmp_path / "agent", "zip") as file:
+            file.write(b"new")
+    assert raised.value.errno == errno.EIO and "as it was" not in str(raised.value)
+    assert (tmp_path / "agent.zip").read_bytes() == b"new" and names(tmp_path) == ["agent.zip"]
+
+
+def test_the_kind_of_error_is_kept(tmp_path):
+    with pytest.raises(PermissionError, match=r"agent.zip could not be written: no entry"):
+        with written_whole(tmp_path / "agent", "zip"):
+            raise PermissionError(errno.EACCES, "no entry")
+
+
 def test_permissions_stay(tmp_path):
     for mode in (0o600, 0o664):
         (tmp_path / "agent.zip").touch()
