@@ -107,17 +107,17 @@ def check_finite(rows: Mapping[str, np.ndarray], imagined: th.Tensor) -> None:
                 wrong = ~np.isfinite(block.astype(np.float32, copy=False))
             if wrong.any():
                 step, env, *place = (int(i) for i in np.argwhere(wrong)[0])
-                where = f" {place if len(place) > 1 else place[0]}" if place else ""
+                where = str(place) if place else ""
                 raise ValueError(
-                    f"{name}{where} of env {env} in step {start + step} is {block[step, env][tuple(place)]}, and an agent "
-                    "that learns from it becomes NaN. Use a replay buffer from before, or pass the finite transitions "
-                    "to prefill"
+                    f"the replay buffer has {name}{where}={block[step, env][tuple(place)]} (env {env}, step {start + step}). "
+                    "Learning from it would make the agent's weights NaN. Load an earlier replay buffer, or pass the finite "
+                    "transitions to prefill"
                 )
     for start in range(0, len(imagined), _ROWS_AT_ONCE):
         if not imagined[start : start + _ROWS_AT_ONCE].isfinite().all():
             raise ValueError(
-                f"imagined transitions after number {start} are not finite, and an agent that learns from them becomes NaN. "
-                "Save the buffer without imagined=True"
+                f"imagined transitions after number {start} are not finite. Learning from them would make the agent's weights "
+                "NaN. Save the buffer without imagined=True"
             )
 
 

@@ -1,4 +1,8 @@
-"""The state of callbacks, taken out and put back: what they have counted, never where they write or what they are made of."""
+"""
+Takes the state of callbacks out and puts it back.
+
+The state is what they have counted. Where they write and what they are made of is no part of it.
+"""
 
 import functools
 import inspect

@@ -98,7 +98,7 @@ def _told(reason: str | None, of_callbacks: dict[str, str]) -> str:
     """What could not be restored, of envs and of callbacks."""
     lines = []
     if reason is not None:
-        lines.append(f"The run goes on at the start of an episode, for its envs could not be restored: {reason}")
+        lines.append(f"The run goes on at the start of an episode, because its envs could not be restored: {reason}")
     # A callback's env is mostly made as the agent's.
     names = [f"{name} ({why})" for name, why in of_callbacks.items() if why != reason]
     if names:

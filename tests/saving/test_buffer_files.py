@@ -306,12 +306,12 @@ def test_what_follows_a_pickle_in_an_open_file_is_left_to_be_read(learned):
 @pytest.mark.parametrize(
     ("name", "place", "value", "message"),
     [
-        ("rewards", (3, 0), np.nan, "rewards of env 0 in step 3 is nan"),
-        ("rewards", (39, 0), np.inf, "rewards of env 0 in step 39 is inf"),
-        ("observations", (20, 0, 1), -np.inf, "observations 1 of env 0 in step 20 is -inf"),
-        ("next_observations", (0, 0, 2), np.nan, "next_observations 2 of env 0 in step 0 is nan"),
-        ("actions", (7, 0, 0), np.nan, "actions 0 of env 0 in step 7 is nan"),
-        ("dones", (7, 0), np.nan, "dones of env 0 in step 7 is nan"),
+        ("rewards", (3, 0), np.nan, r"rewards=nan \(env 0, step 3\)"),
+        ("rewards", (39, 0), np.inf, r"rewards=inf \(env 0, step 39\)"),
+        ("observations", (20, 0, 1), -np.inf, r"observations\[1\]=-inf \(env 0, step 20\)"),
+        ("next_observations", (0, 0, 2), np.nan, r"next_observations\[2\]=nan \(env 0, step 0\)"),
+        ("actions", (7, 0, 0), np.nan, r"actions\[0\]=nan \(env 0, step 7\)"),
+        ("dones", (7, 0), np.nan, r"dones=nan \(env 0, step 7\)"),
     ],
 )
 def test_numbers_that_are_not_finite(tmp_path, safe, name, place, value, message):
@@ -320,7 +320,7 @@ def test_numbers_that_are_not_finite(tmp_path, safe, name, place, value, message
     getattr(agent.replay_buffer, name)[place] = value
     agent.save_replay_buffer(tmp_path / "buffer", safe=safe)
     buffer, before = other.replay_buffer, all_of(other)
-    with pytest.raises(ValueError, match=f"load_replay_buffer: .*buffer: {message}, and an agent that .* becomes NaN"):
+    with pytest.raises(ValueError, match=rf"load_replay_buffer: .*: the replay buffer has {message}\. Learning from it"):
         other.load_replay_buffer(tmp_path / "buffer", safe=safe)
     assert other.replay_buffer is buffer and all_of(other) == before
     rows = {key: getattr(agent.replay_buffer, key)[:40, 0] for key in ROWS}
@@ -339,7 +339,7 @@ def test_far_into_a_large_file(monkeypatch, learned):
     agent.replay_buffer.observations[33, 0, 2] = np.nan
     agent.save_replay_buffer(file)
     file.seek(0)
-    with pytest.raises(ValueError, match="observations 2 of env 0 in step 33 is nan"):
+    with pytest.raises(ValueError, match=r"observations\[2\]=nan \(env 0, step 33\)"):
         make().load_replay_buffer(file)
 
 
