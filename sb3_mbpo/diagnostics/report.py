@@ -139,6 +139,15 @@ def episode_video(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
         return str(error)
 
 
+def _about_process() -> dict[str, str]:
+    """When, with what and on what the report is written."""
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "hardware": ", ".join(f"{name}: {value}" for name, value in hardware().items() if value),
+    }
+
+
 def write_report(
     agent: Any,
     path: Path | str,
@@ -195,9 +204,7 @@ def write_report(
         "env": str(spec.id if spec else env.get_attr("__class__")[0].__name__),
         "data": f"{counted(n_episodes, 'new episode')}, {counted(len(diagnosis.steps.starts), 'step')}, seed {seed}",
         **dict(origin),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "hardware": ", ".join(f"{name}: {value}" for name, value in hardware().items() if value),
+        **_about_process(),
     }
     write_page(Path(path), findings, about)
     return findings
