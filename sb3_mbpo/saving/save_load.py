@@ -389,6 +389,8 @@ class Saving(OffPolicyAlgorithm):
         this agent's last observation. This agent's steps do the same to the model-free agents. An agent without a last
         observation resets the env first.
         """
+        if not self._plain_agents:
+            return
         if self._env_was_stepped():
             self._last_obs = None
         kept = []
