@@ -6,7 +6,7 @@ How steady is the policy, and would an average of its weights be steadier?
 
 Trains DHMBPO with the packaged settings. Every 1,000 steps, five deterministic episodes of the policy as it is, and five of
 each average of its weights: after every step, average += rate * (weights - average). The run is what it would be without the
-averages. A row of docs/benchmarks/steady.csv is an evaluation. One process with one thread; about 75 CPU seconds for 1,000
+averages. A row of docs/benchmarks/steady.csv is an evaluation. One process with one thread; about 90 CPU seconds for 1,000
 steps of Hopper-v5.
 """
 

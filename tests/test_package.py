@@ -27,7 +27,7 @@ def test_version_is_the_same_everywhere() -> None:
 def test_core_needs_little() -> None:
     lines = metadata.requires("sb3_mbpo") or []
     required = {Requirement(line).name for line in lines if "extra ==" not in line}
-    assert required == {"stable-baselines3", "torch", "gymnasium"}
+    assert required == {"stable-baselines3", "torch", "gymnasium", "typing_extensions"}
 
 
 def test_public_names_exist() -> None:

@@ -99,7 +99,7 @@ def may_put(owner: Any, name: str) -> bool:
 def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
     """
     What is plain of a callback, but arguments of its constructor and what says where a file is; and the state of its envs, if
-    it has any of its own.
+    it has any of its own. Attributes that the callback names in ``not_saved`` are left out.
 
     :param callback: one of ``all_callbacks``
     :param tensors: see :func:`.packing.pack`
@@ -109,7 +109,7 @@ def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[s
     state: dict[str, Any] = {}
     envs: dict[str, Any] = {}
     lost: dict[str, str] = {}
-    without = _SET_ANEW | _arguments(callback)
+    without = _SET_ANEW | _arguments(callback) | set(getattr(callback, "not_saved", ()))
     for key, value in vars(callback).items():
         try:
             if isinstance(value, VecEnv) and key not in _SET_ANEW:

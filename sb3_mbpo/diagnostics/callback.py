@@ -59,6 +59,9 @@ class ModelErrorCallback(BaseCallback):
     :raises ValueError: an argument is out of range, the agent is from another package, or the env does not match the agent
     """
 
+    #: Attributes that a checkpoint does not need.
+    not_saved = ("diagnosis",)
+
     def __init__(
         self,
         env: Any = None,
@@ -79,7 +82,7 @@ class ModelErrorCallback(BaseCallback):
             raise ValueError(f"horizons={shown(horizons)} must be a list of numbers of steps, such as [1, 5, 20]")
         self.env, self.every, self.n_episodes = env, every, n_episodes
         self.horizons, self.max_episode_steps, self.seed = sorted({1, *horizons}), max_episode_steps, seed
-        #: The latest diagnosis.
+        #: The latest diagnosis. A run that is resumed has none until its next one.
         self.diagnosis: Diagnosis | None = None
         #: Number of env steps of all diagnoses. The agent does not count them.
         self.env_steps = 0

@@ -309,3 +309,20 @@ def test_a_foreign_checkpoint_with_numbers_that_are_not_finite(part):
     state, tensors = taken(take_training, agent, [])
     with pytest.raises(ValueError, match=f"{part}(.* is not finite|=nan)"):
         put_training(other, [], state, tensors)
+
+
+def test_a_callback_names_what_is_not_saved():
+    class Shows(BaseCallback):
+        not_saved = ("shown",)
+
+        def __init__(self):
+            super().__init__()
+            self.shown, self.seen = Named(1), 0
+
+        def _on_step(self):
+            return True
+
+    agent, ours = learned(), Shows()
+    ours.seen = 3
+    theirs = Shows()
+    assert put_training(agent, [theirs], *taken(take_training, agent, [ours])) == "" and theirs.seen == 3

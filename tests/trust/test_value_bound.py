@@ -84,7 +84,7 @@ def test_breach(largest, breached):
     warning = breach(largest, (0.0, 10.0))
     assert (warning is not None) == breached
     if breached:
-        assert f"{largest:.3g}" in warning and "10 at most" in warning and "Lower gradient_steps" in warning
+        assert f"{largest:.3g}" in warning and "10 at most" in warning and "Reduce gradient_steps" in warning
 
 
 @pytest.mark.parametrize("high", [0.1, 10, 1000])
@@ -110,7 +110,7 @@ def test_odd_scale(least, most, size):
     warning = odd_scale(least, most, 1000)
     assert (warning is None) == (size is None)
     if warning is not None:
-        assert f"reward so far is {size} in size" in warning and "TransformReward" in warning
+        assert f"reward so far is {size} in absolute value" in warning and "TransformReward" in warning
 
 
 def test_small_rewards_may_be_followed_by_larger_ones():
