@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import open_path, save_to_zip_file
@@ -114,7 +115,7 @@ class Saving(OffPolicyAlgorithm):
     def load(
         cls: type[SelfSaving],
         path: Any,
-        env: GymEnv | None = None,
+        env: GymEnv | str | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -126,6 +127,7 @@ class Saving(OffPolicyAlgorithm):
         """
         See SB3. The real transitions are not in the zip: see ``save_replay_buffer``.
 
+        :param env: an env, or the name of a registered one
         :param safe: ``False``: as SB3 does it, which runs whatever code the author of the file has put into it; ``True``:
             nothing is unpickled, and only JSON and tensors are read. Arguments that JSON cannot hold (functions, and classes
             of yours) have to be passed again, and ``tensorboard_log``, too
@@ -134,6 +136,7 @@ class Saving(OffPolicyAlgorithm):
         """
         _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
         if env is not None:
+            env = maybe_make_env(env, verbose=0)
             check_env(env)
         # The warning is the constructor's.
         check_device(device)

@@ -37,7 +37,7 @@ def test_save_and_load(tmp_path):
     model = MBPO("MlpPolicy", "InvertedPendulum-v5", termination_fn="learned", **FAST).learn(100)
     model.save(tmp_path / "agent")
     assert (tmp_path / "agent.zip").stat().st_size < 800_000
-    for env in (None, gym.make("InvertedPendulum-v5"), make_vec_env("InvertedPendulum-v5", 3)):
+    for env in (None, "InvertedPendulum-v5", gym.make("InvertedPendulum-v5"), make_vec_env("InvertedPendulum-v5", 3)):
         loaded = MBPO.load(tmp_path / "agent", env=env)
         assert equal_agents(model, loaded)
         for name in ("dynamics", "learned_reward", "learned_termination"):
