@@ -92,7 +92,7 @@ def test_several_envs_with_the_default_of_gradient_steps(tmp_path):
     MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 1), **kwargs)
 
 
-@pytest.mark.filterwarnings("ignore:batch_size=16 needs", "ignore:buffer_size=1 holds")
+@pytest.mark.filterwarnings("ignore:batch_size=16 needs", "ignore:buffer_size=1 allows")
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("kwargs", [{"learning_starts": 0}, {"learning_starts": 0, "buffer_size": 1}], ids=str)
 def test_from_the_first_transition_on(n_envs, kwargs):

@@ -211,7 +211,7 @@ def test_unknown_argument():
         {"gradient_steps": -1},
         {"learning_starts": 0},
         pytest.param(
-            {"buffer_size": 1}, marks=pytest.mark.filterwarnings("ignore:batch_size=16 needs", "ignore:buffer_size=1 holds")
+            {"buffer_size": 1}, marks=pytest.mark.filterwarnings("ignore:batch_size=16 needs", "ignore:buffer_size=1 allows")
         ),
         {"real_ratio": 0},
         {"real_ratio": 1},
