@@ -14,6 +14,7 @@ import argparse
 import copy
 import csv
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "docs" / "benchmarks" / "steady.csv"
 COLUMNS = ["env", "seed", "rate", "step", "return", "worst", "length", "cpu_seconds", "commit"]
 EVERY, EPISODES = 1_000, 5
+# Env steps from which falls are counted in the table.
+FALLS_FROM = 11_000
 # 1: the policy as it is.
 RATES = (1.0, 0.01, 0.002, 0.0005)
 
@@ -98,16 +101,27 @@ class Averages(BaseCallback):
             writer.writerows(rows)
 
 
+def falls(rows: list[dict[str, str]]) -> int:
+    """:return: from ``FALLS_FROM`` on, evaluations that are less than half of the one before"""
+    count = 0
+    for seed in {row["seed"] for row in rows}:
+        curve = [float(row["return"]) for row in rows if row["seed"] == seed and int(row["step"]) >= FALLS_FROM]
+        count += sum(after < before / 2 for before, after in pairwise(curve))
+    return count
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """:return: Markdown: of each rate, the mean and the worst return over the seeds and evaluations in parts of the run"""
     parts = [(2_000, 10_000), (11_000, 20_000), (21_000, 30_000)]
     heads = [f"{first:,} to {last:,}: {what}" for first, last in parts for what in ("mean", "worst")]
+    heads.append(f"falls from {FALLS_FROM:,} on")
     lines = ["| rate of the average | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for rate in RATES:
         cells = []
         for first, last in parts:
             found = [float(r["return"]) for r in rows if float(r["rate"]) == rate and first <= int(r["step"]) <= last]
             cells += [f"{sum(found) / len(found):,.0f}", f"{min(found):,.0f}"] if found else ["", ""]
+        cells.append(str(falls([r for r in rows if float(r["rate"]) == rate])))
         name = "1: the actor itself" if rate == 1 else f"{rate:g}"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
