@@ -62,6 +62,11 @@ def _arguments(callback: BaseCallback) -> set[str]:
     return {name for one in constructors for name in inspect.signature(one).parameters}
 
 
+def _left_out(callback: BaseCallback) -> set[str]:
+    """Names of attributes that are neither saved nor put back."""
+    return _SET_ANEW | _arguments(callback) | set(getattr(callback, "not_saved", ()))
+
+
 def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
     """All texts in a value, with the name that is nearest to each."""
     if isinstance(value, str | bytes):
@@ -109,7 +114,7 @@ def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[s
     state: dict[str, Any] = {}
     envs: dict[str, Any] = {}
     lost: dict[str, str] = {}
-    without = _SET_ANEW | _arguments(callback) | set(getattr(callback, "not_saved", ()))
+    without = _left_out(callback)
     for key, value in vars(callback).items():
         try:
             if isinstance(value, VecEnv) and key not in _SET_ANEW:
@@ -153,7 +158,7 @@ def put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], t
 def _put_callback(callback: BaseCallback, state: dict[str, Any], tensors: Tensors) -> dict[str, str]:
     """A checkpoint may be foreign: what is not taken is not put back."""
     lost = dict(state["lost"])
-    without = _SET_ANEW | _arguments(callback)
+    without = _left_out(callback)
     for key, packed in state["state"].items():
         if key in without or not may_put(callback, key):
             continue
