@@ -48,7 +48,7 @@ class FolderLock:
         import fcntl
 
         try:
-            # Unlike lockf, not dropped when this process closes the file somewhere else, and held against its own threads.
+            # Unlike lockf, flock works between threads, and closing the file elsewhere in this process does not release it.
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             # Other errors: a file system without locks.

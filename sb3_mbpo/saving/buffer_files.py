@@ -1,4 +1,4 @@
-"""The replay buffer as tensors, so that whoever loads it need not trust whoever saved it."""
+"""Saves the replay buffer as tensors. Loading such a file runs no code, so its author need not be trusted."""
 
 import os
 from typing import Any, BinaryIO

@@ -74,7 +74,7 @@ def test_another_thread_is_kept_out(tmp_path):
 
 
 def test_a_look_at_the_file_does_not_open_it(tmp_path):
-    """Whoever opens and closes it in this process, the folder stays locked."""
+    """The folder stays locked after other code in this process has opened and closed the lock file."""
     mine = FolderLock(tmp_path)
     assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
     process, said = holder(tmp_path)

@@ -47,7 +47,7 @@ def steps(folder):
 
 
 def test_a_run_keeps_its_settings(tmp_path, monkeypatch):
-    """Whoever resumes it by its folder alone."""
+    """A run that is resumed with its folder alone uses the settings that it was started with."""
     monkeypatch.setattr("sb3_mbpo.checkpoints.resume_callback._PATIENCE", 0)
     made().learn(30, ResumeCallback(tmp_path, every=5, keep=10, signals=["SIGUSR2"], verbose=1))
     assert steps(tmp_path) == [30, 25, 20, 15, 10, 5]

@@ -80,7 +80,7 @@ def test_an_error_leaves_the_old_file(tmp_path, error):
 
 
 def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
-    """The new file has the name by then; and whoever asks how much is free may fail as well."""
+    """The file is already replaced at that point. Reading the free disk space may fail as well."""
     (tmp_path / "agent.zip").write_bytes(b"old")
 
     def fail(folder):

@@ -170,6 +170,7 @@ def test_flattened(zoo: ModuleType, wrappers: Any, expected: Any) -> None:
 
 
 # Optional packages. Where the lock promises them, test_package.py fails for a missing one.
+# dm_control and shimmy are an extra of their own, which not every installation has; the gate installs it.
 @pytest.mark.skipif(find_spec("shimmy") is None or find_spec("dm_control") is None, reason="needs the extra dm-control")
 def test_dm_control_is_flattened_whatever_the_file(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "disable")
