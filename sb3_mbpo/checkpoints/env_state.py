@@ -15,6 +15,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.validation.env_outputs import CHECKED
 
 _CONTROL, _MUJOCO = "gymnasium.envs.classic_control", "gymnasium.envs.mujoco"
 _COMMON, _STATEFUL = "gymnasium.wrappers.common", "gymnasium.wrappers.stateful"
@@ -118,9 +119,9 @@ def take_envs(env: VecEnv, tensors: Tensors, name: str) -> Any:
     state: dict[str, Any] = {"wrappers": [_take(layer, tensors, f"{name}.wrappers.{i}") for i, layer in enumerate(wrappers)]}
     # What the next reset is to be called with.
     state["following"] = _packed(inner, {key: getattr(inner, key, None) for key in _NEXT_RESET}, tensors, f"{name}.following")
-    if type(inner) is DummyVecEnv:
+    if isinstance(inner, DummyVecEnv) and type(inner) in (DummyVecEnv, CHECKED[DummyVecEnv]):
         return state | {"envs": [take_env(one, tensors, f"{name}.env{i}") for i, one in enumerate(inner.envs)]}
-    if type(inner) is not SubprocVecEnv:
+    if type(inner) not in (SubprocVecEnv, CHECKED[SubprocVecEnv]):
         return state | {"vectorised": _take(inner, tensors, f"{name}.vectorised")}
     try:
         if not all(inner.env_is_wrapped(RestorableEnv)) or any(inner.env_is_wrapped(_WrappedOnce())):  # type: ignore[arg-type]
@@ -149,7 +150,9 @@ def put_envs(env: VecEnv, state: Any, tensors: Tensors) -> None:
     if "vectorised" in state:
         _put(inner, state["vectorised"], tensors)
     elif "envs" in state:
-        for one, env_state in _pairs(inner.envs if type(inner) is DummyVecEnv else [], state["envs"], "envs in this process"):
+        for one, env_state in _pairs(
+            inner.envs if isinstance(inner, DummyVecEnv) else [], state["envs"], "envs in this process"
+        ):
             put_env(one, env_state, tensors)
     else:
         for i, env_state in _pairs(range(inner.num_envs), state["states"], "envs"):

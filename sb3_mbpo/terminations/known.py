@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import gymnasium as gym
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+
+from sb3_mbpo.validation.env_outputs import CHECKED
 
 # (obs, actions, next_obs) -> bool (B,): raw observations, actions in the env's own scale, float32, on the agent's device.
 TerminationFn: TypeAlias = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
@@ -252,7 +254,7 @@ def known_termination(env: VecEnv) -> tuple[TerminationFn | None, str]:
         if _is_patched(env):
             return None, f"termination: learned, a method of this {kind.__name__} was replaced"
         env = env.venv
-    if type(env) not in (DummyVecEnv, SubprocVecEnv):
+    if type(env) not in (*CHECKED, *CHECKED.values()):
         return None, f"termination: learned, {type(env).__name__} is neither DummyVecEnv nor SubprocVecEnv"
     if _is_patched(env):
         return None, f"termination: learned, a method of this {type(env).__name__} was replaced"
