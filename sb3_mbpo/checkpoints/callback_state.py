@@ -24,7 +24,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, take_envs
-from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.serialization import CannotEncodeError, Tensors, decode, encode
 
 # Attributes of a callback that SB3 sets anew, from arguments too, or that say where files go.
 _SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
@@ -93,8 +93,8 @@ def may_put(owner: Any, name: str) -> bool:
     """
     if name in vars(owner):
         try:
-            pack(vars(owner)[name], {})
-        except (CannotPackError, RecursionError):
+            encode(vars(owner)[name], {})
+        except (CannotEncodeError, RecursionError):
             return False
         return True
     of_class = inspect.getattr_static(type(owner), name, None)
@@ -107,7 +107,7 @@ def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[s
     it has any of its own. Attributes that the callback names in ``not_saved`` are left out.
 
     :param callback: one of ``all_callbacks``
-    :param tensors: see :func:`.packing.pack`
+    :param tensors: see :func:`.serialization.encode`
     :param name: what the tensors' names begin with
     :return: JSON; under ``"lost"``, by name, what could not be saved
     """
@@ -122,13 +122,13 @@ def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[s
             elif key in without:
                 continue
             elif not _says_a_place(key, value):
-                state[key] = pack(value, tensors, f"{name}.{key}")
+                state[key] = encode(value, tensors, f"{name}.{key}")
             elif not isinstance(value, str | bytes):
                 # Beside a place, it may hold counters.
                 lost[key] = f"{type(value).__name__} that says where a file is"
         except CannotRestoreError as error:
             lost[key] = str(error)
-        except (CannotPackError, RecursionError):
+        except (CannotEncodeError, RecursionError):
             if not isinstance(value, _NO_STATE) and next(_callbacks_in(value), None) is None:
                 lost[key] = type(value).__name__
     return {"class": type(callback).__name__, "state": state, "envs": envs, "lost": lost}
@@ -162,7 +162,7 @@ def _put_callback(callback: BaseCallback, state: dict[str, Any], tensors: Tensor
     for key, packed in state["state"].items():
         if key in without or not may_put(callback, key):
             continue
-        value = unpack(packed, tensors)
+        value = decode(packed, tensors)
         if not any(_says_a_place(key, one) for one in (value, vars(callback).get(key))):
             setattr(callback, key, value)
     for key, env_state in state["envs"].items():

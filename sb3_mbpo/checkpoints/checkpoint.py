@@ -19,9 +19,11 @@ from typing import Any
 import torch as th
 
 from sb3_mbpo.runtime.provenance import versions
+from sb3_mbpo.saving.safe_files import read_json, read_tensors
+from sb3_mbpo.saving.serialization import cut_out
 from sb3_mbpo.saving.whole_files import flush, flush_folder, free_bytes, is_running
 
-FORMAT = 2
+FORMAT = 3
 _NAME = r"(\d{5,})-step-(\d+)"
 _UNFINISHED = r"\.\d{5,}-step-\d+\.(\d+)"
 _FILES = ("state.json", "tensors.pt")
@@ -85,8 +87,7 @@ def write(
         unfinished.mkdir()
         _write_file(unfinished / "state.json", json.dumps(state, allow_nan=False).encode())
         with (unfinished / "tensors.pt").open("wb") as file:
-            # Storage that is shared, as by the rows of a buffer that are filled, would be written whole.
-            th.save({name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()}, file)
+            th.save(cut_out(tensors), file)
             flush(file)
         files = {name: {"bytes": size, "sha256": digest} for name, size, digest in map(_measure, _paths(unfinished))}
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files, "versions": versions()}
@@ -158,11 +159,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
     if problem:
         raise CheckpointError(f"{path}: {problem}. {_instead(path)}")
     try:
-        state = json.loads((path / "state.json").read_bytes())
-        return state, th.load(path / "tensors.pt", weights_only=True, map_location="cpu")
-    except Exception as error:
-        # What PyTorch says itself would recommend to load it unsafely.
-        what = f"not what this program writes, though its checksums are right ({type(error).__name__})"
+        with (path / "tensors.pt").open("rb") as file:
+            return read_json((path / "state.json").read_bytes(), most=None), read_tensors(file)
+    except (OSError, ValueError) as error:
+        what = f"this program does not write such files, though their checksums are right ({error})"
         raise CheckpointError(f"{path}: {what}. {_instead(path)}") from None
 
 
@@ -216,10 +216,6 @@ def _measure(path: Path) -> tuple[str, int, str]:
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _is_part(tensor: th.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.serialization import NUMPY, CannotEncodeError, Tensors, decode, encode, set_generator_state
 
 _CONTROL, _MUJOCO = "gymnasium.envs.classic_control", "gymnasium.envs.mujoco"
 _COMMON, _STATEFUL = "gymnasium.wrappers.common", "gymnasium.wrappers.stateful"
@@ -109,7 +109,7 @@ def take_envs(env: VecEnv, tensors: Tensors, name: str) -> Any:
     all envs ``np_random`` is taken. An env in another process has to be wrapped in :class:`RestorableEnv`.
 
     :param env: see SB3
-    :param tensors: see :func:`.packing.pack`
+    :param tensors: see :func:`.serialization.encode`
     :param name: what the tensors' names begin with
     :return: JSON
     :raises CannotRestoreError: names the env or wrapper that is unknown and has no ``get_state``, or whose state is not plain
@@ -153,9 +153,9 @@ def put_envs(env: VecEnv, state: Any, tensors: Tensors) -> None:
             put_env(one, env_state, tensors)
     else:
         for i, env_state in _pairs(range(inner.num_envs), state["states"], "envs"):
-            if (problem := inner.env_method("set_state", unpack(env_state, tensors), indices=i)[0]) is not None:
+            if (problem := inner.env_method("set_state", decode(env_state, tensors), indices=i)[0]) is not None:
                 raise CannotRestoreError(problem)
-    following = unpack(state["following"], tensors)
+    following = decode(state["following"], tensors)
     vars(inner).update({key: following[key] for key in _NEXT_RESET})
 
 
@@ -218,7 +218,7 @@ class RestorableEnv(gym.Wrapper):
             # An exception would end the process.
             return {"lost": str(error)}
         # In a process of its own, global generators are this env's.
-        generators = {"python": random.getstate(), "numpy": np.random.get_state()}
+        generators = {"python": random.getstate(), "numpy": NUMPY.get_state()}
         return {"state": state, "tensors": {key: tensor.clone() for key, tensor in tensors.items()}, "global": generators}
 
     def set_state(self, state: dict[str, Any]) -> str | None:
@@ -231,7 +231,7 @@ class RestorableEnv(gym.Wrapper):
         except Exception as error:
             return str(error)
         random.setstate(state["global"]["python"])
-        np.random.set_state(state["global"]["numpy"])
+        set_generator_state(NUMPY, state["global"]["numpy"])
         return None
 
 
@@ -275,8 +275,8 @@ def _kind(thing: Any) -> str:
 
 def _packed(owner: Any, value: Any, tensors: Tensors, name: str) -> Any:
     try:
-        return pack(value, tensors, name)
-    except (CannotPackError, RecursionError) as error:
+        return encode(value, tensors, name)
+    except (CannotEncodeError, RecursionError) as error:
         raise CannotRestoreError(f"the state of {type(owner).__name__} holds what cannot be saved: {error}") from error
 
 
@@ -327,20 +327,20 @@ def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
         raise ValueError(f"the checkpoint has a {state['class']} where this env has a {type(layer).__name__}")
     if "own" in state:
         try:
-            problem = layer.set_state(unpack(state["own"], tensors))
+            problem = layer.set_state(decode(state["own"], tensors))
         except Exception as error:
             raise CannotRestoreError(f"{type(layer).__name__}.set_state() raised {type(error).__name__}: {error}") from error
         if isinstance(layer, RestorableEnv) and problem is not None:
             raise CannotRestoreError(problem)
     else:
-        values = unpack(state["state"], tensors)
+        values = decode(state["state"], tensors)
         for key in _keys(layer):
             # Not there: the run had it, and this env is made with arguments under which it has none.
             if key in values and hasattr(layer, key):
                 _write(layer, key, values[key])
         if "mujoco" in state:
-            _put_mujoco(layer, unpack(state["mujoco"], tensors))
-    for key, generator_state in unpack(state["generators"], tensors).items():
+            _put_mujoco(layer, decode(state["mujoco"], tensors))
+    for key, generator_state in decode(state["generators"], tensors).items():
         # In place: helpers of the env may share it. The property makes the one that gymnasium makes at the first use.
         if key.endswith(_OF_SPACE):
             space = vars(layer).get(key.removesuffix(_OF_SPACE))
@@ -348,7 +348,7 @@ def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
         else:
             generator = layer.np_random if key == "_np_random" else getattr(layer, key, None)
         if isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = generator_state
+            set_generator_state(generator, generator_state)
 
 
 def _read(value: Any) -> Any:

@@ -23,10 +23,11 @@ from sb3_mbpo.checkpoints import checkpoint
 from sb3_mbpo.checkpoints.callback_state import all_callbacks, tell_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted, Interrupts
 from sb3_mbpo.checkpoints.lock import FolderLock
-from sb3_mbpo.checkpoints.packing import Tensors
 from sb3_mbpo.checkpoints.training_state import put_agent, put_training, take_agent, take_training
-from sb3_mbpo.saving.description import AGENTS, build, describe
+from sb3_mbpo.saving.description import build, describe
+from sb3_mbpo.saving.serialization import Tensors
 from sb3_mbpo.validation.faults import InvalidTransition
+from sb3_mbpo.validation.registry import AGENTS
 
 # All saves so far, and one more like the last, take at most 1/50 of the time: 2 %. The last of a run waits for nothing.
 _PATIENCE = 50

@@ -206,9 +206,6 @@ def onnx(policy: ExportedPolicy, example: th.Tensor) -> bytes:
 class Exporting(Saving):
     """The part of :class:`ModelBased` that writes its policy for machines without this package."""
 
-    #: Whether the last ``learn`` saw observations that a ``VecNormalize`` had normalized.
-    normalized_observations: bool = False
-
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         statistics = self.get_vec_normalize_env()
         self.normalized_observations = statistics is not None and bool(statistics.norm_obs)

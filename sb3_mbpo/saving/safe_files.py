@@ -10,10 +10,11 @@ from typing import Any, BinaryIO
 import torch as th
 from stable_baselines3.common.save_util import open_path
 
-# An agent has a dozen members, and a torch file one for each tensor.
-_MOST_MEMBERS = 100_000
+# An agent has a dozen members, and a file of PyTorch one for each tensor.
+_MOST_MEMBERS = 1_000_000
 _MOST_TEXT = 2**24
-_MOST_LEVELS = 100
+# Of a value of 30 levels, each of which may be four levels of JSON.
+_MOST_LEVELS = 150
 
 
 def read_bytes(path: Any, suffix: str) -> bytes:
@@ -103,13 +104,15 @@ def write_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, indent=1)
 
 
-def read_json(text: bytes) -> Any:
+def read_json(text: bytes, most: int | None = _MOST_TEXT) -> Any:
     """
     :param text: strict JSON: no NaN, no infinity, no key twice
+    :param most: maximum number of bytes; ``None``: no limit
+    :return: the value
     :raises ValueError: anything else
     """
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"it has {len(text)} bytes of JSON; the most is {_MOST_TEXT}")
+    if most is not None and len(text) > most:
+        raise ValueError(f"it has {len(text)} bytes of JSON; the most is {most}")
     try:
         found = json.loads(
             text.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_key_twice

@@ -23,25 +23,20 @@ from stable_baselines3.common.type_aliases import GymEnv
 from sb3_mbpo.arguments.user_functions import check_device
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, check_fits
+from sb3_mbpo.saving.agent_state import OURS, AgentState
 from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.saving.checked_tensors import check_weights
-from sb3_mbpo.saving.description import register
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
 from sb3_mbpo.saving.safe_files import check_whole
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
 from sb3_mbpo.saving.whole_files import check_checksum, skip_checksum, with_checksum, written_whole
 from sb3_mbpo.validation.misuse import missing_statistics
+from sb3_mbpo.validation.registry import register_agent
 from sb3_mbpo.validation.rules import did_you_mean, shown
 from sb3_mbpo.validation.unsupported import check_env
 
 SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
-# What ModelBased keeps beside its arguments and networks.
-_COUNTERS = (
-    *("termination", "dynamics_fitted_at", "_earlier_timesteps", "auto_rollout_length", "imagined_fraction", "filter_state"),
-    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
-    *("_warned_of_termination", "_warned_of"),
-)
 # Arguments that say which networks and optimizers there are.
 _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
@@ -93,7 +88,7 @@ class _Plain(NamedTuple):
     began: float
 
 
-class Saving(OffPolicyAlgorithm):
+class Saving(AgentState, OffPolicyAlgorithm):
     """The part of :class:`ModelBased` that deals with what comes from outside and outlives the process."""
 
     observation_space: spaces.Box
@@ -109,7 +104,7 @@ class Saving(OffPolicyAlgorithm):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.policy_aliases:  # an algorithm, no mixin
-            register(cls)
+            register_agent(cls)
 
     @classmethod
     def load(
@@ -358,7 +353,7 @@ class Saving(OffPolicyAlgorithm):
         """
         base: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, Saving))
         assert issubclass(base, OffPolicyAlgorithm)
-        ours = {*inspect.signature(type(self)).parameters, *_COUNTERS} - {*inspect.signature(base).parameters}
+        ours = {*inspect.signature(type(self)).parameters, *OURS, "termination"} - {*inspect.signature(base).parameters}
         excluded = {
             *ours,
             *self._excluded_save_params(),

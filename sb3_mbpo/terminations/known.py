@@ -11,10 +11,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
+from sb3_mbpo.validation.registry import described
+
 # (obs, actions, next_obs) -> bool (B,): raw observations, actions in the env's own scale, float32, on the agent's device.
 TerminationFn: TypeAlias = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class NeverTerminates:
     """Episodes end only by time limits. As in the env, a non-finite observation does not end an episode either."""
@@ -23,6 +26,7 @@ class NeverTerminates:
         return th.zeros(len(next_obs), dtype=th.bool, device=next_obs.device)
 
 
+@described()
 class HealthyRange(NamedTuple):
     """Entries ``first:stop`` of an observation, and their healthy range from ``low`` to ``high``."""
 
@@ -32,6 +36,7 @@ class HealthyRange(NamedTuple):
     high: float
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class LeavesHealthyRange:
     """
@@ -61,6 +66,7 @@ class LeavesHealthyRange:
         return ~healthy
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class TipFalls:
     """
