@@ -1,4 +1,4 @@
-"""Everything that decides how a run goes on: agent, buffers, random generators, envs, callbacks; taken out and put back."""
+"""Saves and restores everything that determines how a run continues: agent, buffers, generators, envs, callbacks."""
 
 import copy
 import inspect
@@ -30,11 +30,11 @@ from sb3_mbpo.saving.serialization import (
     set_generator_state,
 )
 
-# Attributes of an agent that belong to the process and not to the run.
+# Attributes of an agent that belong to the process, not to the run.
 _OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log", "_custom_logger", "_plain_agents"}
 # An argument that SB3 keeps under another name.
 _OF_THE_PROCESS |= {"_stats_window_size"}
-# What action noise of SB3 remembers; of other noise, all numbers and arrays are taken.
+# State of SB3's action noise. For other noise, all numbers and arrays are saved.
 _NOISE: dict[type, tuple[str, ...]] = {
     **{NormalActionNoise: (), VectorizedActionNoise: ()},
     **{OrnsteinUhlenbeckActionNoise: ("noise_prev",)},
@@ -44,19 +44,19 @@ _GENERATORS = (th.Generator, np.random.Generator, np.random.RandomState, random.
 
 def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, lost: str | None = None) -> dict[str, Any]:
     """
-    The whole state of a run, between two updates.
+    Save the complete state of a run, between two updates.
 
     :param agent: a ModelBased algorithm in ``learn``
-    :param callbacks: of that ``learn``, see :func:`.callback_state.all_callbacks`
+    :param callbacks: the callbacks of that ``learn``, see :func:`.callback_state.all_callbacks`
     :param tensors: see :func:`.serialization.encode`; they share memory with the agent
-    :param lost: why the envs are left out; the run will go on at an episode's start
-    :return: JSON; under ``"envs_lost"`` the reason why envs are not in it, if they are not
+    :param lost: why envs are not saved; the resumed run starts a new episode. ``None``: they are saved
+    :return: JSON. ``"envs_lost"`` is the reason if envs are not in it
     """
     state = {
         **take_agent(agent, tensors),
         "replay_buffer": encode(agent.replay_buffer.contents(), tensors, "replay_buffer"),
         "callbacks": [take_callback(one, tensors, f"callbacks.{i}") for i, one in enumerate(callbacks)],
-        # By themselves: the statistics of VecNormalize are not lost with the envs.
+        # Saved separately, so that the statistics of VecNormalize are not lost with the envs.
         "wrappers": take_statistics(agent.env, tensors, "wrappers"),
         "envs": None,
         "envs_lost": lost,
@@ -71,14 +71,14 @@ def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, l
 
 def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any], tensors: Tensors) -> str:
     """
-    Go on as the run would have that ``take_training`` saw.
+    Restore the state of a run.
 
-    :param agent: made with the same arguments, in ``learn``, before anything was collected
-    :param callbacks: of that ``learn``, made as those of the run were
-    :param state: from ``take_training``
-    :param tensors: what it filled
-    :return: what could not be restored, and why, in one or two sentences; empty: everything was
-    :raises ValueError: the agent, its env or its buffer were made differently; or numbers are not finite
+    :param agent: an agent made with the same arguments, in ``learn``, before it has collected transitions
+    :param callbacks: the callbacks of that ``learn``, made like those of the run
+    :param state: the result of :func:`take_training`
+    :param tensors: the tensors of :func:`take_training`
+    :return: what could not be restored, and why, in one or two sentences; empty: everything was restored
+    :raises ValueError: the agent, its env or its buffer were made differently, or numbers are not finite
     """
     _put_buffer(agent.replay_buffer, decode(state["replay_buffer"], tensors))
     lost = put_callbacks(callbacks, state["callbacks"], tensors)
@@ -104,11 +104,11 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
 
 
 def _told(reason: str | None, of_callbacks: dict[str, str]) -> str:
-    """What could not be restored, of envs and of callbacks."""
+    """:return: the warning about envs and callbacks that could not be restored"""
     lines = []
     if reason is not None:
         lines.append(f"The run goes on at the start of an episode, because its envs could not be restored: {reason}")
-    # A callback's env is mostly made as the agent's.
+    # The reason is the same for a callback's env that is like the agent's.
     names = [f"{name} ({why})" for name, why in of_callbacks.items() if why != reason]
     if names:
         lines.append(f"Of the run's callbacks, this could not be restored and begins anew: {', '.join(names)}")
@@ -116,7 +116,11 @@ def _told(reason: str | None, of_callbacks: dict[str, str]) -> str:
 
 
 def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
-    """:return: networks, optimizers, counters, generators and what is not yet logged, as JSON: what ``train()`` changes"""
+    """
+    :param agent: a ModelBased algorithm
+    :param tensors: see :func:`.serialization.encode`
+    :return: everything that ``train()`` changes, as JSON: networks, optimizers, counters, generators and unwritten log values
+    """
     _, variables = agent._get_torch_save_params()
     return {
         "parameters": encode(agent.get_parameters(), tensors, "parameters"),
@@ -130,7 +134,12 @@ def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
 
 
 def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
-    """Put back what ``take_agent`` took."""
+    """
+    :param agent: a ModelBased algorithm
+    :param state: the result of :func:`take_agent`, or of :func:`take_training`
+    :param tensors: its tensors
+    :raises ValueError: the state does not fit the agent
+    """
     agent.set_parameters(decode(state["parameters"], tensors), exact_match=True, device=agent.device)
     variables = decode(state["variables"], tensors)
     for name in agent._get_torch_save_params()[1]:
@@ -140,7 +149,7 @@ def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     without = _not_of_the_run(agent)
     for name, value in decode(state["attributes"], tensors).items():
         present = vars(agent).get(name)
-        # A checkpoint may be foreign: what is not taken is not put back.
+        # A checkpoint may be foreign, so only what is ever saved is restored.
         if name not in without and may_put(agent, name) and _is_plain(present) and _is_plain(value):
             setattr(agent, name, deque(value, present.maxlen) if isinstance(present, deque) else value)
     agent.start_time = time.time_ns() - state["elapsed"]
@@ -148,19 +157,19 @@ def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     for name in _recorded(agent):
         getattr(agent.logger, name).clear()
         getattr(agent.logger, name).update(log[name])
-    # Last: what was done above may have drawn random numbers.
+    # Last, because the steps above may have drawn random numbers.
     _put_random(agent, decode(state["random"], tensors))
 
 
 @contextmanager
 def undone_on_error(agent: Any) -> Iterator[None]:
     """
-    A fit of the learned parts, and the model rollout after it, happen as a whole or not at all.
+    Undo a fit of the learned parts and a model rollout if an error ends them.
 
-    Whatever ends them early (an error in a user's function, Ctrl-C, no memory, a signal that ends the run), the agent is as it
-    was before: parameters and optimizers of the learned parts, counters, random numbers, what is not yet logged. The
-    model buffer is not copied, it may be large: see :meth:`.ModelBuffer.drop_refill`. What was warned of stays warned of.
-    May be nested.
+    The error may come from a user's function, Ctrl-C, a lack of memory, or a signal that ends the run. Then the parameters and
+    optimizers of the learned parts, the counters, the random generators and the unwritten log values are restored. The model
+    buffer may be large, so it is not copied, see :meth:`.ModelBuffer.drop_refill`. Warnings are not repeated. Contexts may be
+    nested.
 
     :param agent: a ModelBased algorithm
     """
@@ -188,7 +197,7 @@ def undone_on_error(agent: Any) -> Iterator[None]:
 
 
 def _learned(agent: Any) -> list[str]:
-    """:return: names of what the agent learns of the env: networks that are saved and are no part of its policy"""
+    """:return: names of the saved networks that are not part of the policy: the agent learns the env with them"""
     of_policy = {id(module) for module in agent.policy.modules()}
     roots = dict.fromkeys(name.split(".")[0] for name in agent._get_torch_save_params()[0])
     return [root for root in roots if isinstance(part := getattr(agent, root), th.nn.Module) and id(part) not in of_policy]
@@ -210,7 +219,7 @@ def _not_of_the_run(agent: Any) -> set[str]:
 
 
 def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
-    """Counters, last observations, statistics of episodes: whatever is plain and not an argument of the constructor."""
+    """:return: plain attributes that are no constructor arguments, such as last observations and statistics of episodes"""
     without = _not_of_the_run(agent)
     for name, value in vars(agent).items():
         if name not in without and _is_plain(value):
@@ -218,38 +227,38 @@ def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value can be saved among the attributes. Generators and tensors have places of their own."""
+    """:return: whether a value is saved as an attribute. Generators and tensors are saved elsewhere"""
     if isinstance(value, _GENERATORS):
         return False
     try:
-        # Tensors are parts of networks, or variables.
+        # Tensors belong to networks, or are variables.
         return '"$tensor"' not in json.dumps(encode(value, {}))
     except CannotEncodeError:
         return False
 
 
 def _recorded(agent: Any) -> dict[str, dict[str, Any]]:
-    """What was recorded and not yet written; nothing before the first ``learn``, when SB3 has no logger."""
+    """:return: log values that are not yet written; empty before the first ``learn``, when there is no logger"""
     logger = getattr(agent, "_logger", None)
     names = () if logger is None else ("name_to_value", "name_to_count", "name_to_excluded")
     return {name: dict(getattr(logger, name)) for name in names}
 
 
 def _pending_log(agent: Any) -> dict[str, Any]:
-    """What was recorded and not yet written, as far as it can be saved."""
+    """:return: log values that are not yet written and can be saved"""
     log = _recorded(agent)
     for key, value in list(log["name_to_value"].items()):
         try:
             encode(value, {}, key)
         except CannotEncodeError:
-            # A figure, a video, a table of hyperparameters: for the screen, and not to be computed with.
+            # A figure, a video, or a table of hyperparameters.
             for part in log.values():
                 part.pop(key, None)
     return log
 
 
 def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
-    """Generators of the agent, of its replay buffer, and of its networks and dynamics with all modules inside."""
+    """:return: generators of the agent, of its replay buffer, and of all modules of its networks and dynamics"""
     owners = [("agent", agent), ("replay_buffer", agent.replay_buffer)]
     for name, part in vars(agent).items():
         if isinstance(part, th.nn.Module):
@@ -261,7 +270,7 @@ def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _spaces(agent: Any) -> Iterator[tuple[str, Any]]:
-    # An agent that was loaded may have no env.
+    # A loaded agent may have no env.
     for name, owner in (("agent", agent), *([] if agent.env is None else [("env", agent.env)])):
         for kind in ("action_space", "observation_space"):
             yield f"{name}.{kind}", getattr(owner, kind)
@@ -274,7 +283,7 @@ def _random_states(agent: Any) -> dict[str, Any]:
         "torch": th.get_rng_state(),
         "cuda": th.cuda.get_rng_state_all() if agent.device.type == "cuda" else None,
         "parts": {name: generator_state(generator) for name, generator in _generators(agent)},
-        # Of those that were sampled from, or seeded.
+        # Only spaces that were sampled from or seeded have a generator.
         "spaces": {n: space.np_random.bit_generator.state for n, space in _spaces(agent) if space._np_random is not None},
         "noise": _noise_state(agent.action_noise),
     }
@@ -296,7 +305,7 @@ def _put_random(agent: Any, states: dict[str, Any]) -> None:
 
 
 def _noise_state(noise: Any) -> Any:
-    """The numbers that action noise remembers (Ornstein-Uhlenbeck), also one per env."""
+    """:return: the state of action noise such as Ornstein-Uhlenbeck, also of one per env"""
     if noise is None:
         return None
     several = [_noise_state(one) for one in getattr(noise, "noises", [])]

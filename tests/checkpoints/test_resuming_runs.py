@@ -75,6 +75,24 @@ def test_other_settings_are_passed_as_a_callback(tmp_path):
     assert resume(tmp_path / "run", "Pendulum-v1", [callback]).num_timesteps == 5
 
 
+def test_a_foreign_checkpoint_writes_no_logs_elsewhere(tmp_path):
+    """``tb_log_name`` of a run is a folder inside ``tensorboard_log``; other arguments of ``learn`` are not read."""
+    logs = str(tmp_path / "logs")
+    made(tensorboard_log=logs).learn(3, ResumeCallback(tmp_path / "run"), tb_log_name="group/x")
+    state, tensors = read(next(listed(tmp_path / "run")).path)
+    state["learn"] |= {"total_timesteps": 4, "reset_num_timesteps": True, "callback": None}
+    checkpoint.write(tmp_path / "run", state, tensors, 3)
+    assert resume(tmp_path / "run", "Pendulum-v1", tensorboard_log=logs).num_timesteps == 4
+    assert [path.name for path in (tmp_path / "logs" / "group").iterdir()] == ["x_1"]
+    for name in ("../x", "a/../../x", "/x", "..", "C:x", "a\\..\\x", "a\0", 3, ["x"]):
+        state["learn"]["tb_log_name"] = name
+        written = checkpoint.write(tmp_path / "run", state, tensors, 3)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=f"{written.path.name}: tb_log_name=.* is no name of a folder inside tensor"):
+            resume(tmp_path / "run", "Pendulum-v1", tensorboard_log=logs)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_callback_that_was_in_an_earlier_run(tmp_path):
     """SB3 leaves the callbacks of that run in its ``locals``."""
     callback = Ends(1000)
