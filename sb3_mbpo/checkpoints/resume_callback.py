@@ -62,7 +62,7 @@ class ResumeCallback(BaseCallback):
     :param keep: Number of newest checkpoints that are kept. With an ``EvalCallback`` in the same ``learn``, the best one is
         kept, too
     :param signals: Names of the signals that end the run. Outside of the main thread, signals are not handled
-    :param verbose: 1: print a line for each checkpoint, and when a run is resumed (the latter also with the agent's ``verbose=1``)
+    :param verbose: 1: print a line for each checkpoint, and when a run is resumed (that also with the agent's ``verbose=1``)
     """
 
     def __init__(

@@ -221,7 +221,7 @@ def test_two_agents_in_two_threads(tmp_path):
             return True
 
     made().learn(40, [ResumeCallback(tmp_path), Second()])
-    assert len(errors) == 1 and "is that of a run under way" in errors[0] and steps(tmp_path) == [40]
+    assert len(errors) == 1 and "is used by another run" in errors[0] and steps(tmp_path) == [40]
 
 
 def test_a_trained_agent_is_not_overwritten(tmp_path):
