@@ -39,7 +39,7 @@ _SETTINGS = ("every", "keep", "signals", "verbose")
 # Arguments of `learn` that `resume` takes from the run.
 _OF_LEARN = ("total_timesteps", "log_interval", "tb_log_name")
 # Errors of a checkpoint that does not fit the agent.
-_NO_FIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+_NO_FIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError)
 _STOPPED = "a callback ended the run in the middle of a step"
 
 
@@ -258,6 +258,7 @@ class ResumeCallback(BaseCallback):
 
         :return: the rest of the rollout that was under way; ``None``: there was none
         """
+        _check_state(state, found.path)
         if state["class"] != type(self.model).__name__:
             raise ValueError(
                 f"{found.path} is a checkpoint of {state['class']}, not of {type(self.model).__name__}: make such an agent, "
@@ -366,8 +367,8 @@ def resume(
     if found is None:
         raise ValueError(f"resume: there are no checkpoints in {folder}")
     state, _, place = found
+    _check_state(state, place.path)
     learn = {name: state["learn"][name] for name in _OF_LEARN}
-    _check_log_name(learn["tb_log_name"], place.path)
     if agent_class is None and state["class"] not in AGENTS:
         raise ValueError(
             f"resume: {place.path}: its agent is of class {state['class']!r}, which is not among {', '.join(AGENTS)}: pass "
@@ -397,12 +398,30 @@ def _read_folder(what: str, folder: Any) -> Path:
     return Path(folder)
 
 
-def _check_log_name(name: Any, place: Path) -> None:
-    """Raise if a checkpoint, which may be foreign, names a folder for logs that is outside ``tensorboard_log``."""
+def _check_state(state: Any, place: Path) -> None:
+    """
+    Check the parts of a checkpoint, which may be foreign, that this file reads.
+
+    :raises ValueError: a part is missing or of a wrong type, or the folder for logs is outside of ``tensorboard_log``
+    """
+    kinds = {"class": str, "stopped": bool, "origin": list, "life": list, "left": (dict, type(None))}
+    kinds |= dict.fromkeys(("settings", "agent", "learn", "state", "attributes"), dict)
+    wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
+    if not wrong:
+        left = {"steps": int, "rollout_end": bool}
+        wrong += [name for name in ("origin", "life") if [type(number) for number in state[name]] != [int, int]]
+        if state["left"] is not None and {name: type(value) for name, value in state["left"].items()} != left:
+            wrong.append("left")
+        wrong += [name for name in _SETTINGS if name not in state["settings"]]
+        wrong += [name for name in _OF_LEARN if name not in state["learn"]]
+        wrong += [name for name in ("arguments", "versions") if not isinstance(state["agent"].get(name), dict)]
+    if wrong:
+        raise ValueError(f"{place}: this is no checkpoint of a run: {', '.join(wrong)} are missing, or of a wrong type")
+    name = state["learn"]["tb_log_name"]
     inside = name is None or (isinstance(name, str) and re.fullmatch(r"[^\\:\0]*", name) and not name.startswith("/"))
     if not inside or (name is not None and ".." in name.split("/")):
         raise ValueError(
-            f"resume: {place}: tb_log_name={name!r} is no name of a folder inside tensorboard_log. Make the agent "
+            f"{place}: tb_log_name={name!r} is no name of a folder inside tensorboard_log. Make the agent "
             "yourself, and pass a ResumeCallback for this folder to its learn"
         )
 
