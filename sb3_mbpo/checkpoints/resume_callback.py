@@ -404,9 +404,10 @@ def _check_state(state: Any, place: Path) -> None:
 
     :raises ValueError: a part is missing or of a wrong type, or the folder for logs is outside of ``tensorboard_log``
     """
-    kinds = {"class": str, "stopped": bool, "origin": list, "life": list, "left": (dict, type(None))}
+    kinds: dict[str, Any] = {"class": str, "stopped": bool, "origin": list, "life": list, "left": (dict, type(None))}
     kinds |= dict.fromkeys(("settings", "agent", "learn", "state", "attributes"), dict)
-    wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
+    state = state if isinstance(state, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name, ...), kind)]
     if not wrong:
         left = {"steps": int, "rollout_end": bool}
         wrong += [name for name in ("origin", "life") if [type(number) for number in state[name]] != [int, int]]
