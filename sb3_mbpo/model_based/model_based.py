@@ -139,31 +139,11 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.dynamics_window = dynamics_window
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
-        self._begin_life()
-        super().__init__(*bound.args, **bound.kwargs)
-
-    def _begin_life(self) -> None:
-        """Initialize counters and measurements."""
         #: Termination of imagined episodes: a function, or "learned". Determined at construction, then saved with the agent.
         self.termination: Any = None
-        #: ``lifetime_timesteps`` at the last fit.
-        self.dynamics_fitted_at: int | None = None
-        #: k of ``rollout_schedule="auto"``, measured before each fit except the first.
-        self.auto_rollout_length = 1
-        #: Fraction of the imagined rows allowed by ``real_ratio`` that batches really have, see ``min_explained_variance``.
-        self.imagined_fraction = 1.0
-        #: Squared errors of the reward and of each dimension on the steps after each fit, smoothed over the fits.
-        self.forward_errors: list[float] = []
-        #: Bounds of rewards and observations at the last fit, see ``prediction_clip_margin``; only DHMBPO stores them.
-        self.prediction_bounds: list[float] = []
-        #: Number of successive fits after which the dynamics explained too little to be used.
-        self.unused_fits = 0
-        #: State of the rule of ``rollout_filter`` that is kept from one model rollout to the next.
-        self.filter_state: list[float] = []
-        #: Whether :meth:`forget_transitions` was called. The next fit then needs fewer rows, and updates wait for it.
-        self.forgot_transitions = False
-        self._earlier_timesteps = 0
         self._printed_threads = ""
+        self.begin_state()
+        super().__init__(*bound.args, **bound.kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -195,9 +175,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
         self._warn_of_moving_statistics(7)
-        self._warned_of_termination = False
-        #: Names of warnings that were issued and are not repeated.
-        self._warned_of: list[str] = []
+        self._warned_of = []
         if self.reward_fn is not None and not (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
@@ -285,8 +263,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.forgot_transitions = True
         self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_state = None, 1, 1.0, []
         self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
-        self._warned_of_termination = False
-        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+        self._warned_of = [what for what in self._warned_of if what not in ("reward_fn", "termination")]
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Do gradient updates, see SB3. Does nothing while :attr:`waits_for_transitions`."""
@@ -373,8 +350,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         """
         super().set_env(env, force_reset)
         assert self.env is not None
-        self._warned_of_termination = False
-        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+        self._warned_of = [what for what in self._warned_of if what not in ("reward_fn", "termination")]
         self._warn_of_moving_statistics(3)
         if self.termination_fn is None and not isinstance(self.termination, str):
             known, reason = known_termination(self.env)

@@ -13,10 +13,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_mbpo.validation.env_outputs import CHECKED
 
+from sb3_mbpo.validation.registry import described
+
 # (obs, actions, next_obs) -> bool (B,): raw observations, actions in the env's own scale, float32, on the agent's device.
 TerminationFn: TypeAlias = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class NeverTerminates:
     """Episodes end only by time limits. As in the env, a non-finite observation does not end an episode either."""
@@ -25,6 +28,7 @@ class NeverTerminates:
         return th.zeros(len(next_obs), dtype=th.bool, device=next_obs.device)
 
 
+@described()
 class HealthyRange(NamedTuple):
     """Entries ``first:stop`` of an observation, and their healthy range from ``low`` to ``high``."""
 
@@ -34,6 +38,7 @@ class HealthyRange(NamedTuple):
     high: float
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class LeavesHealthyRange:
     """
@@ -63,6 +68,7 @@ class LeavesHealthyRange:
         return ~healthy
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class TipFalls:
     """

@@ -14,6 +14,8 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 # Maximum of counts: larger values are almost certainly typos, and would fill the memory or never end.
 MOST = 10**9
+# Maximum k of ``rollout_schedule="auto"``: the final k of the paper's schedule for Hopper.
+LONGEST_AUTO = 15
 # Maximum of numbers: the square of a larger one overflows float32, and Adam computes squares of gradients.
 LARGEST = 1e15
 

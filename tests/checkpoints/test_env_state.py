@@ -285,7 +285,7 @@ class Broken(OwnState):
     [
         ("get_state", r"Broken\.get_state\(\) raised RuntimeError: no contact"),
         ("set_state", r"Broken\.set_state\(\) raised RuntimeError: no contact"),
-        ("plain", r"Broken holds what cannot be saved: .*position is a builtins.tuple_iterator"),
+        ("plain", r"Broken contains what cannot be saved: .*position is a builtins.tuple_iterator"),
     ],
 )
 @pytest.mark.parametrize("wrap", [None, RestorableEnv])
@@ -461,5 +461,5 @@ def test_stacks_of_dictionaries_are_refused():
 
     env = VecFrameStack(make_vec_env(OfDicts, 1), 2)
     env.reset()
-    with pytest.raises(CannotRestoreError, match="VecFrameStack holds what cannot be saved"):
+    with pytest.raises(CannotRestoreError, match="VecFrameStack contains what cannot be saved"):
         take_envs(env, {}, "envs")

@@ -479,7 +479,7 @@ def test_other_arguments_are_warned_of(tmp_path):
     """The run goes on with them; a seed was for its beginning."""
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25, ResumeCallback(tmp_path))
     other = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "batch_size": 8, "seed": 1})
-    with pytest.warns(UserWarning, match="values of batch_size, seed; it goes on with those of now, but its random"):
+    with pytest.warns(UserWarning, match="values of batch_size, seed; it continues with those of now, but its random"):
         other.learn(25, ResumeCallback(tmp_path))
     assert other.num_timesteps == 25 and other.batch_size == 8
 
