@@ -143,8 +143,9 @@ def tiles(found: Findings) -> str:
         "steps until its error exceeds half a standard deviation": str(found.useful or f"over {found.reach}"),
         "of the real values are in the 90 % interval": share(one["coverage_90"]),
         "rank correlation of disagreement and error": number(found.diagnosis.disagreement_rank()),
-        "k*, compared with the current rollout length, "
-        + str(found.rollout_length): "\N{EN DASH}" if found.optimal is None else f"{found.optimal:,}",
+        "k*, compared with the current rollout length, " + str(found.rollout_length): "\N{EN DASH}"
+        if found.optimal is None
+        else f"{found.optimal:,}",
     }
     return (
         '<div class="tiles">'

@@ -12,7 +12,6 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_mbpo.validation.env_outputs import CHECKED
-
 from sb3_mbpo.validation.registry import described
 
 # (obs, actions, next_obs) -> bool (B,): raw observations, actions in the env's own scale, float32, on the agent's device.

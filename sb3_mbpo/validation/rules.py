@@ -219,9 +219,11 @@ RULES: dict[str, ArgumentCheck] = {
 # Arguments of SB3's policies. Not every policy takes all of them.
 _POLICY_RULES: dict[str, ArgumentCheck] = {
     "net_arch": ArgumentCheck(
-        lambda value: value is None
-        or (isinstance(value, list) and LAYERS.holds(value))
-        or (isinstance(value, dict) and value.keys() == {"pi", "qf"} and all(map(LAYERS.holds, value.values()))),
+        lambda value: (
+            value is None
+            or (isinstance(value, list) and LAYERS.holds(value))
+            or (isinstance(value, dict) and value.keys() == {"pi", "qf"} and all(map(LAYERS.holds, value.values())))
+        ),
         f'{LAYERS.expected}, or a mapping of such lists with the keys "pi" and "qf"',
     ),
     "n_critics": whole(1, 1000),
@@ -268,11 +270,13 @@ _LEARN_RULES: dict[str, ArgumentCheck] = {
     "reset_num_timesteps": FLAG,
     "progress_bar": FLAG,
     "callback": ArgumentCheck(
-        lambda value: value is None
-        or isinstance(value, BaseCallback)
-        or (isinstance(value, list) and all(isinstance(item, BaseCallback) for item in value))
-        # SB3 would call a callback class at every step without an error.
-        or (callable(value) and not isinstance(value, type)),
+        lambda value: (
+            value is None
+            or isinstance(value, BaseCallback)
+            or (isinstance(value, list) and all(isinstance(item, BaseCallback) for item in value))
+            # SB3 would call a callback class at every step without an error.
+            or (callable(value) and not isinstance(value, type))
+        ),
         "None, a BaseCallback, a list of them, or a function of (locals, globals)",
     ),
 }
