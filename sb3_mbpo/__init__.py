@@ -43,6 +43,7 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from sb3_mbpo.diagnostics.report import write_report as write_report
     from sb3_mbpo.variants import MBTD3
     from sb3_mbpo.variants import MBTQC as MBTQC
     from sb3_mbpo.variants import MBCrossQ as MBCrossQ
@@ -54,4 +55,9 @@ else:
             from sb3_mbpo import variants
 
             return getattr(variants, name)
+        # It needs matplotlib, which is optional too.
+        if name == "write_report":
+            from sb3_mbpo.diagnostics.report import write_report
+
+            return write_report
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

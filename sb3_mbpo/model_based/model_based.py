@@ -154,6 +154,8 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.imagined_fraction = 1.0
         #: Squared errors of the reward and of each dimension on the steps after each fit, smoothed over the fits.
         self.forward_errors: list[float] = []
+        #: ``dynamics/explained_reward`` and ``dynamics/explained_obs`` of the last fit; empty before the first one.
+        self.explained_at_fit: list[float] = []
         #: Bounds of rewards and observations at the last fit, see ``prediction_clip_margin``; only DHMBPO stores them.
         self.prediction_bounds: list[float] = []
         #: Number of successive fits after which the dynamics explained too little to be used.
@@ -284,7 +286,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
         self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_state = None, 1, 1.0, []
-        self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
+        self.forward_errors, self.explained_at_fit, self.prediction_bounds, self.unused_fits = [], [], [], 0
         self._warned_of_termination = False
         self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
 

@@ -33,7 +33,8 @@ COUNTERS = (
         "imagined_fraction",
         "filter_state",
     ),
-    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
+    *("forward_errors", "explained_at_fit", "prediction_bounds", "unused_fits", "forgot_transitions"),
+    "normalized_observations",
 )
 
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}
@@ -265,7 +266,7 @@ def _counter(encoded: dict[str, Any], name: str) -> Any:
         fine = isinstance(value, bool)
     elif name == "auto_rollout_length":
         fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
-    elif name in ("filter_state", "forward_errors", "prediction_bounds"):
+    elif name in ("filter_state", "forward_errors", "explained_at_fit", "prediction_bounds"):
         fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)
     else:
         fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")

@@ -39,7 +39,8 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 # What ModelBased keeps beside its arguments and networks.
 _COUNTERS = (
     *("termination", "dynamics_fitted_at", "_earlier_timesteps", "auto_rollout_length", "imagined_fraction", "filter_state"),
-    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
+    *("forward_errors", "explained_at_fit", "prediction_bounds", "unused_fits", "forgot_transitions"),
+    "normalized_observations",
     *("_warned_of_termination", "_warned_of"),
 )
 # Arguments that say which networks and optimizers there are.
