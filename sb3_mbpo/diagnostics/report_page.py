@@ -16,7 +16,7 @@ from sb3_mbpo.theory import optimal_rollout_length
 STYLE = """
 img { width: auto; max-width: 100%; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.tile { border: 1px solid light-dark(#ddd, #444); border-radius: 6px; padding: .6rem 1rem; flex: 1 1 9rem; }
+.tile { border: 1px solid light-dark(#ddd, #444); border-radius: 6px; padding: .6rem 1rem; flex: 1 1 9rem; box-sizing: border-box; }
 .tile b { display: block; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: light-dark(#555, #aaa); font-size: .87rem; }
 .says { max-width: 46rem; padding-left: 1.2rem; }
@@ -57,7 +57,10 @@ class Findings:
     explained: Sequence[float]
     #: What ends imagined episodes: ``"learned"``, ``"known"``, or ``"given"`` by the user.
     termination: str
+    #: k; of an algorithm with training rollouts, their number of steps.
     rollout_length: int
+    #: Whether Theorem 4.3 is about this algorithm: it learns from imagined rewards on rollouts of k steps.
+    theorem: bool
     gamma: float
     #: eps_pi from each earlier policy; empty if none was given, or if the policy is deterministic.
     shifts: Sequence[float]
@@ -76,7 +79,7 @@ class Findings:
     @property
     def optimal(self) -> int | None:
         """k*; ``None`` if it cannot be determined."""
-        if self.shift is None or self.gamma >= 1:
+        if not self.theorem or self.shift is None or self.gamma >= 1:
             return None
         return optimal_rollout_length(model_error=self.diagnosis.model_error(), policy_shift=self.shift, gamma=self.gamma)
 
@@ -111,9 +114,10 @@ def of_prediction(found: Findings) -> Iterator[str]:
             f"{logged(found.explained[0])}: fractions of variance that the dynamics explained."
         )
     if one["r2_no_change"] > 0:
-        yield f"One step ahead on the new episodes, its R{SQUARED} compared with no change is {number(one['r2_no_change'])}."
+        against = number(one["r2_no_change"])
+        yield f"One step ahead on the new episodes, the R{SQUARED} of the dynamics compared with no change is {against}."
     else:
-        yield "One step ahead on the new episodes, it is <b>worse than predicting no change</b>."
+        yield "One step ahead on the new episodes, the dynamics is <b>worse than predicting no change</b>."
     if (k := found.useful) is not None:
         yield f"Its median error exceeds half a standard deviation after {counted(k, 'step')}."
     else:
@@ -150,7 +154,7 @@ def of_trust(found: Findings) -> Iterator[str]:
             f"With &epsilon;<sub>m</sub>&prime; = {number(error)} and &epsilon;<sub>&pi;</sub> = {number(found.shift or 0)}, "
             f"the optimal rollout length of Theorem 4.3 is k* = {found.optimal:,}; the current one is {k}."
         )
-    elif found.gamma < 1:
+    elif found.theorem and found.gamma < 1:
         # k* >= k if gamma^(k - 1) eps_pi > eps_m'.
         needed = error / found.gamma ** (k - 1)
         pays = (
@@ -186,9 +190,9 @@ def tiles(found: Findings) -> str:
         f"{EXPLAINED[0]}, as logged at the last fit": logged(found.explained[0]),
         "steps until the error exceeds half a standard deviation": str(found.useful or f"over {found.reach}"),
         "of the real values are in the 90 % interval": share(found.diagnosis.numbers(1)["coverage_90"]),
-        "k*, compared with the current rollout length, "
-        + str(found.rollout_length): NONE if found.optimal is None else f"{found.optimal:,}",
     }
+    if found.optimal is not None:
+        shown[f"k*, compared with the current rollout length, {found.rollout_length}"] = f"{found.optimal:,}"
     return (
         '<div class="tiles">'
         + "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in shown.items())
@@ -249,6 +253,8 @@ def figure_sections(found: Findings) -> Iterator[str]:
     caption += "state of each real one. Episodes with deterministic actions are further real ones."
     chart = figures.returns(found.sampled_returns, found.imagined_returns, found.deterministic_returns)
     yield picture(png(chart), "png", "returns, imagined and real", caption)
+    if not found.theorem:
+        return
     yield "<h2>How long should rollouts be?</h2>"
     if found.gamma < 1:
         caption = f"k* for &epsilon;<sub>m</sub>&prime; = {number(of.model_error())} and &gamma; = {found.gamma:g}."

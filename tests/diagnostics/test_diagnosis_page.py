@@ -25,6 +25,7 @@ def findings(**changes) -> Findings:
             "explained": [0.98765, 0.5],
             "termination": "learned",
             "rollout_length": 3,
+            "theorem": True,
             "gamma": 0.99,
             "shifts": [],
             "video": "the env does not render pictures",
@@ -51,7 +52,7 @@ def test_page_needs_no_other_file(tmp_path):
 
 def test_words_about_good_predictions():
     said = " ".join(of_prediction(findings()))
-    assert "its R\N{SUPERSCRIPT TWO} compared with no change is 1.00." in said
+    assert "the R\N{SUPERSCRIPT TWO} of the dynamics compared with no change is 1.00." in said
     assert "stays below half a standard deviation for all 8 steps" in said
     # The samples are spread around what happened.
     assert "After 8 steps, its 90 % intervals contain 100.0 % of the real values: too cautious." in said
@@ -105,7 +106,15 @@ def test_optimal_length_is_that_of_the_mean_shift():
     error = found.diagnosis.model_error()
     assert 0 < error < 0.4
     assert found.optimal == int(np.ceil(np.log(error / 0.4) / np.log(0.99)))
-    assert f">{found.optimal}</b>" in tiles(found) and found.optimal is not None and findings().optimal is None
+    assert f">{found.optimal}</b>" in tiles(found) and found.optimal is not None
+    assert findings().optimal is None and "k*" not in tiles(findings())
+
+
+def test_an_algorithm_that_the_theorem_is_not_about(tmp_path):
+    write_page(tmp_path / "page.html", findings(theorem=False, shifts=[0.2]), {"env": "x"})
+    page = (tmp_path / "page.html").read_text()
+    assert "Theorem" not in page and "k*" not in page and "How long should rollouts be" not in page
+    assert page.count("data:image/png") == 5
 
 
 def test_table():
