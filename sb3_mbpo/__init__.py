@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        # MBTQC and MBCrossQ need sb3_contrib, which is optional (so they are not in __all__) and slow to import.
+        # MBTQC and MBCrossQ need sb3_contrib, and write_report needs matplotlib. These are optional (so the names are not in
+        # __all__) and slow to import.
         if name in ("MBTD3", "MBTQC", "MBCrossQ"):
             from sb3_mbpo import variants
 
             return getattr(variants, name)
-        # It needs matplotlib, which is optional too.
         if name == "write_report":
             from sb3_mbpo.diagnostics.report import write_report
 
