@@ -32,7 +32,8 @@ NOMINAL = (0.5, 0.9)
 @dataclass(frozen=True)
 class Diagnosis:
     """
-    Real episodes with sampled actions, and the predictions of the dynamics. Columns are the reward, then the dimensions of the next observation.
+    Real episodes with sampled actions, and the predictions of the dynamics. Columns are the reward, then the dimensions of the
+    next observation.
 
     A prediction is the mean of 19 samples of ``DynamicsModel.sample``. Each sample is a trajectory of its own. Predictions are
     not clipped (``prediction_clip_margin``). A prediction with a non-finite sample is left out, and counted in ``dropped``.

@@ -74,7 +74,9 @@ class Report:
     def _repr_html_(self) -> str:
         # The page itself, because many notebooks cannot load a file by its path.
         page = escape(self.path.read_text(encoding="utf-8"))
-        return f'<iframe srcdoc="{page}" title="{escape(self.path.name)}" style="border: 0; width: 100%; height: 40rem"></iframe>'
+        return (
+            f'<iframe srcdoc="{page}" title="{escape(self.path.name)}" style="border: 0; width: 100%; height: 40rem"></iframe>'
+        )
 
 
 def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
@@ -230,11 +232,9 @@ def write_report(
         th.manual_seed(seed)
         diagnosis = diagnose(agent, env, n_episodes, horizon, max_episode_steps)
         first = np.array([episode.obs[0] for episode in diagnosis.episodes])
-        deterministic = []
-        if hasattr(agent.actor, "get_action_dist_params"):
-            # The same seed, so that an env without randomness in its steps has the same first states.
-            env.seed(seed)
-            deterministic = on_policy_episodes(agent, env, n_episodes, max_episode_steps, deterministic=True)
+        # The same seed, so that an env without randomness in its steps has the same first states.
+        env.seed(seed)
+        deterministic = on_policy_episodes(agent, env, n_episodes, max_episode_steps, deterministic=True)
         limit = min(max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps)
         # A time limit may be missing in the spec.
         limit = max((len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated), default=limit)
@@ -242,8 +242,7 @@ def write_report(
         findings = Findings(
             diagnosis,
             imagined_returns=imagined_returns(agent, first, N_SAMPLES, limit),
-            # The actions of a policy such as TD3's are deterministic already.
-            deterministic_returns=[float(episode.rewards.sum()) for episode in deterministic or diagnosis.episodes],
+            deterministic_returns=[float(episode.rewards.sum()) for episode in deterministic],
             deterministic_source=_source(agent),
             explained=agent.explained_at_fit or [np.nan, np.nan],
             termination=_termination(agent),

@@ -169,11 +169,12 @@ def returns(real: Sequence[float], imagined: np.ndarray, deterministic: Sequence
     """
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
-    x = np.arange(1, len(real) + 1)
+    x, others = (np.arange(1, len(one) + 1) for one in (real, deterministic))
     jitter = np.linspace(-0.14, 0.14, len(imagined))[:, None]
-    axes.plot((x + jitter).ravel(), imagined.ravel(), "o", color=MODEL, alpha=0.45, markersize=5, label="imagined, sampled actions")
+    spots = (x + jitter).ravel()
+    axes.plot(spots, imagined.ravel(), "o", color=MODEL, alpha=0.45, markersize=5, label="imagined, sampled actions")
     axes.plot(x, real, "D", color=REAL, markersize=8, label="real, sampled actions")
-    axes.plot(1 + np.arange(len(deterministic)), deterministic, "s", color=OTHER, markersize=6, label="real, deterministic actions")
+    axes.plot(others, deterministic, "s", color=OTHER, markersize=6, label="real, deterministic actions")
     axes.set_xticks(x)
     tidy(axes, "episode", "return")
     axes.legend(frameon=False)

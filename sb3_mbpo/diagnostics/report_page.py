@@ -16,7 +16,8 @@ from sb3_mbpo.theory import optimal_rollout_length
 STYLE = """
 img { width: auto; max-width: 100%; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.tile { border: 1px solid light-dark(#ddd, #444); border-radius: 6px; padding: .6rem 1rem; flex: 1 1 9rem; box-sizing: border-box; }
+.tile { border: 1px solid light-dark(#ddd, #444); border-radius: 6px; padding: .6rem 1rem; }
+.tile { flex: 1 1 9rem; box-sizing: border-box; }
 .tile b { display: block; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: light-dark(#555, #aaa); font-size: .87rem; }
 .says { max-width: 46rem; padding-left: 1.2rem; }
@@ -28,13 +29,13 @@ MOST_ROWS = 40
 SQUARED = "\N{SUPERSCRIPT TWO}"
 # The keys of the log.
 EXPLAINED = ("<code>dynamics/explained_reward</code>", "<code>dynamics/explained_obs</code>")
-LIMITS = """<p class="note">The two <code>explained</code> numbers are those of the log. They are measured before each fit, on the
-training steps since the fit before (at the first fit, on held-out ones), and compare the dynamics with the best constant prediction.
-Everything else is measured on new episodes with sampled actions. Predictions are means of 19 sampled trajectories of the dynamics, with the actions of the real
-episode. Errors are in standard deviations of each dimension over these episodes; constant dimensions are left out. Predictions
-are not clipped to the range of <code>prediction_clip_margin</code>. The states are those of the current policy, and the errors
-may be different for other states. Successive steps of an episode are similar, so there are fewer independent steps than
-steps.</p>"""
+LIMITS = """<p class="note">The two <code>explained</code> numbers are those of the log. They are measured before each fit on
+the training steps since the fit before (at the first fit, on held-out ones), and compare the dynamics with the best constant
+prediction. Everything else is measured on new episodes with sampled actions. Predictions are means of 19 sampled
+trajectories of the dynamics, with the actions of the real episode. Errors are in standard deviations of each dimension over
+these episodes; constant dimensions are left out. Predictions are not clipped to the range of
+<code>prediction_clip_margin</code>. The states are those of the current policy, and the errors may be different for other
+states. Successive steps of an episode are similar, so there are fewer independent steps than steps.</p>"""
 LIMITS_OF_K = """<p class="note"><i>&epsilon;<sub>m</sub>&prime;</i> is a proxy. The total variation between a deterministic
 simulator and any continuous model is 1, so Gaussian noise as large as each dimension's typical change in one step is added to
 both; k* depends on this convention. <i>&epsilon;<sub>&pi;</sub></i> is the mean over the visited states of the total variation
@@ -175,7 +176,7 @@ def of_returns(found: Findings) -> Iterator[str]:
     yield (
         f"The mean return of deterministic actions is {number(np.mean(found.deterministic_returns))}, as "
         f"<code>evaluate_policy</code> shows it, and that of sampled actions {number(np.mean(found.sampled_returns))}, as in "
-        f"training{found.deterministic_source}."
+        f"model rollouts{found.deterministic_source}."
     )
     if np.isfinite(found.imagined_returns).any():
         imagined = number(np.nanmean(found.imagined_returns))
@@ -185,7 +186,7 @@ def of_returns(found: Findings) -> Iterator[str]:
 def tiles(found: Findings) -> str:
     shown = {
         "return of deterministic actions, as in evaluate_policy": number(np.mean(found.deterministic_returns)),
-        "return of sampled actions, as in training": number(np.mean(found.sampled_returns)),
+        "return of sampled actions, as in model rollouts": number(np.mean(found.sampled_returns)),
         f"{EXPLAINED[1]}, as logged at the last fit": logged(found.explained[1]),
         f"{EXPLAINED[0]}, as logged at the last fit": logged(found.explained[0]),
         "steps until the error exceeds half a standard deviation": str(found.useful or f"over {found.reach}"),
@@ -249,8 +250,8 @@ def figure_sections(found: Findings) -> Iterator[str]:
     caption = "One-step error, in standard deviations, over the two dimensions along which it differs most."
     yield picture(png(figures.where(of)), "png", "error over the state space", caption)
     yield "<h2>Imagined and real returns</h2>"
-    caption = "Undiscounted returns of the current policy. With sampled actions, there are 19 imagined episodes from the first "
-    caption += "state of each real one. Episodes with deterministic actions are further real ones."
+    caption = "Undiscounted returns of the current policy. With sampled actions, 19 imagined episodes start from the first "
+    caption += "state of each real one. The episodes with deterministic actions are further real ones."
     chart = figures.returns(found.sampled_returns, found.imagined_returns, found.deterministic_returns)
     yield picture(png(chart), "png", "returns, imagined and real", caption)
     if not found.theorem:

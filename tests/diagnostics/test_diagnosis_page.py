@@ -77,9 +77,9 @@ def test_words_about_returns():
     sampled = f"{made().episodes[0].rewards.sum():.2f}".replace("-", "\N{MINUS SIGN}")
     said = " ".join(of_returns(findings()))
     assert "deterministic actions is 7.50, as <code>evaluate_policy</code> shows it, and that of" in said
-    assert f"sampled actions {sampled}, as in training." in said
+    assert f"sampled actions {sampled}, as in model rollouts." in said
     assert "Imagined episodes with sampled actions from the same first states have a mean return of 100." in said
-    assert "as in training; from an average." in " ".join(of_returns(findings(deterministic_source="; from an average")))
+    assert "as in model rollouts; from an average." in " ".join(of_returns(findings(deterministic_source="; from an average")))
     assert "Imagined" not in " ".join(of_returns(findings(imagined_returns=np.full((19, 1), np.nan))))
 
 

@@ -82,10 +82,10 @@ def test_the_page_says_what_the_user_sees(tmp_path, make, settings):
     of_user = VecNormalize(make_vec_env("Pendulum-v1", 1), training=False, norm_reward=False)
     of_user.obs_rms = env.obs_rms
     of_user.seed(7)
-    # SB3's own return is compared with ours to the last bit, up to Monitor's rounding.
+    # Monitor rounds returns.
     returns, _ = evaluate_policy(agent, of_user, 2, return_episode_rewards=True)
     assert written.findings.deterministic_returns == pytest.approx(returns, abs=1e-5)
-    assert (written.findings.deterministic_returns == written.findings.sampled_returns) == (make is MBTD3)
+    assert written.findings.deterministic_returns != written.findings.sampled_returns
     logged = agent.logger.name_to_value
     explained = [logged[f"dynamics/explained_{of}"] for of in ("reward", "obs")]
     page = (tmp_path / "page.html").read_text()
