@@ -159,7 +159,7 @@ def of_trust(found: Findings) -> Iterator[str]:
         # k* >= k if gamma^(k - 1) eps_pi > eps_m'.
         needed = error / found.gamma ** (k - 1)
         pays = (
-            f"if the policy shift is larger than {number(needed)}; --earlier measures it"
+            f"if the policy shift is larger than {number(needed)}; earlier checkpoints are needed to measure it"
             if needed < 1
             else "for no policy shift"
         )
