@@ -172,11 +172,14 @@ def of_termination(precision: float, recall: float) -> Iterator[str]:
         yield f"The learned termination predicts {share(recall)} of the ends one step ahead{invented}."
 
 
+def mean(values: Sequence[float]) -> str:
+    return number(float(np.mean(values)))
+
+
 def of_returns(found: Findings) -> Iterator[str]:
     yield (
-        f"The mean return of deterministic actions is {number(np.mean(found.deterministic_returns))}, as "
-        f"<code>evaluate_policy</code> shows it, and that of sampled actions {number(np.mean(found.sampled_returns))}, as in "
-        f"model rollouts{found.deterministic_source}."
+        f"The mean return of deterministic actions is {mean(found.deterministic_returns)}, as <code>evaluate_policy</code> shows "
+        f"it, and that of sampled actions {mean(found.sampled_returns)}, as in model rollouts{found.deterministic_source}."
     )
     if np.isfinite(found.imagined_returns).any():
         imagined = number(np.nanmean(found.imagined_returns))
@@ -185,8 +188,8 @@ def of_returns(found: Findings) -> Iterator[str]:
 
 def tiles(found: Findings) -> str:
     shown = {
-        "return of deterministic actions, as in evaluate_policy": number(np.mean(found.deterministic_returns)),
-        "return of sampled actions, as in model rollouts": number(np.mean(found.sampled_returns)),
+        "return of deterministic actions, as in evaluate_policy": mean(found.deterministic_returns),
+        "return of sampled actions, as in model rollouts": mean(found.sampled_returns),
         f"{EXPLAINED[1]}, as logged at the last fit": logged(found.explained[1]),
         f"{EXPLAINED[0]}, as logged at the last fit": logged(found.explained[0]),
         "steps until the error exceeds half a standard deviation": str(found.useful or f"over {found.reach}"),
