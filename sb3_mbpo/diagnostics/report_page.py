@@ -177,9 +177,10 @@ def mean(values: Sequence[float]) -> str:
 
 
 def of_returns(found: Findings) -> Iterator[str]:
+    deterministic, sampled = mean(found.deterministic_returns), mean(found.sampled_returns)
     yield (
-        f"The mean return of deterministic actions is {mean(found.deterministic_returns)}, as <code>evaluate_policy</code> shows "
-        f"it, and that of sampled actions {mean(found.sampled_returns)}, as in model rollouts{found.deterministic_source}."
+        f"The mean return of deterministic actions is {deterministic}, as <code>evaluate_policy</code> shows it, and that of "
+        f"sampled actions {sampled}, as in model rollouts{found.deterministic_source}."
     )
     if np.isfinite(found.imagined_returns).any():
         imagined = number(np.nanmean(found.imagined_returns))

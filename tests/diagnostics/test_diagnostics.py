@@ -99,8 +99,10 @@ def test_the_page_says_what_the_user_sees(tmp_path, make, settings):
         assert f"<code>dynamics/explained_obs</code> was {explained[1]:.3g} at" in (tmp_path / "agent.html").read_text()
 
 
-def test_what_write_report_returns(tmp_path):
+def test_what_write_report_returns(tmp_path, monkeypatch):
     """One short line in a terminal, the page in a notebook, and a path."""
+    # Without a display, MuJoCo's renderer leaves a warning behind.
+    monkeypatch.setattr("sb3_mbpo.diagnostics.report.video", lambda *args: b"frames")
     agent = MBPO("MlpPolicy", "InvertedPendulum-v5", **FAST).learn(40)
     written = write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=2)
     assert "page.html" in repr(written) and len(repr(written)) < 200 and "\n" not in repr(written)
