@@ -111,8 +111,8 @@ def of_prediction(found: Findings) -> Iterator[str]:
     one, far = (found.diagnosis.numbers(k) for k in (1, found.reach))
     if np.isfinite(found.explained[1]):
         yield (
-            f"During training, {EXPLAINED[1]} was {logged(found.explained[1])} at the last fit, and {EXPLAINED[0]} "
-            f"{logged(found.explained[0])}: fractions of variance that the dynamics explained."
+            f"During training, {EXPLAINED[1]} was {logged(found.explained[1])} at the last fit, and {EXPLAINED[0]} was "
+            f"{logged(found.explained[0])}. These are fractions of variance, as in the log."
         )
     if one["r2_no_change"] > 0:
         against = number(one["r2_no_change"])
@@ -188,11 +188,13 @@ def of_returns(found: Findings) -> Iterator[str]:
 
 
 def tiles(found: Findings) -> str:
+    # A narrow tile breaks the line after the slash.
+    of_reward, of_obs = (key.replace("/", "/<wbr>", 1) for key in EXPLAINED)
     shown = {
         "return of deterministic actions, as in evaluate_policy": mean(found.deterministic_returns),
         "return of sampled actions, as in model rollouts": mean(found.sampled_returns),
-        f"{EXPLAINED[1]}, as logged at the last fit": logged(found.explained[1]),
-        f"{EXPLAINED[0]}, as logged at the last fit": logged(found.explained[0]),
+        f"{of_obs}, as logged at the last fit": logged(found.explained[1]),
+        f"{of_reward}, as logged at the last fit": logged(found.explained[0]),
         "steps until the error exceeds half a standard deviation": str(found.useful or f"over {found.reach}"),
         "of the real values are in the 90 % interval": share(found.diagnosis.numbers(1)["coverage_90"]),
     }

@@ -68,7 +68,7 @@ def test_words_about_what_the_log_says():
     """The two numbers as SB3's logger prints them."""
     said = " ".join(of_prediction(findings()))
     assert "<code>dynamics/explained_obs</code> was 0.5 at the last fit" in said
-    assert "<code>dynamics/explained_reward</code> 0.988:" in said
+    assert "<code>dynamics/explained_reward</code> was 0.988." in said
     assert ">0.988</b>" in tiles(findings()) and ">0.5</b>" in tiles(findings())
     assert "explained_obs" not in " ".join(of_prediction(findings(explained=[np.nan, np.nan])))
 
