@@ -67,8 +67,7 @@ class LikelihoodGradient:
         :return: whether the explicit gradient supports them
         """
         return not is_replaced(mlp, EnsembleMLP, "forward") and not any(
-            is_replaced(layer, EnsembleLinear, "forward")
-            for layer in mlp.layers  # type: ignore[union-attr]
+            is_replaced(layer, EnsembleLinear, "forward") for layer in mlp.layers  # type: ignore[union-attr]
         )
 
     def __init__(self, mlp: EnsembleMLP, bounds: Sequence[nn.Parameter], varies: th.Tensor, beta: float) -> None:

@@ -262,7 +262,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
         self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_state = None, 1, 1.0, []
-        self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
+        self.forward_errors, self.explained_at_fit, self.prediction_bounds, self.unused_fits = [], [], [], 0
         self._warned_of = [what for what in self._warned_of if what not in ("reward_fn", "termination")]
 
     def train(self, *args: Any, **kwargs: Any) -> None:

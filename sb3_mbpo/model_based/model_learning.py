@@ -386,6 +386,7 @@ class ModelLearning(Imagining):
             reward, obs = (float(of_holdout.get(f"explained_{name}", 1.0)) for name in ("reward", "obs"))
         else:
             reward, obs = of_steps.reward, of_steps.obs
+        self.explained_at_fit = [reward, obs]
         metrics |= {"explained_reward": reward, "explained_obs": obs}
         judged_reward = reward if self.known_reward is None else 1.0
         self.imagined_fraction = imagined_fraction(judged_reward, obs, self.min_explained_variance)

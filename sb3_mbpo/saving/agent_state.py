@@ -39,6 +39,8 @@ class AgentState(SB3State):
     imagined_fraction: Annotated[float, 0, 1] = 1.0
     #: Squared errors of the reward and of each dimension on the steps after each fit, smoothed over the fits.
     forward_errors: list[float]
+    #: ``dynamics/explained_reward`` and ``dynamics/explained_obs`` of the last fit; empty before the first one.
+    explained_at_fit: list[float]
     #: Bounds of rewards and observations at the last fit, see ``prediction_clip_margin``; only DHMBPO stores them.
     prediction_bounds: list[float]
     #: Number of successive fits after which the dynamics explained too little to be used.
