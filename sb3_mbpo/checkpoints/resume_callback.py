@@ -317,7 +317,7 @@ class ResumeCallback(BaseCallback):
         return time.perf_counter() - self._began >= _PATIENCE * (self._spent + self._seconds)
 
     def _is_long(self, rollout: RolloutReturn) -> bool:
-        updates = self.model.gradient_steps if self.model.gradient_steps >= 0 else rollout.episode_timesteps
+        updates = self.model.updates_after(rollout.episode_timesteps)
         return bool(self.interrupts.signals) and updates >= _LONG_TRAIN
 
     def _agent(self) -> tuple[dict[str, Any], Tensors]:

@@ -1,10 +1,11 @@
 """Hooks in ``learn`` and ``collect_rollouts`` that let a ResumeCallback save, stop and resume a run."""
 
 from functools import partial
+from math import floor
 from typing import Any, TypeVar
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn, TrainFrequencyUnit
 
 from sb3_mbpo.checkpoints.callback_state import all_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted
@@ -20,6 +21,7 @@ class Resuming(Collecting):
 
     #: The ``ResumeCallback`` of the current ``learn``, if there is one.
     resume_callback: ResumeCallback | None = None
+    lifetime_timesteps: Any
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "resume_callback"]
@@ -56,4 +58,35 @@ class Resuming(Collecting):
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """See SB3. A run is saved, resumed and stopped right before it."""
         collect = partial(super().collect_rollouts, *args, **kwargs)
-        return collect() if self.resume_callback is None else self.resume_callback.rollout(collect)
+        result = collect() if self.resume_callback is None else self.resume_callback.rollout(collect)
+        if self.updates_per_transition is None:
+            return result
+        # With gradient_steps=-1, SB3 makes as many updates as this says.
+        return result._replace(episode_timesteps=self.updates_after(result.episode_timesteps))
+
+    @property
+    def updates_ratio(self) -> float | None:
+        """Number of updates per env transition; ``None``: they are counted per episode, whose length is unknown."""
+        if self.updates_per_transition is not None:
+            return self.updates_per_transition
+        if self.gradient_steps < 0:
+            return 1.0
+        self._convert_train_freq()
+        frequency: Any = self.train_freq
+        if frequency.unit is TrainFrequencyUnit.EPISODE:
+            return None
+        return self.gradient_steps / (frequency.frequency * self.n_envs)
+
+    def updates_after(self, transitions: int) -> int:
+        """
+        Number of updates that are due after new transitions.
+
+        It depends only on counts of transitions, so a resumed run makes the same updates, fractions included.
+
+        :param transitions: number of newest env transitions, already counted
+        :return: number of updates
+        """
+        if self.updates_per_transition is None:
+            return self.gradient_steps if self.gradient_steps >= 0 else transitions
+        now = self.lifetime_timesteps
+        return floor(self.updates_per_transition * now) - floor(self.updates_per_transition * (now - transitions))

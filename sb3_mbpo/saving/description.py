@@ -67,6 +67,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "rollout_schedule": (int, dict, LinearRolloutSchedule, str),
     "model_buffer_size": (_NOTHING, int),
     "dynamics_window": (_NOTHING, int),
+    "updates_per_transition": (_NOTHING, int, float),
+    "warmup_actions": (_NOTHING, int, float),
     "termination_fn": (_NOTHING, str, *KNOWN_TERMINATIONS),
     "reward_fn": (_NOTHING, str),
     "rollout_filter": (_NOTHING, str, *FILTERS.values()),
