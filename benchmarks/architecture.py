@@ -101,6 +101,7 @@ ORDER = [
     ["runtime"],
     ["saving"],
     ["checkpoints"],
+    ["background"],
     ["model_based"],
     ["mbpo", "dhmbpo", "variants"],
     ["zoo"],

@@ -175,7 +175,7 @@ def read_learn(total_timesteps: Any, *rest: Any) -> Any:
     :raises ValueError: an argument is out of range
     """
     total_timesteps = _as_count(numbers_in(total_timesteps))
-    names = ("callback", "log_interval", "tb_log_name", "reset_num_timesteps", "progress_bar")
+    names = ("callback", "log_interval", "tb_log_name", "reset_num_timesteps", "progress_bar", "background")
     rules.check_learn(total_timesteps=total_timesteps, **dict(zip(names, rest, strict=True)))
     return total_timesteps
 

@@ -221,6 +221,10 @@ class ResumeCallback(BaseCallback):
         :return: the new checkpoint
         :raises ValueError: learning has diverged; the checkpoints of before are the ones to go back to
         """
+        if self.interrupts.received is None and lost is None:
+            self.model.catch_up()
+        else:
+            self.model.stop_learner()
         self.model.check_parameters()
         started = time.perf_counter()
         tensors: Tensors = {}
@@ -294,7 +298,7 @@ class ResumeCallback(BaseCallback):
     def _learn_arguments(self) -> dict[str, Any]:
         """Those of the present ``learn`` that say how it goes on."""
         given = {name: self.locals.get(name) for name in ("log_interval", "tb_log_name")}
-        return {"total_timesteps": self.model._total_timesteps, **given}
+        return {"total_timesteps": self.model._total_timesteps, "background": self.model.learns_in_background, **given}
 
     def _compare(self, then: dict[str, Any]) -> None:
         """Warn of what was different when the checkpoint was written."""
@@ -312,7 +316,7 @@ class ResumeCallback(BaseCallback):
         return [name for part, name in names if now[part][name] != then[part].get(name)]
 
     def _is_due(self) -> bool:
-        if self.model.num_timesteps // self.every <= self._saved_at // self.every:
+        if self.model.num_timesteps // self.every <= self._saved_at // self.every or not self.model.may_pause:
             return False
         return time.perf_counter() - self._began >= _PATIENCE * (self._spent + self._seconds)
 

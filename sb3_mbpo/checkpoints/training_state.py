@@ -111,8 +111,8 @@ def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
     _, variables = agent._get_torch_save_params()
     return {
         "parameters": pack(agent.get_parameters(), tensors, "parameters"),
-        "variables": pack({name: _reach(agent, name) for name in variables}, tensors, "variables"),
-        "attributes": pack(dict(_attributes(agent)), tensors, "agent"),
+        "variables": pack({name: reach(agent, name) for name in variables}, tensors, "variables"),
+        "attributes": pack(dict(plain_attributes(agent)), tensors, "agent"),
         "elapsed": time.time_ns() - agent.start_time,
         "log": pack(_pending_log(agent), tensors, "log"),
         "random": pack(_random_states(agent), tensors, "random"),
@@ -125,7 +125,7 @@ def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     variables = unpack(state["variables"], tensors)
     for name in agent._get_torch_save_params()[1]:
         if variables.get(name) is not None:
-            _reach(agent, name).data.copy_(variables[name])
+            reach(agent, name).data.copy_(variables[name])
     without = _not_of_the_run(agent)
     for name, value in unpack(state["attributes"], tensors).items():
         present = vars(agent).get(name)
@@ -154,9 +154,9 @@ def undone_on_error(agent: Any) -> Iterator[None]:
     :param agent: a ModelBased algorithm
     """
     log = _recorded(agent)
-    values = {name: value for name, value in _attributes(agent) if not name.startswith("_warned")}
+    values = {name: value for name, value in plain_attributes(agent) if not name.startswith("_warned")}
     learned = _learned(agent)
-    parts = {name: _reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
+    parts = {name: reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
     states = {name: part.state_dict() for name, part in parts.items()}
     values, states, random_states = copy.deepcopy((values, states, _random_states(agent)))
     begun = agent.replay_buffer.model_buffer.begun
@@ -182,7 +182,8 @@ def _learned(agent: Any) -> list[str]:
     return [root for root in roots if isinstance(part := getattr(agent, root), th.nn.Module) and id(part) not in of_policy]
 
 
-def _reach(agent: Any, name: str) -> Any:
+def reach(agent: Any, name: str) -> Any:
+    """:return: an attribute, or one of an attribute: ``"critic.optimizer"``"""
     value = agent
     for part in name.split("."):
         value = getattr(value, part)
@@ -194,7 +195,7 @@ def _not_of_the_run(agent: Any) -> set[str]:
     return set(inspect.signature(type(agent)).parameters) | _OF_THE_PROCESS
 
 
-def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
+def plain_attributes(agent: Any) -> Iterator[tuple[str, Any]]:
     """Counters, last observations, statistics of episodes: whatever is plain and not an argument of the constructor."""
     without = _not_of_the_run(agent)
     for name, value in vars(agent).items():

@@ -27,6 +27,7 @@ from sb3_mbpo.arguments.user_functions import dry_run, dry_run_filter
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, balanced_ratio
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
+from sb3_mbpo.model_based.beside_acting import BackgroundCallback
 from sb3_mbpo.model_based.pretraining import Pretraining
 from sb3_mbpo.model_based.resuming import Resuming
 from sb3_mbpo.model_based.rollout_callback import RolloutCallback
@@ -174,6 +175,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
         self.filter_state: list[float] = []
         #: Whether :meth:`forget_transitions` was called. The next fit then needs fewer rows, and updates wait for it.
         self.forgot_transitions = False
+        #: See ``BesideActing``.
+        self.updates_owed = 0
         self._earlier_timesteps = 0
         self._printed_threads = ""
 
@@ -271,7 +274,12 @@ class ModelBased(Pretraining, Resuming, Exporting):
 
     @property
     def waits_for_transitions(self) -> bool:
-        """Whether updates are paused after :meth:`forget_transitions` until there are enough transitions for a fit."""
+        """
+        Whether updates are paused: after :meth:`forget_transitions` until there are enough transitions for a fit, and while
+        another process makes them.
+        """
+        if self.learns_in_background:
+            return True
         if not self.forgot_transitions or self.dynamics_fitted_at is not None:
             return False
         buffer = self.replay_buffer
@@ -294,6 +302,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
         :raises ValueError: ``keep`` is not a whole number of at least 0
         """
         whole(0).check("forget_transitions: keep", keep)
+        self.tell_learner("forget", keep)
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
         self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_state = None, 1, 1.0, []
@@ -309,7 +318,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not isinstance(callback, BaseCallback):
             callback = CallbackList(callback) if isinstance(callback, list) else ConvertCallback(callback)
-        rollouts = self.rollout_callback_class()
+        rollouts: Any = BackgroundCallback() if self.learns_in_background else self.rollout_callback_class()
         everything = super()._init_callback(CallbackList([rollouts, callback]), progress_bar)
         if progress_bar:
             assert isinstance(everything, CallbackList) and isinstance(everything.callbacks[-1], ProgressBarCallback)
@@ -324,6 +333,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        background: bool = False,
     ) -> SelfModelBased:
         """
         Train the agent, see SB3.
@@ -334,13 +344,26 @@ class ModelBased(Pretraining, Resuming, Exporting):
         :param tb_log_name: name of the run in TensorBoard; ``None``: the name of the class
         :param reset_num_timesteps: whether ``num_timesteps`` starts at 0; ``lifetime_timesteps`` is never reset
         :param progress_bar: whether to show a progress bar, which also shows the progress of fits and model rollouts
+        :param background: whether a second process learns while this one steps the env, for robots that must not wait. It
+            makes as many updates per transition as it would here, without a rhythm of its own; ``train_freq`` has no effect.
+            A script needs ``if __name__ == "__main__":``. See the guide on real robots
         :return: the agent
         :raises ValueError: an argument is out of range
+        :raises RuntimeError: the second process has failed; the agent keeps its transitions
         """
-        total_timesteps = read_learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        total_timesteps = read_learn(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, background
+        )
         tb_log_name = tb_log_name or type(self).__name__
-        with self.computing():
-            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        if background:
+            self._check_background()
+        self.learns_in_background = bool(background)
+        try:
+            with self.computing():
+                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            self.stop_learner()
+            self.learns_in_background = False
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -10,13 +10,13 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn, 
 from sb3_mbpo.checkpoints.callback_state import all_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted
 from sb3_mbpo.checkpoints.resume_callback import ResumeCallback, will_resume
-from sb3_mbpo.model_based.collecting import Collecting
+from sb3_mbpo.model_based.beside_acting import BesideActing
 from sb3_mbpo.validation.misuse import check_evaluation
 
 SelfResuming = TypeVar("SelfResuming", bound="Resuming")
 
 
-class Resuming(Collecting):
+class Resuming(BesideActing):
     """The part of :class:`ModelBased` that calls a ``ResumeCallback``, if there is one."""
 
     #: The ``ResumeCallback`` of the current ``learn``, if there is one.
@@ -79,14 +79,26 @@ class Resuming(Collecting):
 
     def updates_after(self, transitions: int) -> int:
         """
-        Number of updates that are due after new transitions.
+        Number of updates that this process makes after a rollout.
+
+        :param transitions: number of env transitions of the rollout, already counted
+        :return: number of updates; 0 with ``background=True``
+        """
+        if self.learns_in_background:
+            return 0
+        if self.updates_per_transition is None:
+            return self.gradient_steps if self.gradient_steps >= 0 else transitions
+        return self.updates_of(transitions)
+
+    def updates_of(self, transitions: int) -> int:
+        """
+        Number of updates of the newest transitions, by ``updates_ratio``.
 
         It depends only on counts of transitions, so a resumed run makes the same updates, fractions included.
 
         :param transitions: number of newest env transitions, already counted
         :return: number of updates
         """
-        if self.updates_per_transition is None:
-            return self.gradient_steps if self.gradient_steps >= 0 else transitions
-        now = self.lifetime_timesteps
-        return floor(self.updates_per_transition * now) - floor(self.updates_per_transition * (now - transitions))
+        now, ratio = self.lifetime_timesteps, self.updates_ratio
+        assert ratio is not None
+        return floor(ratio * now) - floor(ratio * (now - transitions))

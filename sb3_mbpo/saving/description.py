@@ -33,7 +33,7 @@ COUNTERS = (
         "imagined_fraction",
         "filter_state",
     ),
-    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
+    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations", "updates_owed"),
 )
 
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}

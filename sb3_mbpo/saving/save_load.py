@@ -40,7 +40,7 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 _COUNTERS = (
     *("termination", "dynamics_fitted_at", "_earlier_timesteps", "auto_rollout_length", "imagined_fraction", "filter_state"),
     *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
-    *("_warned_of_termination", "_warned_of"),
+    *("updates_owed", "_warned_of_termination", "_warned_of"),
 )
 # Arguments that say which networks and optimizers there are.
 _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")

@@ -266,6 +266,7 @@ _LEARN_RULES: dict[str, ArgumentCheck] = {
     "tb_log_name": optional(ArgumentCheck(lambda value: isinstance(value, str), "a text")),
     "reset_num_timesteps": FLAG,
     "progress_bar": FLAG,
+    "background": FLAG,
     "callback": ArgumentCheck(
         lambda value: value is None
         or isinstance(value, BaseCallback)
