@@ -144,7 +144,9 @@ def test_what_is_no_train_freq(train_freq):
 
 def test_several_envs_with_the_default_of_gradient_steps(tmp_path):
     kwargs = {key: value for key, value in FAST.items() if key != "gradient_steps"}
-    with pytest.warns(UserWarning, match=r"gradient_steps is left at its default.* 3 envs.*Pass updates_per_transition=20") as caught:
+    with pytest.warns(
+        UserWarning, match=r"gradient_steps is left at its default.* 3 envs.*Pass updates_per_transition=20"
+    ) as caught:
         agent = MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 3), **kwargs)
     assert len(caught) == 1 and caught[0].filename == __file__
     agent.save(tmp_path / "agent")

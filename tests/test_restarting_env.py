@@ -6,7 +6,7 @@ import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tiny import FAST
 
-from sb3_mbpo import MBPO, ResumeCallback, RestartingEnv
+from sb3_mbpo import MBPO, RestartingEnv, ResumeCallback
 
 
 class Robot(gym.Env):
@@ -56,7 +56,9 @@ def test_no_wrong_transition_is_stored(normalize):
     env, log = restarting([15, 16, 33])
     venv = DummyVecEnv([lambda: env])
     agent = MBPO("MlpPolicy", VecNormalize(venv) if normalize else venv, **FAST)
-    with pytest.warns(UserWarning, match=r"ConnectionError: the cable. It is made anew, restart \d of 3; this step is not") as told:
+    with pytest.warns(
+        UserWarning, match=r"ConnectionError: the cable. It is made anew, restart \d of 3; this step is not"
+    ) as told:
         agent.learn(50)
     assert len(told) == 3 and len(log["made"]) == 4 and [one.closed for one in log["made"]] == [True] * 3 + [False]
     rows = stored(agent)
@@ -105,7 +107,7 @@ def test_one_that_dies_in_reset_and_one_that_cannot_be_made():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="make=.* must be a function"):
+    with pytest.raises(ValueError, match=r"make=.* must be a function"):
         RestartingEnv(gym.make("Pendulum-v1"))
     with pytest.raises(ValueError, match="max_restarts=-1 must be a whole number"):
         RestartingEnv(lambda: gym.make("Pendulum-v1"), max_restarts=-1)
@@ -122,5 +124,3 @@ def test_transparent_where_nothing_dies(tmp_path):
     run(27, "cut", RestartingEnv)
     cut = run(50, "cut", RestartingEnv)
     assert (stored(whole).observations == stored(cut).observations).all() and type(cut.termination) is type(whole.termination)
-
-

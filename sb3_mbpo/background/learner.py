@@ -107,7 +107,7 @@ class Learner:
         except Exception as error:
             self._send(pack("error", (repr(error), traceback.format_exc())))
         self._send_news()
-        self._send(pack("final", packed_learning(self.agent, imagined=True)))
+        self._send(pack("final", packed_learning(self.agent, self.settled, imagined=True)))
 
     def work(self) -> None:
         """One turn: new transitions, a fit and a model rollout if they are due, a few updates, the policy."""
@@ -123,13 +123,13 @@ class Learner:
             self.agent.train(gradient_steps=n, batch_size=self.agent.batch_size)
             self.owed, self.settled = self.owed - n, self.settled + n
         now, is_fitted = time.monotonic(), self.agent.dynamics_fitted_at != before
-        if (n or is_fitted) and (self.owed == 0 or now - self._policy_at > POLICY_SECONDS):
+        if is_fitted or (n and (self.owed == 0 or now - self._policy_at > POLICY_SECONDS)):
             self.agent.check_parameters()
+            if is_fitted or now - self._state_at > STATE_SECONDS:
+                self._send(pack("state", packed_learning(self.agent, self.settled, imagined=False)))
+                self._state_at = now
             self._send_news()
             self._policy_at = now
-            if is_fitted or now - self._state_at > STATE_SECONDS:
-                self._send(pack("state", packed_learning(self.agent, imagined=False)))
-                self._state_at = now
 
     def _receive(self, kind: str, content: Any) -> int:
         """:return: number of steps of the env"""

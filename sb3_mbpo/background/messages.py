@@ -58,16 +58,18 @@ def put_weights(policy: Any, weights: dict[str, np.ndarray]) -> None:
         own[name].copy_(th.as_tensor(value))
 
 
-def packed_learning(agent: Any, imagined: bool) -> bytes:
+def packed_learning(agent: Any, settled: int, imagined: bool) -> bytes:
     """
     All that learning has changed.
 
     :param agent: the learner's
+    :param settled: number of updates that were due and are made, or were left out
     :param imagined: with the imagined transitions
     :return: for :func:`put_learning`
     """
     _, variables = agent._get_torch_save_params()
     state = {
+        "settled": settled,
         "parameters": agent.get_parameters(),
         "variables": {name: reach(agent, name) for name in variables},
         "attributes": {name: value for name, value in plain_attributes(agent) if name not in _OF_ACTING},
@@ -80,12 +82,13 @@ def packed_learning(agent: Any, imagined: bool) -> bytes:
     return file.getvalue()
 
 
-def put_learning(agent: Any, packed: bytes) -> None:
+def put_learning(agent: Any, packed: bytes) -> int:
     """
     Continue with what was learned.
 
     :param agent: the acting process's
     :param packed: from :func:`packed_learning`, of this machine's own learner
+    :return: its ``settled``
     """
     state = th.load(io.BytesIO(packed), map_location=agent.device, weights_only=False)
     agent.set_parameters(state["parameters"], exact_match=True, device=agent.device)
@@ -95,6 +98,7 @@ def put_learning(agent: Any, packed: bytes) -> None:
     vars(agent).update(state["attributes"])
     if "imagined" in state:
         agent.replay_buffer.model_buffer.restore(*state["imagined"])
+    return int(state["settled"])
 
 
 def pack(kind: str, content: Any = None) -> bytes:

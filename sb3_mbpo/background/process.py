@@ -35,7 +35,7 @@ class LearnerProcess:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._weights: dict[str, Any] | None = None
         # Updates that were due since it was started, and those that are settled, see ``Learner``.
-        self._due, self._settled, self._state_settled = agent.updates_owed, 0, 0
+        self._due, self._settled = agent.updates_owed, 0
         self._warned_of_pace = False
         try:
             self._process.start()
@@ -65,17 +65,11 @@ class LearnerProcess:
                         news["log"] = before["log"] | news["log"]
                         news["warnings"] = before["warnings"] + news["warnings"]
                     self._received[kind] = news
-                    if kind == "state":
-                        self._state_settled = self._newest_settled
-                    elif kind == "news":
-                        self._newest_settled = news["settled"]
                     self._changed.notify_all()
         except (EOFError, OSError):
             with self._changed:
                 self._is_over = True
                 self._changed.notify_all()
-
-    _newest_settled = 0
 
     def _write(self) -> None:
         try:
@@ -136,7 +130,9 @@ class LearnerProcess:
     def _check(self) -> None:
         if "error" in self._received:
             error, trace = self._received["error"]
-            raise RuntimeError(f"The learner failed with {error}. The agent keeps its transitions.\n\nIn the learner:\n{trace}")
+            raise RuntimeError(
+                f"The learner failed with {error}. The agent keeps its transitions.\n\nIn the learner:\n{trace}"
+            )
         if self._is_over and "final" not in self._received:
             self._process.join(1)
             raise RuntimeError(
@@ -159,11 +155,9 @@ class LearnerProcess:
 
     def catch_up(self, agent: Any) -> None:
         """Give the agent the newest copy of all that was learned, and the newest policy."""
-        with self._changed:
-            state, settled = self._received.pop("state", None), self._state_settled
+        state = self._take("state")
         if state is not None:
-            put_learning(agent, state)
-            agent.updates_owed = self._due - settled
+            agent.updates_owed = self._due - put_learning(agent, state)
             if self._weights is not None:
                 put_weights(agent.policy, self._weights)
 
@@ -199,8 +193,7 @@ class LearnerProcess:
             if final is None:
                 self.catch_up(agent)
             else:
-                put_learning(agent, final)
-            agent.updates_owed = self.owed
+                agent.updates_owed = self._due - put_learning(agent, final)
         finally:
             self._end()
 

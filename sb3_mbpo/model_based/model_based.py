@@ -190,8 +190,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
         self._read_warmup_actions()
         if self.updates_per_transition is not None and self.gradient_steps != -1:
             raise ValueError(
-                f"updates_per_transition={self.updates_per_transition} replaces gradient_steps={self.gradient_steps}: pass one "
-                "of the two"
+                f"updates_per_transition={self.updates_per_transition} replaces gradient_steps={self.gradient_steps}: pass "
+                "one of the two"
             )
         if self.real_ratio == "auto":
             self.real_ratio = self._balanced_ratio()

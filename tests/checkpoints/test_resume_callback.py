@@ -153,7 +153,8 @@ def pays(obs, actions, next_obs):
         {"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7, "buffer_size": 50, "rollout_filter": "macura"},
     ],
     ids=[
-        *"sde sde_often episodes seven_steps per_transition model_off slow fixed_entropy td3 noise small auto macura infoprop".split(),
+        *"sde sde_often episodes seven_steps per_transition model_off slow fixed_entropy td3 noise small".split(),
+        *"auto macura infoprop".split(),
         *"m2ac dhmbpo dhmbpo_small".split(),
     ],
 )

@@ -58,7 +58,7 @@ def test_with_the_model_off_it_is_sac(data):
 
 
 def test_without_data():
-    with pytest.raises(ValueError, match="0 real transitions are too few.*prefill"):
+    with pytest.raises(ValueError, match=r"0 real transitions are too few.*prefill"):
         made().pretrain(5)
     with pytest.raises(ValueError, match="pretrain: gradient_steps=-1 must be a whole number of at least 0"):
         made().pretrain(-1)
