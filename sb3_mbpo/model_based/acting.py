@@ -7,12 +7,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import ActionNoise
 
 from sb3_mbpo.arguments.arguments import resolve
+from sb3_mbpo.model_based.counting import Counting
 from sb3_mbpo.restarting_env import LOST_STEP
-from sb3_mbpo.saving.save_load import Saving
 from sb3_mbpo.validation.rules import is_number, shown
 
 
-class Acting(Saving):
+class Acting(Counting):
     """The part of :class:`ModelBased` that chooses the actions before ``learning_starts``, and drops lost steps."""
 
     warmup_actions: Any

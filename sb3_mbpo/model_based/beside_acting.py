@@ -32,7 +32,6 @@ class BesideActing(Collecting):
     #: Updates that the learner had not made when its last ``learn`` ended; the next one begins with them.
     updates_owed: int
     resume_callback: Any
-    updates_ratio: Any
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "learns_in_background", "_learner"]

@@ -61,7 +61,6 @@ class ModelLearning(Imagining):
     forgot_transitions: bool
     resume_callback: Any
     critic: Any
-    _earlier_timesteps: int
     _warned_of: list[str]
     _warned_of_termination: bool
 
@@ -75,11 +74,6 @@ class ModelLearning(Imagining):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_rollout_block"]
-
-    @property
-    def lifetime_timesteps(self) -> int:
-        """Total env transitions over all ``learn`` calls, never reset. Fits and k are scheduled on it."""
-        return self._earlier_timesteps + self.num_timesteps
 
     @property
     def rollout_length(self) -> int:

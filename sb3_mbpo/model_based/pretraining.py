@@ -1,7 +1,7 @@
 """Learning from transitions that exist already, before the first step of the env."""
 
 import warnings
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from stable_baselines3.common.utils import configure_logger
 
@@ -14,9 +14,7 @@ SelfPretraining = TypeVar("SelfPretraining", bound="Pretraining")
 class Pretraining(ModelLearning):
     """The part of :class:`ModelBased` that learns without an env."""
 
-    rollout_callback_class: Any
-    model_train_freq: int
-    updates_ratio: float | None
+    rollout_callback_class: ClassVar[Any]
     computing: Any
 
     def pretrain(self: SelfPretraining, gradient_steps: int) -> SelfPretraining:

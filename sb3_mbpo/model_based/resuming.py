@@ -1,11 +1,10 @@
 """Hooks in ``learn`` and ``collect_rollouts`` that let a ResumeCallback save, stop and resume a run."""
 
 from functools import partial
-from math import floor
 from typing import Any, TypeVar
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
 from sb3_mbpo.checkpoints.callback_state import all_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted
@@ -21,7 +20,6 @@ class Resuming(BesideActing):
 
     #: The ``ResumeCallback`` of the current ``learn``, if there is one.
     resume_callback: ResumeCallback | None = None
-    lifetime_timesteps: Any
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "resume_callback"]
@@ -64,19 +62,6 @@ class Resuming(BesideActing):
         # With gradient_steps=-1, SB3 makes as many updates as this says.
         return result._replace(episode_timesteps=self.updates_after(result.episode_timesteps))
 
-    @property
-    def updates_ratio(self) -> float | None:
-        """Number of updates per env transition; ``None``: they are counted per episode, whose length is unknown."""
-        if self.updates_per_transition is not None:
-            return self.updates_per_transition
-        if self.gradient_steps < 0:
-            return 1.0
-        self._convert_train_freq()
-        frequency: Any = self.train_freq
-        if frequency.unit is TrainFrequencyUnit.EPISODE:
-            return None
-        return self.gradient_steps / (frequency.frequency * self.n_envs)
-
     def updates_after(self, transitions: int) -> int:
         """
         Number of updates that this process makes after a rollout.
@@ -89,16 +74,3 @@ class Resuming(BesideActing):
         if self.updates_per_transition is None:
             return self.gradient_steps if self.gradient_steps >= 0 else transitions
         return self.updates_of(transitions)
-
-    def updates_of(self, transitions: int) -> int:
-        """
-        Number of updates of the newest transitions, by ``updates_ratio``.
-
-        It depends only on counts of transitions, so a resumed run makes the same updates, fractions included.
-
-        :param transitions: number of newest env transitions, already counted
-        :return: number of updates
-        """
-        now, ratio = self.lifetime_timesteps, self.updates_ratio
-        assert ratio is not None
-        return floor(ratio * now) - floor(ratio * (now - transitions))
