@@ -33,7 +33,7 @@ def test_it_runs(title, program, monkeypatch):
     exec(program.replace('"Pendulum-v1"', '"Pendulum-v1", max_episode_steps=10') if "gym.make" in program else program, names)
     assert names["agent"].num_timesteps >= 40 and names["agent"]._n_updates > 0
     if "curriculum" in title:
-        assert names["agent"].env.envs[0].unwrapped.g == 8.0
+        assert names["agent"].env.envs[0].unwrapped.g == 9.0
 
 
 def test_every_section_with_a_program_was_found():
