@@ -58,7 +58,7 @@ class LearnerProcess:
             while True:
                 kind, content = unpack(self._pipe.recv_bytes())
                 # Copies of all that was learned are only unpacked when they are needed.
-                news = content if kind in ("state", "final") else pickle.loads(content)
+                news: Any = content if kind in ("state", "final") else pickle.loads(content)
                 with self._changed:
                     if kind == "news" and "news" in self._received:
                         before = self._received["news"]
