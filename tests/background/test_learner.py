@@ -85,7 +85,7 @@ def test_as_many_updates_as_stated_and_the_results_come_back(cls, n_envs):
         final = one.wait("final")
     news, learner = one.got["news"], one.learner.agent
     assert learner._n_updates == 3 * (30 * n_envs - 20) == news["n_updates"] == news["settled"]
-    assert learner.dynamics_fitted_at == 30 * n_envs and learner.replay_buffer.size() == 30
+    assert 25 * n_envs <= learner.dynamics_fitted_at <= 30 * n_envs and learner.replay_buffer.size() == 30
     assert {"train/n_updates", "dynamics/real_share", "dynamics/holdout_error"} <= one.logged.keys()
     put_weights(one.agent.policy, news["weights"])
     new = np.ones(3, np.float32)
@@ -94,7 +94,7 @@ def test_as_many_updates_as_stated_and_the_results_come_back(cls, n_envs):
     put_learning(one.agent, final)
     ours, theirs = one.agent.get_parameters(), learner.get_parameters()
     assert all(th.equal(ours["policy"][name], theirs["policy"][name]) for name in theirs["policy"])
-    assert one.agent.dynamics_fitted_at == 30 * n_envs and one.agent.num_timesteps == 30 * n_envs
+    assert one.agent.dynamics_fitted_at == learner.dynamics_fitted_at and one.agent.num_timesteps == 30 * n_envs
     assert len(one.agent.replay_buffer.model_buffer) == len(learner.replay_buffer.model_buffer) > 0
 
 
