@@ -14,6 +14,7 @@ from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.model_based.rollout_callback import RolloutCallback
+from sb3_mbpo.restarting_env import RestartingEnv
 from sb3_mbpo.rollouts import LinearRolloutSchedule, branched_rollout
 from sb3_mbpo.terminations.learned import LearnedTermination
 from sb3_mbpo.validation.faults import InvalidTransition
@@ -34,6 +35,7 @@ __all__ = [
     "ModelBuffer",
     "ModelErrorCallback",
     "ProbabilisticEnsemble",
+    "RestartingEnv",
     "RestorableEnv",
     "ResumeCallback",
     "RolloutCallback",

@@ -305,6 +305,13 @@ class MixedReplayBuffer(ReplayBuffer):
         super().reset()
         self.model_buffer.refills.clear()
 
+    def cut(self) -> None:
+        """End the episodes of the newest step, as by a time limit: the step after it was lost."""
+        if self.size():
+            newest = (self.pos - 1) % self.buffer_size
+            self.timeouts[newest] = np.where(self.dones[newest] > 0.5, self.timeouts[newest], 1)
+            self.dones[newest] = 1
+
     def forget(self, keep: int = 0) -> None:
         """
         Remove all imagined transitions, and all real ones except the newest.

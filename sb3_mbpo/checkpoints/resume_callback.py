@@ -37,7 +37,7 @@ _LONG_TRAIN = 100
 # Settings that `resume` takes from the run.
 _SETTINGS = ("every", "keep", "signals", "verbose")
 # Arguments of `learn` that `resume` takes from the run.
-_OF_LEARN = ("total_timesteps", "log_interval", "tb_log_name")
+_OF_LEARN = ("total_timesteps", "log_interval", "tb_log_name", "background")
 # Errors of a checkpoint that does not fit the agent.
 _NO_FIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError)
 _STOPPED = "a callback ended the run in the middle of a step"
@@ -228,6 +228,10 @@ class ResumeCallback(BaseCallback):
         :return: the new checkpoint
         :raises ValueError: learning has diverged. Go back to an earlier checkpoint
         """
+        if self.interrupts.received is None and lost is None:
+            self.model.catch_up()
+        else:
+            self.model.stop_learner()
         self.model.check_parameters()
         started = time.perf_counter()
         tensors: Tensors = {}
@@ -305,7 +309,8 @@ class ResumeCallback(BaseCallback):
 
     def _learn_arguments(self) -> dict[str, Any]:
         """:return: the arguments of the present ``learn`` that :func:`resume` needs"""
-        return {name: self.locals.get(name) for name in _OF_LEARN} | {"total_timesteps": self.model._total_timesteps}
+        given = {name: self.locals.get(name) for name in ("log_interval", "tb_log_name")}
+        return {"total_timesteps": self.model._total_timesteps, "background": self.model.learns_in_background, **given}
 
     def _compare(self, then: dict[str, Any]) -> None:
         """Warn of arguments and versions that differ from those of the checkpoint."""
@@ -323,12 +328,12 @@ class ResumeCallback(BaseCallback):
         return [name for part, name in names if now[part][name] != then[part].get(name)]
 
     def _is_due(self) -> bool:
-        if self.model.num_timesteps // self.every <= self._saved_at // self.every:
+        if self.model.num_timesteps // self.every <= self._saved_at // self.every or not self.model.may_pause:
             return False
         return time.perf_counter() - self._began >= _PATIENCE * (self._spent + self._seconds)
 
     def _is_long(self, rollout: RolloutReturn) -> bool:
-        updates = self.model.gradient_steps if self.model.gradient_steps >= 0 else rollout.episode_timesteps
+        updates = self.model.updates_after(rollout.episode_timesteps)
         return bool(self.interrupts.signals) and updates >= _LONG_TRAIN
 
     def _agent(self) -> tuple[dict[str, Any], Tensors]:

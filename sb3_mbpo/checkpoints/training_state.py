@@ -124,9 +124,9 @@ def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
     _, variables = agent._get_torch_save_params()
     return {
         "parameters": encode(agent.get_parameters(), tensors, "parameters"),
-        "variables": encode({name: _reach(agent, name) for name in variables}, tensors, "variables"),
+        "variables": encode({name: reach(agent, name) for name in variables}, tensors, "variables"),
         "state": encode_state(agent),
-        "attributes": encode(dict(_attributes(agent)), tensors, "agent"),
+        "attributes": encode(dict(plain_attributes(agent)), tensors, "agent"),
         "elapsed": time.time_ns() - agent.start_time,
         "log": encode(_pending_log(agent), tensors, "log"),
         "random": encode(_random_states(agent), tensors, "random"),
@@ -144,7 +144,7 @@ def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     variables = decode(state["variables"], tensors)
     for name in agent._get_torch_save_params()[1]:
         if variables.get(name) is not None:
-            _reach(agent, name).data.copy_(variables[name])
+            reach(agent, name).data.copy_(variables[name])
     vars(agent).update(decode_state(state["state"]))
     without = _not_of_the_run(agent)
     for name, value in decode(state["attributes"], tensors).items():
@@ -174,10 +174,10 @@ def undone_on_error(agent: Any) -> Iterator[None]:
     :param agent: a ModelBased algorithm
     """
     log = _recorded(agent)
-    values = {name: value for name, value in vars(agent).items() if name in HINTS} | dict(_attributes(agent))
+    values = {name: value for name, value in vars(agent).items() if name in HINTS} | dict(plain_attributes(agent))
     del values["_warned_of"]
     learned = _learned(agent)
-    parts = {name: _reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
+    parts = {name: reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
     states = {name: part.state_dict() for name, part in parts.items()}
     values, states, random_states = copy.deepcopy((values, states, _random_states(agent)))
     begun = agent.replay_buffer.model_buffer.begun
@@ -203,7 +203,8 @@ def _learned(agent: Any) -> list[str]:
     return [root for root in roots if isinstance(part := getattr(agent, root), th.nn.Module) and id(part) not in of_policy]
 
 
-def _reach(agent: Any, name: str) -> Any:
+def reach(agent: Any, name: str) -> Any:
+    """:return: an attribute, or one of an attribute: ``"critic.optimizer"``"""
     value = agent
     for part in name.split("."):
         value = getattr(value, part)
@@ -218,7 +219,7 @@ def _not_of_the_run(agent: Any) -> set[str]:
     return set(inspect.signature(type(agent)).parameters) | _OF_THE_PROCESS | set(HINTS)
 
 
-def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
+def plain_attributes(agent: Any) -> Iterator[tuple[str, Any]]:
     """:return: plain attributes that are no constructor arguments, such as last observations and statistics of episodes"""
     without = _not_of_the_run(agent)
     for name, value in vars(agent).items():

@@ -8,14 +8,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.saving.save_load import Saving
+from sb3_mbpo.model_based.acting import Acting
 from sb3_mbpo.validation.env_outputs import CheckedArrays, CheckedDummyVecEnv, add_checks
 from sb3_mbpo.validation.faults import InvalidTransition
 from sb3_mbpo.validation.misuse import missing_statistics
 from sb3_mbpo.validation.unsupported import check_env
 
 
-class Collecting(Saving):
+class Collecting(Acting):
     """The part of :class:`ModelBased` that steps and resets the env."""
 
     # Not saved, see _excluded_save_params: checks an env whose VecEnv or wrappers are not SB3's own.

@@ -67,11 +67,6 @@ class ModelLearning(Imagining):
         return [*super()._excluded_save_params(), "_rollout_block"]
 
     @property
-    def lifetime_timesteps(self) -> int:
-        """Total env transitions over all ``learn`` calls, never reset. Fits and k are scheduled on it."""
-        return self._earlier_timesteps + self.num_timesteps
-
-    @property
     def rollout_length(self) -> int:
         """
         The current rollout length k.

@@ -51,6 +51,8 @@ class AgentState(SB3State):
     forgot_transitions: bool
     #: Whether the last ``learn`` saw observations that a ``VecNormalize`` had normalized.
     normalized_observations: bool
+    #: Updates that the learner of ``learn(background=True)`` had not made when it ended; the next one begins with them.
+    updates_owed: int
     #: Names of warnings that were issued and are not repeated. A loaded agent repeats them.
     _warned_of: list[str]
 
@@ -69,7 +71,7 @@ OURS = [name for name in HINTS if name not in typing.get_type_hints(SB3State)]
 DERIVED = {
     "_rollout_block": "found again when memory runs out",
     "_printed_threads": "printed at most once more",
-    "_boundary": "made anew by each learn",
+    "_arrays": "made anew by each learn",
     "resume_callback": "of the learn under way",
     "_plain_agents": "of this process",
 }

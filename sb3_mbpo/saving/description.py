@@ -39,6 +39,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "action_noise": (*_NOTHING, ActionNoise),
     "replay_buffer_class": _NOTHING,
     "real_ratio": _NUMBER,
+    **dict.fromkeys(("updates_per_transition", "warmup_actions"), (*_NUMBER, *_NOTHING)),
     "rollout_schedule": (int, dict, str),
     "dynamics_class": (type,),
     "fast_update": (*_NOTHING, bool),

@@ -99,6 +99,7 @@ class Saving(AgentState, OffPolicyAlgorithm):
     dynamics_window: int | None
     model_train_freq: int
     retained_rollouts: int
+    updates_per_transition: float | None
 
     #: Model-free agents that were made from this one.
     _plain_agents: tuple[_Plain, ...] = ()
@@ -144,6 +145,11 @@ class Saving(AgentState, OffPolicyAlgorithm):
             check_env(env)
         # The constructor issues the warning.
         check_device(device)
+        # Either of the two replaces the one in the file.
+        if kwargs.get("updates_per_transition") is not None:
+            kwargs = {"gradient_steps": -1, **kwargs}
+        elif "gradient_steps" in kwargs:
+            kwargs = {"updates_per_transition": None, **kwargs}
         if safe:
             if custom_objects is not None:
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
@@ -435,8 +441,10 @@ class Saving(AgentState, OffPolicyAlgorithm):
         """
         for name, value in self.policy.state_dict().items():
             if not value.isfinite().all():
+                which = "gradient_steps" if self.updates_per_transition is None else "updates_per_transition"
+                updates = f"{which}={getattr(self, which)}"
                 raise ValueError(
                     f"Learning has diverged: after {self.num_timesteps} steps and {self._n_updates} updates, the policy's "
-                    f"{name} is not finite. Lower learning_rate={shown(self.learning_rate)} or gradient_steps="
-                    f"{self.gradient_steps}, and go back to an agent or a checkpoint that was saved before"
+                    f"{name} is not finite. Lower learning_rate={shown(self.learning_rate)} or "
+                    f"{updates}, and go back to an agent or a checkpoint that was saved before"
                 )

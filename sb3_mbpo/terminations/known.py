@@ -153,6 +153,7 @@ _PLAIN_ELSEWHERE = {
     ("stable_baselines3.common.monitor", "Monitor"),
     ("rl_zoo3.gym_patches", "PatchedTimeLimit"),
     ("sb3_mbpo.checkpoints.env_state", "RestorableEnv"),
+    ("sb3_mbpo.restarting_env", "RestartingEnv"),
 }
 
 

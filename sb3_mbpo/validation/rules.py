@@ -207,6 +207,7 @@ RULES: dict[str, ArgumentCheck] = {
     "seed": optional(whole(0, 2**32 - 1)),
     "verbose": ArgumentCheck(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
     "replay_buffer_kwargs": MAPPING,
+    "updates_per_transition": optional(POSITIVE),
     "real_ratio": unless("auto", RATIO),
     "model_train_freq": whole(1),
     **{name: whole(1, MOST) for name in ("rollout_batch_size", "retained_rollouts")},
@@ -269,6 +270,7 @@ _LEARN_RULES: dict[str, ArgumentCheck] = {
     "tb_log_name": optional(ArgumentCheck(lambda value: isinstance(value, str), "a text")),
     "reset_num_timesteps": FLAG,
     "progress_bar": FLAG,
+    "background": FLAG,
     "callback": ArgumentCheck(
         lambda value: (
             value is None
@@ -324,18 +326,27 @@ def check_learn(**arguments: Any) -> None:
         _LEARN_RULES[name].check(f"learn: {name}", value)
 
 
-def updates_are_few(gradient_steps: int, n_envs: int) -> str:
+def updates_are_few(gradient_steps: int, train_freq: Any, n_envs: int) -> str | None:
     """
-    Warning for the default of ``gradient_steps`` with several envs.
+    Warning for the default of ``gradient_steps`` where it does not count per transition.
 
     :param gradient_steps: the default
-    :param n_envs: number of envs, at least 2
-    :return: the warning
+    :param train_freq: a valid value, see SB3
+    :param n_envs: number of envs
+    :return: the warning; ``None``: one rollout is one transition
     """
+    steps, unit = train_freq if isinstance(train_freq, tuple) else (train_freq, TrainFrequencyUnit.STEP)
+    if TrainFrequencyUnit(unit) is TrainFrequencyUnit.EPISODE:
+        few = f"{gradient_steps} updates per {'episode' if steps == 1 else f'{steps} episodes'}"
+    elif steps * n_envs == 1:
+        return None
+    else:
+        few = f"{gradient_steps / (steps * n_envs):.3g} updates per transition"
+    of_envs = f" and {n_envs} envs" if n_envs > 1 else ""
     return (
         f"gradient_steps is left at its default of {gradient_steps}, which counts per train_freq and not per transition: "
-        f"with {n_envs} envs, there are 1/{n_envs} of the updates per transition of a single env. Pass "
-        f"gradient_steps={gradient_steps * n_envs} for as many, or gradient_steps={gradient_steps} to silence this warning"
+        f"with train_freq={shown(train_freq)}{of_envs}, there are {few}. Pass updates_per_transition={gradient_steps} for "
+        f"{gradient_steps} per transition, or gradient_steps={gradient_steps} to silence this warning"
     )
 
 

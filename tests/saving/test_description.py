@@ -29,7 +29,9 @@ def described(agent):
 
 
 def make(cls=MBPO, env="Pendulum-v1", **kwargs):
-    return cls("MlpPolicy", env, **{**FAST, **kwargs})
+    # One of the two is given.
+    instead = {"gradient_steps": -1} if "updates_per_transition" in kwargs else {}
+    return cls("MlpPolicy", env, **{**FAST, **instead, **kwargs})
 
 
 @pytest.mark.parametrize("cls", ALGORITHMS)
@@ -55,6 +57,8 @@ VALUES: dict[str, list[Any]] = {
     "gamma": [0.9],
     "train_freq": [3, (2, "step"), (1, "episode")],
     "gradient_steps": [3, -1],
+    "updates_per_transition": [2, 0.5],
+    "warmup_actions": [0.3],
     "action_noise": [
         NormalActionNoise(np.zeros(1), np.ones(1)),
         OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)),
