@@ -60,7 +60,7 @@ def test_in_full_they_are_those_of_sb3():
 
 
 @pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize], ids=["raw", "normalised"])
-@pytest.mark.parametrize("acts", [pushes, "a policy", "an agent"], ids=str)
+@pytest.mark.parametrize("acts", [pushes, "a policy", "an agent"], ids=["a function", "a policy", "an agent"])
 def test_a_function_or_a_policy_acts_on_raw_observations(acts, wrap):
     other = SAC("MlpPolicy", Lopsided(), policy_kwargs={"net_arch": [8]}, seed=1)
     # Its standard deviation is next to nothing.
