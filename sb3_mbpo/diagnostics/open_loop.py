@@ -140,15 +140,14 @@ def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int) ->
     episodes = []
     with agent.imagining() as policy:
         for _ in range(n_episodes):
-            obs, terminated = [np.array(env.reset()[0], dtype=float).ravel()], False
+            obs, terminated = [agent.codec.flatten(env.reset())[0].astype(float)], False
             actions: list[np.ndarray] = []
             rewards: list[float] = []
             while len(rewards) < max_steps:
                 action = policy(th.as_tensor(obs[-1], dtype=th.float32, device=agent.device).unsqueeze(0)).cpu().numpy()
-                raw = agent.policy.unscale_action(action.reshape(1, *agent.action_space.shape))
-                next_obs, reward, done, infos = env.step(raw)
-                last = infos[0]["terminal_observation"] if done[0] else next_obs[0]
-                obs.append(np.array(last, dtype=float).ravel())
+                next_obs, reward, done, infos = env.step(agent.codec.decode_actions(action))
+                last = agent.codec.flatten(infos[0]["terminal_observation"] if done[0] else next_obs)
+                obs.append(last.reshape(-1).astype(float))
                 actions.append(action[0])
                 rewards.append(float(reward[0]))
                 if done[0]:

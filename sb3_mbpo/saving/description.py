@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedul
 from sb3_mbpo.arguments.arguments import resolve
 from sb3_mbpo.rollouts import LONGEST_AUTO, LinearRolloutSchedule
 from sb3_mbpo.runtime.provenance import versions
-from sb3_mbpo.saving.plain_values import decode, decode_box, encode, encode_box, is_a
+from sb3_mbpo.saving.plain_values import decode, decode_box, decode_space, encode, encode_box, encode_space, is_a
 from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS
 from sb3_mbpo.trust.filters import FILTERS
 from sb3_mbpo.validation.rules import shown
@@ -95,7 +95,7 @@ def describe(agent: Any) -> dict[str, Any]:
         "class": type(agent).__name__,
         "policy": aliases[0] if aliases else encode(agent.policy_class),
         "arguments": {name: _argument(agent, name) for name in _argument_names(type(agent))},
-        "observation_space": encode_box(agent.observation_space),
+        "observation_space": encode_space(agent.observation_space),
         "action_space": encode_box(agent.action_space),
         "n_envs": int(agent.n_envs),
         "termination": encode(agent.termination),
@@ -145,7 +145,8 @@ def build(
     """
     _check_description(description)
     kind = _class(description["class"], cls)
-    observation_space, action_space = (decode_box(description[name], name) for name in ("observation_space", "action_space"))
+    observation_space = decode_space(description["observation_space"], "observation_space")
+    action_space = decode_box(description["action_space"], "action_space")
     check_spaces(observation_space, action_space)
     policy = overrides.pop("policy", None) or _policy(description["policy"], kind)
     arguments = _arguments(description["arguments"], kind, overrides)

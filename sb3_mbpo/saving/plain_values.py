@@ -285,3 +285,28 @@ def decode_box(value: Any, where: str) -> spaces.Box:
     if np.isnan(low).any() or np.isnan(high).any() or (low > high).any():
         raise ValueError(f"{where}: low must be at most high everywhere")
     return spaces.Box(low, high, dtype=dtype.type)
+
+
+def encode_space(space: spaces.Space) -> Any:
+    """:return: a Box, see :func:`encode_box`, or a Dict of Boxes as a list of keys and Boxes, which keeps their order"""
+    if isinstance(space, spaces.Dict):
+        return [[key, encode_space(part)] for key, part in space.items()]
+    assert isinstance(space, spaces.Box)
+    return encode_box(space)
+
+
+def decode_space(value: Any, where: str) -> spaces.Box | spaces.Dict:
+    """
+    The inverse of :func:`encode_space`.
+
+    :param value: what JSON brought, from anyone
+    :param where: which space, for the errors
+    :raises ValueError: what no :func:`encode_space` writes
+    """
+    if not isinstance(value, list):
+        return decode_box(value, where)
+    if not all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in value):
+        raise ValueError(f"{where} must be a list of names and spaces")
+    if len({name for name, _ in value}) < len(value):
+        raise ValueError(f"{where} must not have two entries of one name")
+    return spaces.Dict([(name, decode_box(part, f"{where}: {name[:50]}")) for name, part in value])

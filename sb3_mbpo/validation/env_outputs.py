@@ -24,10 +24,11 @@ from sb3_mbpo.validation.faults import (
     RESET_API,
     STEP_API,
     InvalidTransition,
+    copied,
+    fault_in_space,
     fault_of_api,
     fault_of_arrays,
     flag_fault,
-    observation_fault,
     reward_fault,
 )
 
@@ -45,9 +46,10 @@ class _Env:
     def __init__(self, boundary: "Boundary", base: DummyVecEnv, index: int) -> None:
         self.boundary, self.index, self.is_last = boundary, index, index == base.num_envs - 1
         space: Any = base.observation_space
-        self.shape, self.dtype = space.shape, space.dtype
+        self.space, self.shape = space, space.shape
         # For few numbers, it is fastest to check the norm of observation and reward together: if it is finite, all are.
-        self.is_short = len(self.shape) == 1 and self.shape[0] <= SHORT and self.dtype.kind == "f"
+        is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+        self.is_short = is_vector and space.shape[0] <= SHORT and space.dtype.kind == "f"
 
     def __getattr__(self, name: str) -> Any:
         if name in ("boundary", "index"):
@@ -77,13 +79,13 @@ class _Env:
             if fault := flag_fault(flag):
                 raise boundary.refusal(f"{what} {fault}", self.index)
         ended = bool(answer[2] or answer[3])
-        if fault := observation_fault(answer[0], self.shape, self.dtype):
+        if fault := fault_in_space(answer[0], self.space):
             raise boundary.refusal(f"the {'last ' * ended}observation {fault}", self.index)
         if fault := reward_fault(answer[1]):
             raise boundary.refusal(f"the reward {fault}", self.index)
         if ended:
             # DummyVecEnv keeps a reference and resets the env, which may write its next observation to the same array.
-            return (np.array(answer[0]), *answer[1:])
+            return (copied(answer[0]), *answer[1:])
         if self.is_last:
             boundary.finished()
         return answer
@@ -97,7 +99,7 @@ class _Env:
             raise
         if not isinstance(answer, SEVERAL) or len(answer) != 2:
             raise self.boundary.refusal(RESET_API, self.index)
-        if fault := observation_fault(answer[0], self.shape, self.dtype):
+        if fault := fault_in_space(answer[0], self.space):
             raise self.boundary.refusal(f"the observation of reset() {fault}", self.index)
         if self.is_last:
             self.boundary.finished()
@@ -110,7 +112,7 @@ class _Remote:
     def __init__(self, boundary: "Boundary", base: SubprocVecEnv, index: int) -> None:
         self.boundary, self.base, self.index = boundary, base, index
         space: Any = base.observation_space
-        self.shape, self.dtype = space.shape, space.dtype
+        self.space = space
 
     def __getattr__(self, name: str) -> Any:
         if name in ("boundary", "index"):
@@ -154,7 +156,7 @@ class _Remote:
             # The worker sends (terminated or truncated), which is the first one that is true, otherwise the last one.
             if fault := flag_fault(done) or flag_fault(info["TimeLimit.truncated"]):
                 return f"terminated or truncated {fault}"
-        faults = ((what, observation_fault(obs, self.shape, self.dtype)) for what, obs in parts)
+        faults = ((what, fault_in_space(obs, self.space)) for what, obs in parts)
         return next((f"the {what} {fault}" for what, fault in faults if fault), "")
 
 
@@ -216,7 +218,7 @@ class Boundary:
         base = layers[-1]
         # What is replaced during a call: an attribute of the innermost VecEnv, and its replacement.
         self._of_base, self._place, self._stand_ins = vars(base), "", []
-        if type(base) in STAND_INS and isinstance(base.observation_space, spaces.Box):
+        if type(base) in STAND_INS and isinstance(base.observation_space, spaces.Box | spaces.Dict):
             self._place, stand_in = STAND_INS[type(base)]
             self._stand_ins = [stand_in(self, base, i) for i in range(base.num_envs)]
         # The statistics of a VecNormalize and the replay buffer get the outputs of the VecEnv that it wraps.
@@ -282,7 +284,7 @@ class Boundary:
         if self._looks_on_top:
             self.look_at_arrays(self.env, *((answer,) if call == "reset" else answer))
             # SB3 keeps a reference, and the env may write the next observations to the same array.
-            answer = np.array(answer) if call == "reset" else (np.array(answer[0]), *answer[1:])
+            answer = copied(answer) if call == "reset" else (copied(answer[0]), *answer[1:])
         self.in_doubt = False
         return answer
 

@@ -1,9 +1,10 @@
 """Finds invalid outputs of an env."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 
 # The networks compute in float32, where larger numbers are infinite.
 LIMIT = float(np.finfo(np.float32).max)
@@ -67,6 +68,32 @@ def observation_fault(obs: Any, shape: Any, dtype: Any) -> str:
     if wrong.any():
         return f"has dtype {array.dtype} and cannot be cast to {dtype} in {named(wrong, array)}. Declare a space of floats"
     return ""
+
+
+def fault_in_space(obs: Any, space: Any, batch: tuple[int, ...] = ()) -> str:
+    """
+    Check an observation of a Box, or of a Dict of Boxes. Other spaces, which a wrapper may remove, are not checked.
+
+    :param obs: the observation that the env returned
+    :param space: the observation space
+    :param batch: sizes in front of the shape of one observation
+    :return: what is wrong; empty if nothing is
+    """
+    if isinstance(space, spaces.Box):
+        return observation_fault(obs, (*batch, *space.shape), space.dtype)
+    if not isinstance(space, spaces.Dict):
+        return ""
+    if not isinstance(obs, Mapping) or not space.spaces.keys() <= obs.keys():
+        return f"must be a dict with the keys {list(space)}, but is {obs!r:.80}"
+    for key, part in space.items():
+        if fault := fault_in_space(obs[key], part, batch):
+            return f"at {key!r} {fault}"
+    return ""
+
+
+def copied(obs: Any) -> Any:
+    """:return: a copy of an observation, or of a dict of these"""
+    return {key: np.array(part) for key, part in obs.items()} if isinstance(obs, Mapping) else np.array(obs)
 
 
 def named(wrong: np.ndarray, array: np.ndarray) -> str:
@@ -139,12 +166,12 @@ def fault_of_arrays(
     ended = np.flatnonzero(dones).tolist()
     for i in ended:
         last = infos[i].get("terminal_observation")
-        if last is not None and (fault := observation_fault(last, space.shape, space.dtype)):
+        if last is not None and (fault := fault_in_space(last, space)):
             return f"the last observation {fault}", i
-    fault = observation_fault(obs, (n_envs, *space.shape), space.dtype)
+    fault = fault_in_space(obs, space, (n_envs,))
     if fault:
-        for i in range(n_envs) if np.ndim(obs) and len(obs) == n_envs else ():
-            if of_one := observation_fault(obs[i], space.shape, space.dtype):
+        for i in range(n_envs) if isinstance(space, spaces.Box) and np.ndim(obs) and len(obs) == n_envs else ():
+            if of_one := fault_in_space(obs[i], space):
                 of_reset = " of reset()" if rewards is None or i in ended else ""
                 return f"the observation{of_reset} {of_one}", i
         return f"the array of observations {fault}", 0
