@@ -150,6 +150,7 @@ def test_learned_terminations():
     assert real.dones.sum() > 5 and (found == (real.dones[:, 0] > 0.5)).float().mean() > 0.97
 
 
+@pytest.mark.expensive
 def test_a_goal_env_learns_by_the_reward_of_its_goal():
     """About -4 after 400 steps, for two seeds; -30 at the start, and -25 after as many steps without the model."""
     small = {"net_arch": [64, 64]}
