@@ -5,8 +5,9 @@ What the parts of DHMBPO are worth: one difference from the packaged settings at
     python benchmarks/ablations.py collect
 
 make trains what is not finished yet; each run is one process with one thread, as in sb3_mbpo compare. collect writes
-docs/benchmarks/ablations.csv, a row per evaluation of five deterministic episodes, and prints the table. Runs that are not in
-the logs stay in the CSV as they are. CPU seconds are without those of the evaluations.
+docs/benchmarks/ablations.csv, a row per evaluation of five deterministic episodes, prints the table and puts it into
+docs/benchmarks/index.md. Runs that are not in the logs stay in the CSV as they are. CPU seconds are without those of the
+evaluations.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from statistics import fmean
 from typing import Any
 
 import evidence
+import pages
 
 from sb3_mbpo.compare.run import ARGUMENTS, EVALUATIONS, PROVENANCE, Run
 
@@ -133,7 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.command == "make":
         evidence.make(wanted, args.logs, args.workers)
     else:
-        print(table(collect(wanted, args.logs, CSV)))
+        text = table(collect(wanted, args.logs, CSV))
+        print(text)
+        pages.put_table(pages.PAGE, "ablations", text)
 
 
 if __name__ == "__main__":

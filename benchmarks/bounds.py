@@ -49,8 +49,9 @@ def branched(function: Callable[..., float], ahead: int, times_gamma: int = 0, o
     """
     return Check(
         lambda pairs, k: pairs.branched_return_gap(k + ahead),
-        lambda k, error, shift, gamma: gamma**times_gamma
-        * function(k=k, model_error=error, policy_shift=shift, gamma=gamma, r_max=1),
+        lambda k, error, shift, gamma: (
+            gamma**times_gamma * function(k=k, model_error=error, policy_shift=shift, gamma=gamma, r_max=1)
+        ),
         of_data,
     )
 

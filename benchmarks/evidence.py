@@ -8,7 +8,8 @@ The learning curves of docs/benchmarks/evidence: the list of runs, and what is m
 
 make trains what is not finished yet, the first seed of every task first; each run is one process with one thread, as in
 sb3_mbpo compare. collect writes curves.csv and manifest.csv. A run that is not finished is collected as far as it went, with
-finished = 0 in the manifest; runs in these files that are not in the logs stay. draw makes the figure and prints the table.
+finished = 0 in the manifest; runs in these files that are not in the logs stay. draw makes the figure, prints the table and
+puts it into docs/benchmarks/index.md.
 """
 
 import argparse
@@ -19,8 +20,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple
+
+import pages
 
 from sb3_mbpo.compare.run import ARGUMENTS, EVALUATIONS, FINISHED, PROVENANCE, Run, record
 
@@ -64,6 +67,8 @@ class Study(NamedTuple):
 
 STUDIES = {
     "dhmbpo": Study("DHMBPO", "dhmbpo", {}, 50_000, 3),
+    "mbpo_hopper": Study("MBPO", "mbpo", {}, 30_000, 2, TASKS[:1]),
+    "mbpo_half_cheetah": Study("MBPO", "mbpo", {}, 15_000, 1, TASKS[1:2]),
     "sac": Study("SAC", "sac", {}, 50_000, 3, conf_file=DEFAULTS),
     "sac_300k": Study("SAC, long", "sac", {}, 300_000, 1, eval_freq=5_000, conf_file=DEFAULTS),
     "sac_20": Study("SAC, 20 updates", "sac", {"gradient_steps": 20}, 20_000, 1, TASKS[:2], conf_file=DEFAULTS),
@@ -262,52 +267,84 @@ def mean(curves: Iterable[Curve]) -> Curve:
 
 # In published_curves.csv: method -> how the figure calls it
 PUBLISHED = {"DHMBPO, UTD 1": "DHMBPO, published", "mbpo": "MBPO, published", "sac": "SAC, published"}
-SOURCE = "Dashed: results of github.com/4kubo/erl_lib\n(arXiv 2512.15439), on older versions of the tasks"
-COLOURS = {"SAC": "tab:blue", "DHMBPO": "tab:red", "MBPO": "tab:green"}
-SHOWN = 50_000
+SOURCE = (
+    "Dashed: github.com/4kubo/erl_lib (arXiv 2512.15439),\nolder versions of the tasks, wall-clock minutes of their machines"
+)
+COLOURS = {"DHMBPO": "tab:red", "MBPO": "tab:green", "SAC": "tab:blue", "SAC, long": "tab:cyan"}
+# What the figure shows of steps and minutes.
+SHOWN, MINUTES = 50_000, 75
 AT = (10_000, 20_000, 30_000, 50_000)
-# Evaluations that say how steady a run is at its end.
-LAST = 5
+# Returns that a run is to reach.
+THRESHOLDS = {env: 5_000 if env == "HalfCheetah-v5" else 3_000 for env in TASKS}
+# The seconds of shorter runs are those of random steps.
+COST_FROM = 5_000
+# Short: nine columns are to fit on a page.
+HEADS = ("seeds", *(f"{step // 1_000}k" for step in AT), "steps to threshold", "CPU min", "CPU s per 1k")
 
 
-def published(rows: Iterable[Row]) -> dict[tuple[str, str], Curve]:
+class Published(NamedTuple):
+    """
+    :param seeds: how many
+    :param returns: their mean
+    :param minutes: wall-clock
+    """
+
+    seeds: int
+    returns: Curve
+    minutes: Curve
+
+
+def published(rows: Iterable[Row]) -> dict[tuple[str, str], Published]:
     """
     :param rows: of published_curves.csv
     :return: by method, as the figure calls it, and our version of the task
     """
-    found: dict[tuple[str, str], Curve] = defaultdict(dict)
+    found: dict[tuple[str, str], Published] = {}
     for row in rows:
-        found[PUBLISHED[row["method"]], f"{row['task']}-v5"][int(row["env_step"])] = float(row["mean_return"])
+        key = (PUBLISHED[row["method"]], f"{row['task']}-v5")
+        curve = found.setdefault(key, Published(int(row["seeds"]), {}, {}))
+        curve.returns[int(row["env_step"])] = float(row["mean_return"])
+        curve.minutes[int(row["env_step"])] = float(row["minutes"])
     return found
 
 
-def table(rows: Sequence[Row], manifest: Iterable[Row], theirs: Mapping[tuple[str, str], Curve]) -> str:
+def table(rows: Sequence[Row], manifest: Iterable[Row], theirs: Mapping[tuple[str, str], Published]) -> str:
     """
     :param rows: of curves.csv
     :param manifest: of manifest.csv
     :param theirs: published curves
-    :return: Markdown: mean returns over the seeds that came so far, their number where it is not that of all, the mean and the
-        worst of each seed's last five evaluations, and CPU seconds for 1,000 steps; beside the published ones
+    :return: Markdown: mean returns over the seeds that came so far, steps and CPU minutes to the task's threshold, with the
+        number of these seeds where it is not that of all; beside the published ones
     """
     about = {key_of(row): row for row in manifest}
-    heads = ["seeds (finished)", *(f"at {step:,}" for step in AT), "last five: mean", "worst"]
-    heads += ["CPU s per 1,000 steps", "of evaluation"]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
-    ours = seeds_of(rows, "avg_return")
+    lines = ["| | " + " | ".join(HEADS) + " |", "|---" * (1 + len(HEADS)) + "|"]
+    ours, seconds = seeds_of(rows, "avg_return"), seeds_of(rows, "cpu_seconds")
     for env in TASKS:
-        lines.append(f"| **{env}** |" + " |" * len(heads))
+        lines.append(f"| **{env.removesuffix('-v5')}** |" + " |" * (1 + len(AT)) + f" *{THRESHOLDS[env]:,}* | | |")
         for (name, task), seeds in ours.items():
             if task == env:
                 runs = [about[name, task, seed] for seed in seeds]
-                cells = [f"{len(runs)} ({sum(run['finished'] == '1' for run in runs)})", *at_steps(list(seeds.values()))]
-                ends = [list(curve.values())[-LAST:] for curve in seeds.values()]
-                cells += [f"{fmean(map(fmean, ends)):,.0f}", f"{min(map(min, ends)):,.0f}"]
-                cells += [f"{fmean(1000 * float(run[key]) / float(run['steps']) for run in runs):.0f}" for key in SO_FAR[2:]]
+                minutes = [{step: value / 60 for step, value in seconds[name, task][seed].items()} for seed in seeds]
+                curves = list(seeds.values())
+                cells = [count(runs), *at_steps(curves), *to_threshold(curves, minutes, THRESHOLDS[env]), cost(runs)]
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
         for (name, task), curve in theirs.items():
             if task == env:
-                lines.append(f"| {name} | | " + " | ".join(at_steps([curve])) + " |" * 5)
+                cells = [str(curve.seeds), *at_steps([curve.returns])]
+                cells += [to_threshold([curve.returns], [curve.minutes], THRESHOLDS[env])[0], "", ""]
+                lines.append(f"| {name.replace(', published', '†')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def count(runs: Sequence[Row]) -> str:
+    """:return: the number of runs, with a star if some are not finished"""
+    return str(len(runs)) + r"\*" * any(run["finished"] != "1" for run in runs)
+
+
+def cost(runs: Sequence[Row]) -> str:
+    """:return: CPU seconds for 1,000 steps, without evaluations"""
+    costs = [1000 * float(run["cpu_seconds"]) / int(run["steps"]) for run in runs if int(run["steps"]) >= COST_FROM]
+    return f"{fmean(costs):.0f}" if costs else ""
 
 
 def at_steps(curves: Sequence[Curve], steps: Sequence[int] = AT) -> list[str]:
@@ -316,50 +353,100 @@ def at_steps(curves: Sequence[Curve], steps: Sequence[int] = AT) -> list[str]:
     for step in steps:
         values = [curve[step] for curve in curves if step in curve]
         cells.append(f"{fmean(values):,.0f}" if values else "")
-        cells[-1] += f" (of {len(values)})" if 0 < len(values) < len(curves) else ""
+        cells[-1] += f" ({len(values)})" if 0 < len(values) < len(curves) else ""
     return cells
 
 
-def draw(docs: Path) -> None:
+def to_threshold(curves: Sequence[Curve], minutes: Sequence[Curve], threshold: float) -> tuple[str, str]:
     """
-    Return against env steps: each seed a thin line, their mean a thick one as far as all came, published curves dashed.
+    :param curves: returns, a curve for each seed
+    :param minutes: of the same seeds
+    :param threshold: return
+    :return: steps and minutes until the first evaluation that reaches it: medians over the seeds that do; if none does, beyond
+        what the longest run has
+    """
+    first = [next((step for step, value in sorted(curve.items()) if value >= threshold), None) for curve in curves]
+    reached = [(step, of[step]) for step, of in zip(first, minutes, strict=True) if step is not None]
+    if not reached:
+        return f"> {max(map(max, curves)):,}", f"> {max(max(of.values()) for of in minutes):.0f}"
+    some = f" ({len(reached)})" if len(reached) < len(curves) else ""
+    return f"{median(step for step, _ in reached):,.0f}{some}", f"{median(value for _, value in reached):.0f}{some}"
+
+
+def draw(docs: Path, page: Path | None = None) -> None:
+    """
+    Draw the figure, and print the table.
 
     :param docs: where the CSV files are, and the figure goes
+    :param page: the table goes there, too
+    """
+    rows = read(docs / "curves.csv")
+    theirs = published(read(docs / "published_curves.csv"))
+    manifest = {key_of(row): row for row in read(docs / "manifest.csv")}
+    draw_curves(rows, {key for key, row in manifest.items() if row["finished"] != "1"}, theirs, docs / "curves.png")
+    text = table(rows, manifest.values(), theirs)
+    print(text)
+    if page is not None:
+        pages.put_table(page, "evidence", text)
+
+
+def draw_curves(rows: Sequence[Row], cut: set[Key], theirs: Mapping[tuple[str, str], Published], path: Path) -> None:
+    """
+    Return against env steps and CPU minutes: a thin line for each seed, a thick one for their mean as far as all came.
+
+    :param rows: of curves.csv
+    :param cut: runs that are not finished; a circle marks their ends
+    :param theirs: published curves, dashed
+    :param path: of the figure
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows, manifest = read(docs / "curves.csv"), read(docs / "manifest.csv")
-    theirs = published(read(docs / "published_curves.csv"))
-    ours = seeds_of(rows, "avg_return")
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    ours, seconds = seeds_of(rows, "avg_return"), seeds_of(rows, "cpu_seconds")
+    figure, panels = plt.subplots(len(TASKS), 2, figsize=(9, 11.5), layout="constrained", sharex="col", sharey="row")
     labels: dict[str, Any] = {}
-    for axes, env in zip(panels.flat, TASKS, strict=False):
-        for (name, task), seeds in ours.items():
-            if task != env or name not in COLOURS:
-                continue
-            for curve in seeds.values():
-                (line,) = axes.plot(list(curve), list(curve.values()), color=COLOURS[name], alpha=0.35, linewidth=1)
-            curve = mean(seeds.values())
-            if curve:
-                (line,) = axes.plot(list(curve), list(curve.values()), color=COLOURS[name], linewidth=2.2)
-            labels[name] = line
-        for (name, task), curve in theirs.items():
-            if task == env:
-                shown = {step: value for step, value in curve.items() if step <= SHOWN}
-                colour = COLOURS[name.partition(",")[0]]
-                (labels[name],) = axes.plot(list(shown), list(shown.values()), "--", color=colour, linewidth=1.4)
-        counts = ", ".join(f"{name} {len(ours[name, env])}" for name in COLOURS if (name, env) in ours) or "none"
-        axes.set(title=f"{env} (seeds: {counts})", xlabel="env steps", ylabel="return", xlim=(0, SHOWN))
-        axes.grid(alpha=0.25)
-    last = panels.flat[-1]
-    last.axis("off")
-    last.legend(labels.values(), labels.keys(), frameon=False, loc="center", title=SOURCE)
-    figure.savefig(docs / "curves.png", dpi=110)
+    for pair, env in zip(panels, TASKS, strict=True):
+        for name, colour in COLOURS.items():
+            seeds, spent = ours.get((name, env), {}), seconds.get((name, env), {})
+            thick = mean(seeds.values())
+            for axes, x in zip(pair, (_itself, lambda curve: [value / 60 for value in curve.values()]), strict=True):
+                for seed, curve in seeds.items():
+                    at, values = x(spent[seed]), list(curve.values())
+                    axes.plot(at, values, color=colour, alpha=0.35, linewidth=1)
+                    if (name, env, seed) in cut:
+                        (end,) = axes.plot(at[-1:], values[-1:], "o", color=colour, markerfacecolor="w")
+                        labels["not finished"] = end
+                if thick:
+                    (labels[name],) = axes.plot(x(mean(spent.values())), list(thick.values()), color=colour, linewidth=2)
+            if known := theirs.get((f"{name}, published", env)):
+                for axes, at in zip(pair, (_itself(known.returns), list(known.minutes.values())), strict=True):
+                    (line,) = axes.plot(at, list(known.returns.values()), "--", color=colour, linewidth=1.3)
+                labels[f"{name}, published"] = line
+        curves = [curve for (_, task), seeds in ours.items() if task == env for curve in seeds.values()]
+        curves += [known.returns for (_, task), known in theirs.items() if task == env]
+        # Later values are not to flatten what is shown.
+        if in_view := [value for curve in curves for step, value in curve.items() if step <= SHOWN]:
+            pair[0].set_ylim(min(0, *in_view), 1.05 * max(in_view))
+        pair[0].set(title=env, ylabel="return", xlim=(0, SHOWN))
+        counts = ", ".join(f"{name} {len(ours[name, env])}" for name in COLOURS if (name, env) in ours)
+        pair[1].set(title=f"seeds: {counts or 'none'}", xlim=(0, MINUTES))
+        for axes in pair:
+            axes.grid(alpha=0.25)
+    panels[-1][0].set_xlabel("env steps, thousands")
+    panels[-1][0].set_xticks(range(0, SHOWN + 1, 10_000), [str(step // 1_000) for step in range(0, SHOWN + 1, 10_000)])
+    panels[-1][1].set_xlabel("minutes: CPU time of one core (dashed: see above)")
+    order = sorted(labels, key=lambda name: (name == "not finished", name.endswith("published")))
+    handles = [labels[name] for name in order]
+    figure.legend(handles, order, frameon=False, loc="outside upper center", ncols=3, title=SOURCE)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    print(table(rows, manifest, theirs))
+
+
+def _itself(curve: Curve) -> list[float]:
+    """:return: the steps of a curve"""
+    return list(curve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -379,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif args.command == "collect":
         collect(runs(args.only, args.envs, args.seeds), args.logs, DOCS)
     else:
-        draw(DOCS)
+        draw(DOCS, pages.PAGE)
 
 
 if __name__ == "__main__":

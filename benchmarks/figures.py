@@ -1,5 +1,5 @@
 """
-Draw docs/benchmarks/*.png and print the tables of docs/benchmarks/index.md and speed.md from the CSV files there.
+Draw docs/benchmarks/*.png and print the values and the table of speed in docs/benchmarks/notes, from the CSV files.
 
     python benchmarks/figures.py
 """

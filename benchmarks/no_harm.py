@@ -10,8 +10,9 @@ Arms: ``sac`` is Stable-Baselines3's SAC; ``mbpo`` learns transitions, rewards a
 system in place of the learned one, where that has a closed form. All arms of a task have the same random steps, number of
 updates and evaluation episodes; only ``dhmbpo``, which learns the same, makes its one update a step, and has no gSDE. Each run
 is a process with one thread and has a folder in logs/no_harm; delete that, or pass --again, to make it again. Results are in
-docs/benchmarks/no_harm: evaluations.csv has a row for each evaluation, no_harm.png the learning curves. Runs that only the CSV
-has, made on another machine, stay there and are not made again.
+docs/benchmarks/no_harm: evaluations.csv has a row for each evaluation, no_harm.png the learning curves. The tables in index.md
+and notes/beside_sac.md in docs/benchmarks are renewed. Runs that only the CSV has, made on another machine, stay there and are
+not made again.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import gymnasium as gym
 import matplotlib
 import no_past  # noqa: F401  (registers NoPast-v0)
 import numpy as np
+import pages
 import pandas as pd
 import torch as th
 from stable_baselines3 import SAC
@@ -339,6 +341,18 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def areas(rows: pd.DataFrame) -> str:
+    """:return: in Markdown, a row a task: area of each arm, mean and standard deviation over the seeds, and their number"""
+    of_runs = scores(rows)
+    arms = [arm for arm in ARMS if arm in set(of_runs["arm"])]
+    lines = ["| task | updates a step | " + " | ".join(ARMS[arm] for arm in arms) + " |", "|---" * (2 + len(arms)) + "|"]
+    for task, mine in of_runs.groupby("task", sort=False):
+        by_arm = {arm: of["area"].to_numpy() for arm, of in mine.groupby("arm")}
+        cells = [f"{with_deviation(by_arm[arm])} ({len(by_arm[arm])})" if arm in by_arm else "" for arm in arms]
+        lines.append(f"| {task} | {TASKS[task].updates} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """Learning curves, a panel a task: means over seeds, the seeds thin; below them area and final return of each arm."""
     import matplotlib.pyplot as plt
@@ -420,6 +434,8 @@ def main() -> None:
     rows.to_csv(RESULTS / EVALUATIONS, index=False)
     draw(rows, RESULTS / "no_harm.png")
     print(table(rows))
+    pages.put_table(pages.PAGE, "no_harm", areas(rows))
+    pages.put_table(pages.BENCHMARKS / "notes" / "beside_sac.md", "no_harm", table(rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.model_based.rollout_callback import RolloutCallback
+from sb3_mbpo.restarting_env import RestartingEnv
 from sb3_mbpo.rollouts import LinearRolloutSchedule, branched_rollout
 from sb3_mbpo.terminations.learned import LearnedTermination
 from sb3_mbpo.validation.faults import InvalidTransition
@@ -34,6 +35,7 @@ __all__ = [
     "ModelBuffer",
     "ModelErrorCallback",
     "ProbabilisticEnsemble",
+    "RestartingEnv",
     "RestorableEnv",
     "ResumeCallback",
     "RolloutCallback",
@@ -43,15 +45,21 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from sb3_mbpo.diagnostics.report import write_report as write_report
     from sb3_mbpo.variants import MBTD3
     from sb3_mbpo.variants import MBTQC as MBTQC
     from sb3_mbpo.variants import MBCrossQ as MBCrossQ
 else:
 
     def __getattr__(name: str) -> Any:
-        # MBTQC and MBCrossQ need sb3_contrib, which is optional (so they are not in __all__) and slow to import.
+        # MBTQC and MBCrossQ need sb3_contrib, and write_report needs matplotlib. These are optional (so the names are not in
+        # __all__) and slow to import.
         if name in ("MBTD3", "MBTQC", "MBCrossQ"):
             from sb3_mbpo import variants
 
             return getattr(variants, name)
+        if name == "write_report":
+            from sb3_mbpo.diagnostics.report import write_report
+
+            return write_report
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

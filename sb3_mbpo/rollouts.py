@@ -8,12 +8,11 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.trust.filters import RolloutFilter
+from sb3_mbpo.validation.registry import described
 from sb3_mbpo.validation.rules import is_number, is_whole, shown, whole
 
 # Maximum k. Larger values are longer than any time limit and almost certainly typos.
 MOST_STEPS = 10_000
-# Maximum k of ``rollout_schedule="auto"``: the final k of the paper's schedule for Hopper.
-LONGEST_AUTO = 15
 
 RolloutSchedule = Callable[[int], int]
 
@@ -77,6 +76,7 @@ def branched_rollout(
     return ReplayBufferSamples(*(th.cat(parts) for parts in zip(*steps, strict=True)))
 
 
+@described("rollout_schedule")
 @dataclass(frozen=True)
 class LinearRolloutSchedule:
     """

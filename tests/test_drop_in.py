@@ -17,7 +17,8 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from tiny import FAST, equal_agents
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.buffers.replay_buffer import balanced_ratio
 
 
 def short(**kwargs):
@@ -59,6 +60,67 @@ def test_updates_are_counted_per_train_freq(train_freq, gradient_steps, expected
     assert agent._n_updates == SAC("MlpPolicy", make_vec_env("Pendulum-v1", 3), **plain).learn(60)._n_updates == expected
 
 
+@pytest.mark.parametrize(
+    ("n_envs", "train_freq", "updates", "expected"),
+    [
+        (1, 1, 3, 3 * 40),
+        (3, 1, 3, 3 * 42),
+        (3, 4, 3, 3 * 48),
+        (1, (1, "episode"), 3, 3 * 40),
+        # Of fractions, nothing is lost.
+        (1, 1, 0.5, 20),
+        (3, 1, 0.25, 11),
+    ],
+)
+@pytest.mark.parametrize("cls", [MBPO, DHMBPO])
+def test_updates_are_counted_per_transition(cls, n_envs, train_freq, updates, expected):
+    """Of 60 transitions, those of the rollout that goes beyond the first 20, and all after it."""
+    kwargs = {key: value for key, value in FAST.items() if key != "gradient_steps"}
+    envs = make_vec_env("Pendulum-v1", n_envs, env_kwargs={"max_episode_steps": 10})
+    agent = cls("MlpPolicy", envs, **kwargs, train_freq=train_freq, updates_per_transition=updates).learn(60)
+    assert agent._n_updates == expected and agent.real_ratio == (0 if cls is DHMBPO else balanced_ratio(updates))
+
+
+def test_all_learning_between_episodes():
+    """Nothing is fitted, imagined or updated within an episode."""
+    during = []
+
+    class Look(callbacks.BaseCallback):
+        def _on_step(self):
+            during.append((self.num_timesteps, self.model._n_updates, self.model.dynamics_fitted_at))
+            return True
+
+    kwargs = {**FAST, "gradient_steps": -1, "learning_starts": 0, "model_train_freq": 3}
+    MBPO("MlpPolicy", short(), **kwargs, updates_per_transition=4, train_freq=(1, "episode")).learn(30, Look())
+    for step, updates, fitted_at in during:
+        finished = (step - 1) // 10 * 10
+        assert updates == 4 * finished and fitted_at == (finished or None)
+
+
+def test_updates_per_transition_or_per_train_freq(tmp_path):
+    with pytest.raises(ValueError, match="updates_per_transition=3 replaces gradient_steps=2: pass one of the two"):
+        MBPO("MlpPolicy", "Pendulum-v1", **FAST, updates_per_transition=3)
+    for name, value in (("agent", {}), ("other", {"gradient_steps": -1, "updates_per_transition": 3})):
+        MBPO("MlpPolicy", "Pendulum-v1", **FAST | value).save(tmp_path / name)
+    for safe in (False, True):
+        agent = MBPO.load(tmp_path / "agent", updates_per_transition=3, safe=safe)
+        assert (agent.gradient_steps, agent.updates_per_transition) == (-1, 3)
+        agent = MBPO.load(tmp_path / "other", safe=safe)
+        assert (agent.gradient_steps, agent.updates_per_transition) == (-1, 3)
+        agent = MBPO.load(tmp_path / "other", gradient_steps=5, safe=safe)
+        assert (agent.gradient_steps, agent.updates_per_transition) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("train_freq", "few"),
+    [(50, r"train_freq=50, there are 0.4 updates per transition"), ((1, "episode"), r"there are 20 updates per episode")],
+)
+def test_a_train_freq_with_the_default_of_gradient_steps(train_freq, few):
+    kwargs = {key: value for key, value in FAST.items() if key != "gradient_steps"}
+    with pytest.warns(UserWarning, match=f"{few}.*Pass updates_per_transition=20"):
+        MBPO("MlpPolicy", "Pendulum-v1", **kwargs, train_freq=train_freq)
+
+
 def test_realised_updates_are_logged():
     agent = MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 3), **{**FAST, "gradient_steps": 6})
     agent.set_logger(configure(None, []))
@@ -82,7 +144,9 @@ def test_what_is_no_train_freq(train_freq):
 
 def test_several_envs_with_the_default_of_gradient_steps(tmp_path):
     kwargs = {key: value for key, value in FAST.items() if key != "gradient_steps"}
-    with pytest.warns(UserWarning, match=r"gradient_steps is left at its default.* 3 envs.*Pass gradient_steps=60") as caught:
+    with pytest.warns(
+        UserWarning, match=r"gradient_steps is left at its default.* 3 envs.*Pass updates_per_transition=20"
+    ) as caught:
         agent = MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 3), **kwargs)
     assert len(caught) == 1 and caught[0].filename == __file__
     agent.save(tmp_path / "agent")

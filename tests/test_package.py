@@ -44,6 +44,19 @@ def test_unknown_name_is_an_attribute_error() -> None:
         sb3_mbpo.no_such_name  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_pages_show_the_same_first_program() -> None:
+    """Its names are public, and what it ends with is a page to look at."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "guide" / "quickstart.md"]
+    programs = {re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0] for page in pages}
+    assert len(programs) == 1
+    imports = ast.parse(programs.pop()).body[0]
+    assert isinstance(imports, ast.ImportFrom) and imports.module == "sb3_mbpo"
+    names = [alias.name for alias in imports.names]
+    assert names == ["DHMBPO", "write_report"]
+    # The report needs matplotlib.
+    assert util.find_spec("matplotlib") is None or all(callable(getattr(sb3_mbpo, name)) for name in names)
+
+
 def test_wheel_holds_everything(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"sb3_mbpo/{file.name}" for file in (ROOT / "sb3_mbpo").glob("*.py")}

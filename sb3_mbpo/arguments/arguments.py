@@ -175,7 +175,7 @@ def read_learn(total_timesteps: Any, *rest: Any) -> Any:
     :raises ValueError: an argument is out of range
     """
     total_timesteps = _as_count(numbers_in(total_timesteps))
-    names = ("callback", "log_interval", "tb_log_name", "reset_num_timesteps", "progress_bar")
+    names = ("callback", "log_interval", "tb_log_name", "reset_num_timesteps", "progress_bar", "background")
     rules.check_learn(total_timesteps=total_timesteps, **dict(zip(names, rest, strict=True)))
     return total_timesteps
 
@@ -215,8 +215,12 @@ def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: boo
         check_spaces(env.observation_space, env.action_space, takes_dict)
         n_envs = getattr(env, "num_envs", 1)
         # ``load`` reads gradient_steps from the file.
-        if default_steps and n_envs > 1 and passed.get("_init_setup_model", True):
-            found.append(rules.updates_are_few(passed["gradient_steps"], n_envs))
+        if default_steps and "gradient_steps" in passed and passed.get("_init_setup_model", True):
+            train_freq = _read("train_freq", passed.get("train_freq", 1), 1)
+            # An invalid one raises later.
+            is_valid = rules.RULES["train_freq"].holds(train_freq)
+            few = rules.updates_are_few(passed["gradient_steps"], train_freq, n_envs) if is_valid else None
+            found += [] if few is None else [few]
     return found
 
 
@@ -264,7 +268,7 @@ def _read(name: str, value: Any, default: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: as_number(item, f"rollout_schedule: {key}", 1) for key, item in value.items()}
         return _as_count(value)
-    if name in ("policy_kwargs", "ent_coef", "target_entropy", "real_ratio"):
+    if name in ("policy_kwargs", "ent_coef", "target_entropy", "real_ratio", "warmup_actions"):
         return numbers_in(value)
     if name == "train_freq":
         # SB3 does not accept strings here, even if they are numbers. YAML has lists instead of tuples.
@@ -273,7 +277,7 @@ def _read(name: str, value: Any, default: Any) -> Any:
             return tuple(item if isinstance(item, str) else _as_count(numbers_in(item)) for item in value)
         return value if isinstance(value, str) else _as_count(numbers_in(value))
     if isinstance(default, bool) or not (
-        name in ("seed", "model_buffer_size", "dynamics_window") or isinstance(default, int | float)
+        name in ("seed", "model_buffer_size", "dynamics_window", "updates_per_transition") or isinstance(default, int | float)
     ):
         return value
     if name not in rules.RULES:

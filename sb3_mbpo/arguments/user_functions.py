@@ -135,7 +135,11 @@ def _dry_run_on(
     """:param transition: observations are flat, actions in the env's units"""
     n, device = len(transition[0]), transition[0].device
     who = f"{name}={shown(fn)}"
-    keys = f", where obs and next_obs are dicts with the keys {list(codec.observation_space)}," if codec.is_dict else ""
+    keys = (
+        f", where obs and next_obs are dicts with the keys {list(codec.observation_space.spaces)},"
+        if isinstance(codec.observation_space, spaces.Dict)
+        else ""
+    )
     expected = f"from (obs, actions, next_obs){keys} it must return a {returns} tensor of shape (B,), here ({n},), on {device}"
     before = [part.clone() for part in transition]
     obs, actions, next_obs = transition

@@ -221,6 +221,67 @@ class MixedReplayBuffer(ReplayBuffer):
         self.__dict__.update({key: value for key, value in taken.items() if key not in own})
         self.model_buffer.restore(imagined, refills)
 
+    def contents(self, imagined: bool = True) -> dict[str, Any]:
+        """
+        :param imagined: with the imagined transitions
+        :return: the filled rows, which are not copied, with their places in the storage, and the imagined rows
+        """
+        rows, refills = self.model_buffer.contents() if imagined else (self.model_buffer.rows[:0].clone(), [])
+        return {
+            "rows": {name: getattr(self, name)[: self.size()] for name in ROWS},
+            **{name: getattr(self, name) for name in ("buffer_size", "pos", "full")},
+            **{"imagined": rows, "refills": refills},
+        }
+
+    def restore(self, contents: Mapping[str, Any]) -> None:
+        """
+        Replace all transitions by other ones. If there are more than this buffer has room for, the newest.
+
+        :param contents: from :meth:`contents` of a buffer for the same envs; anyone may have written them
+        :raises ValueError: the contents do not fit, or a number is not finite; this buffer stays as it was
+        """
+        n_rows = self._check_contents(contents)
+        rows = contents["rows"]
+        check_finite(rows, contents["imagined"])
+        self.reset()
+        if contents["buffer_size"] == self.buffer_size:
+            for name in ROWS:
+                getattr(self, name)[:n_rows] = rows[name]
+            self.pos, self.full = contents["pos"], contents["full"]
+        else:
+            oldest = contents["pos"] if contents["full"] else 0
+            self.insert({name: np.roll(rows[name], -oldest, axis=0) for name in ROWS})
+        self.model_buffer.restore(contents["imagined"], contents["refills"])
+
+    def _check_contents(self, contents: Mapping[str, Any]) -> int:
+        """:return: number of filled rows; raises ``ValueError`` as :meth:`restore` does"""
+        names = ("rows", "buffer_size", "pos", "full", "imagined", "refills")
+        if not isinstance(contents, Mapping) or set(contents) != set(names):
+            raise ValueError(f"the contents of a replay buffer must be {', '.join(names)}")
+        rows, size, pos, full, imagined, refills = (contents[name] for name in names)
+        if not isinstance(rows, Mapping) or set(rows) != set(ROWS):
+            raise ValueError(f"rows must be {', '.join(ROWS)}")
+        for name, array in rows.items():
+            ours = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != ours.dtype:
+                raise ValueError(f"{name} must be an array of {ours.dtype}")
+            if array.ndim != ours.ndim or array.shape[1:] != ours.shape[1:]:
+                raise ValueError(f"{name} has shape {array.shape}, but this agent's steps have {ours.shape[1:]}")
+        lengths, n_rows = [len(array) for array in rows.values()], len(rows["rewards"])
+        if len(set(lengths)) > 1:
+            raise ValueError(f"rows must have the same number of steps, not {lengths}")
+        if not isinstance(full, bool):
+            raise ValueError("full must be true or false")
+        if type(size) is not int or type(pos) is not int or not (0 <= pos < size and n_rows == (size if full else pos)):
+            raise ValueError(f"buffer_size, pos and full do not fit {n_rows} steps")
+        width = sum(self.model_buffer.widths)
+        if not isinstance(imagined, th.Tensor) or imagined.dtype != th.float32 or imagined.shape[1:] != (width,):
+            raise ValueError(f"imagined must be a float32 tensor of {width} columns")
+        are_counts = isinstance(refills, list) and all(type(n) is int and n >= 0 for n in refills)
+        if not are_counts or sum(refills) != len(imagined):
+            raise ValueError("refills must be the numbers of imagined rows of each model rollout")
+        return n_rows
+
     def _set_up_mixing(
         self, real_ratio: float, retained_rollouts: int, model_buffer_size: int | None, seed: int | None
     ) -> None:
@@ -270,6 +331,13 @@ class MixedReplayBuffer(ReplayBuffer):
         """Remove all real and imagined transitions."""
         super().reset()
         self.model_buffer.refills.clear()
+
+    def cut(self) -> None:
+        """End the episodes of the newest step, as by a time limit: the step after it was lost."""
+        if self.size():
+            newest = (self.pos - 1) % self.buffer_size
+            self.timeouts[newest] = np.where(self.dones[newest] > 0.5, self.timeouts[newest], 1)
+            self.dones[newest] = 1
 
     def forget(self, keep: int = 0) -> None:
         """

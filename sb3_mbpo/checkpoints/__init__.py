@@ -1,1 +1,1 @@
-"""Runs that are cut and go on: checkpoints, the state of training and of envs."""
+"""Checkpoints: the state of a run, of its envs and of its callbacks, saved and restored."""

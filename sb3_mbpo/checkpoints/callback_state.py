@@ -1,7 +1,7 @@
 """
-Takes the state of callbacks out and puts it back.
+Saves and restores the state of callbacks.
 
-The state is what they have counted. Where they write and what they are made of is no part of it.
+The state is what they have counted. It does not include where they write, or what they were constructed from.
 """
 
 import functools
@@ -24,25 +24,28 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, take_envs
-from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.serialization import CannotEncodeError, Tensors, decode, encode
 
-# Attributes of a callback that SB3 sets anew, from arguments too, or that say where files go.
+# Attributes of a callback that SB3 sets in each `learn`, also from arguments, or that contain the paths of files.
 _SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
 _SET_ANEW |= {"log_path", "best_model_save_path", "save_path", "_total_max_episodes"}
-# What a callback is made of, and what it writes to.
+# Types of attributes that are no state: parts of the callback, and what it writes to.
 _NO_STATE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
 _NO_STATE += (functools.partial, Logger, logging.Logger, KVWriter, io.IOBase, PurePath, BaseCallback, BaseAlgorithm)
 _NO_STATE += (th.nn.Module, gym.Space, th.device, th.dtype, np.dtype)
-# Names and texts that say where a file is. Where a run writes is said by its command, never by a checkpoint.
+# Names and texts that contain a path. The command decides where a run writes files, never a checkpoint.
 _NAME_OF_A_PLACE = r"(?i)(path|dir|directory|folder|file|filename|url)s?$"
 _PLACE = r"[/\\]|^~|^\.\.?$"
 
 
 def all_callbacks(callback: BaseCallback) -> list[BaseCallback]:
-    """:return: a callback and all those inside it, also in lists, tuples and values of dictionaries, in a fixed order"""
+    """
+    :param callback: a callback
+    :return: this callback and all callbacks in it, also in lists, tuples and values of dictionaries, in a fixed order
+    """
     found = [callback]
     for one in found:
-        # SB3 sets `locals` anew; until then it holds the callbacks of an earlier `learn`.
+        # Until SB3 sets `locals` in a `learn`, it contains the callbacks of an earlier one.
         for value in (value for name, value in vars(one).items() if name not in _SET_ANEW):
             found += [item for item in _callbacks_in(value) if item not in found]
     return found
@@ -57,18 +60,18 @@ def _callbacks_in(value: Any) -> Iterator[BaseCallback]:
 
 
 def _arguments(callback: BaseCallback) -> set[str]:
-    """Names of the constructor's arguments, also of those that it passes on."""
+    """:return: names of the constructor's arguments, also of those that it passes to its parents"""
     constructors = [kind.__init__ for kind in type(callback).__mro__ if "__init__" in vars(kind)]  # type: ignore[misc]
     return {name for one in constructors for name in inspect.signature(one).parameters}
 
 
 def _left_out(callback: BaseCallback) -> set[str]:
-    """Names of attributes that are neither saved nor put back."""
+    """:return: names of attributes that are neither saved nor restored"""
     return _SET_ANEW | _arguments(callback) | set(getattr(callback, "not_saved", ()))
 
 
 def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """All texts in a value, with the name that is nearest to each."""
+    """:return: all texts in a value, each with the key or the attribute that it belongs to"""
     if isinstance(value, str | bytes):
         yield name, value if isinstance(value, str) else value.decode(errors="replace")
     elif isinstance(value, Mapping):
@@ -80,21 +83,22 @@ def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _says_a_place(name: str, value: Any) -> bool:
-    """Whether an attribute says where a file is."""
+    """:return: whether an attribute contains the path of a file"""
     return any(re.search(_NAME_OF_A_PLACE, key) or re.search(_PLACE, text) for key, text in _texts(value, name))
 
 
 def may_put(owner: Any, name: str) -> bool:
     """
-    Whether an attribute may be set from a file: never in the place of a method, a function or an object.
+    Whether a file may set an attribute. It may never replace a method, a function or an object.
 
     :param owner: an agent or a callback
-    :param name: that the file gives
+    :param name: name of the attribute, from the file
+    :return: whether it may be set
     """
     if name in vars(owner):
         try:
-            pack(vars(owner)[name], {})
-        except (CannotPackError, RecursionError):
+            encode(vars(owner)[name], {})
+        except (CannotEncodeError, RecursionError):
             return False
         return True
     of_class = inspect.getattr_static(type(owner), name, None)
@@ -103,13 +107,14 @@ def may_put(owner: Any, name: str) -> bool:
 
 def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[str, Any]:
     """
-    What is plain of a callback, but arguments of its constructor and what says where a file is; and the state of its envs, if
-    it has any of its own. Attributes that the callback names in ``not_saved`` are left out.
+    Save the plain attributes of a callback and the state of its own envs.
+
+    Arguments of its constructor, paths of files, and attributes listed in its ``not_saved`` are left out.
 
     :param callback: one of ``all_callbacks``
-    :param tensors: see :func:`.packing.pack`
-    :param name: what the tensors' names begin with
-    :return: JSON; under ``"lost"``, by name, what could not be saved
+    :param tensors: see :func:`.serialization.encode`
+    :param name: prefix of the names of the tensors
+    :return: JSON. ``"lost"`` contains the attributes that could not be saved, and why
     """
     state: dict[str, Any] = {}
     envs: dict[str, Any] = {}
@@ -122,13 +127,13 @@ def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[s
             elif key in without:
                 continue
             elif not _says_a_place(key, value):
-                state[key] = pack(value, tensors, f"{name}.{key}")
+                state[key] = encode(value, tensors, f"{name}.{key}")
             elif not isinstance(value, str | bytes):
-                # Beside a place, it may hold counters.
-                lost[key] = f"{type(value).__name__} that says where a file is"
+                # Besides a path, it may contain counters.
+                lost[key] = f"{type(value).__name__} that contains the path of a file"
         except CannotRestoreError as error:
             lost[key] = str(error)
-        except (CannotPackError, RecursionError):
+        except (CannotEncodeError, RecursionError):
             if not isinstance(value, _NO_STATE) and next(_callbacks_in(value), None) is None:
                 lost[key] = type(value).__name__
     return {"class": type(callback).__name__, "state": state, "envs": envs, "lost": lost}
@@ -136,11 +141,13 @@ def take_callback(callback: BaseCallback, tensors: Tensors, name: str) -> dict[s
 
 def put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], tensors: Tensors) -> dict[str, str]:
     """
-    Each gets the state of its class's first, second, ... in the run; one that the run did not have starts anew.
+    Restore callbacks. The first, second, ... callback of a class gets the state of the first, second, ... of the run.
+
+    A callback that the run did not have keeps its initial state.
 
     :param callbacks: see ``all_callbacks``
-    :param states: from ``take_callback``, of all
-    :param tensors: what it filled
+    :param states: the results of ``take_callback``
+    :param tensors: the tensors of ``take_callback``
     :return: what could not be restored, such as ``"MyCallback.seen"``, and why
     """
     seen: Counter[str] = Counter()
@@ -156,13 +163,13 @@ def put_callbacks(callbacks: list[BaseCallback], states: list[dict[str, Any]], t
 
 
 def _put_callback(callback: BaseCallback, state: dict[str, Any], tensors: Tensors) -> dict[str, str]:
-    """A checkpoint may be foreign: what is not taken is not put back."""
+    """:return: see :func:`put_callbacks`. A checkpoint may be foreign, so only what is ever saved is restored"""
     lost = dict(state["lost"])
     without = _left_out(callback)
     for key, packed in state["state"].items():
         if key in without or not may_put(callback, key):
             continue
-        value = unpack(packed, tensors)
+        value = decode(packed, tensors)
         if not any(_says_a_place(key, one) for one in (value, vars(callback).get(key))):
             setattr(callback, key, value)
     for key, env_state in state["envs"].items():
@@ -176,7 +183,7 @@ def _put_callback(callback: BaseCallback, state: dict[str, Any], tensors: Tensor
 
 
 def tell_callbacks(callbacks: list[BaseCallback]) -> None:
-    """Last of all, call ``on_resume()`` of those that have it."""
+    """:param callbacks: their ``on_resume()`` is called if they have it, after everything else was restored"""
     for callback in callbacks:
         if hasattr(callback, "on_resume"):
             callback.on_resume()

@@ -1,8 +1,8 @@
 """
-Checkpoints on disk: written as a whole or not at all, and believed only when every byte is as it was.
+Checkpoints on disk. They are written completely or not at all, and read only if no byte has changed.
 
-A checkpoint is a folder ``00012-step-3000`` with ``state.json``, ``tensors.pt`` and, written last, ``manifest.json`` with the
-size and the SHA-256 of both. Nothing in it is unpickled: JSON, and tensors loaded with ``weights_only=True``.
+A checkpoint is a folder such as ``00012-step-3000`` with ``state.json``, ``tensors.pt`` and, written last, ``manifest.json``
+with the size and the SHA-256 of both. Nothing is unpickled: JSON is read, and tensors are loaded with ``weights_only=True``.
 """
 
 import hashlib
@@ -19,42 +19,44 @@ from typing import Any
 import torch as th
 
 from sb3_mbpo.runtime.provenance import versions
+from sb3_mbpo.saving.safe_files import read_json, read_tensors
+from sb3_mbpo.saving.serialization import cut_out
 from sb3_mbpo.saving.whole_files import flush, flush_folder, free_bytes, is_running
 
-FORMAT = 2
+FORMAT = 3
 _NAME = r"(\d{5,})-step-(\d+)"
 _UNFINISHED = r"\.\d{5,}-step-\d+\.(\d+)"
 _FILES = ("state.json", "tensors.pt")
-# What reading a file raises that something else has written.
+# Errors when reading a file that another program has written.
 _STRANGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be believed; says which file, why, and what to use instead."""
+    """A damaged checkpoint. The message names the file, the reason, and what to use instead."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a manifest that can be read; whether its content is sound is asked by :func:`read`."""
+    """A folder with a readable manifest. :func:`read` checks its files."""
 
     path: Path
     manifest: dict[str, Any]
-    #: What is wrong with newer ones.
+    #: What is wrong with newer checkpoints.
     passed_over: tuple[str, ...] = ()
 
     @property
     def number(self) -> int:
-        """Counts the checkpoints of a folder."""
+        """The number of the checkpoint in its folder."""
         return int(self.path.name.split("-")[0])
 
     @property
     def step(self) -> int:
-        """Env steps."""
+        """Number of env transitions."""
         return int(self.manifest["step"])
 
     @property
     def score(self) -> float | None:
-        """What the run's evaluation said last, if there is one."""
+        """Mean return of the last evaluation, if there was one."""
         score = self.manifest.get("score")
         return None if score is None else float(score)
 
@@ -65,28 +67,28 @@ def write(
     """
     Add a checkpoint to a folder.
 
-    Everything is written beside its place, flushed to the disk, and then gets its name: whatever interrupts this, an older
-    checkpoint stays as it is.
+    The files are written under another name, flushed to the disk, and renamed. Older checkpoints are never changed, also if
+    this is interrupted.
 
-    :param folder: of one run; made if need be
+    :param folder: folder of one run; it is created if it does not exist
     :param state: JSON
-    :param tensors: on the CPU
-    :param step: env steps
-    :param score: mean return of the last evaluation, if there is one
+    :param tensors: tensors on the CPU
+    :param step: number of env transitions
+    :param score: mean return of the last evaluation, if there was one
+    :return: the new checkpoint
     :raises OSError: the disk is full, or cannot be written to; nothing is left behind
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = max([0, *(int(match[1]) for match in (re.fullmatch(_NAME, name) for name in os.listdir(folder)) if match)]) + 1
     target = folder / f"{number:05}-step-{step}"
     unfinished = folder / f".{target.name}.{os.getpid()}"
-    # Of a killed process that had the same number.
+    # A killed process with the same number may have left it behind.
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir()
         _write_file(unfinished / "state.json", json.dumps(state, allow_nan=False).encode())
         with (unfinished / "tensors.pt").open("wb") as file:
-            # Storage that is shared, as by the rows of a buffer that are filled, would be written whole.
-            th.save({name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()}, file)
+            th.save(cut_out(tensors), file)
             flush(file)
         files = {name: {"bytes": size, "sha256": digest} for name, size, digest in map(_measure, _paths(unfinished))}
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "score": score, "files": files, "versions": versions()}
@@ -97,10 +99,10 @@ def write(
         flush_folder(folder)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        # torch has errors of its own for a full disk.
+        # PyTorch raises RuntimeError for a full disk.
         if isinstance(error, OSError | RuntimeError):
             raise OSError(
-                f"{target} could not be written, older checkpoints are as they were: {error} ({free_bytes(folder)} bytes are "
+                f"{target} could not be written, older checkpoints are unchanged: {error} ({free_bytes(folder)} bytes are "
                 "free there). Free some space or make the folder writable, and run the same command again"
             ) from error
         raise
@@ -108,7 +110,10 @@ def write(
 
 
 def listed(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoints of a folder whose manifest can be read, newest first."""
+    """
+    :param folder: folder of one run
+    :return: the checkpoints with a readable manifest, newest first
+    """
     names = [path for path in folder.iterdir() if re.fullmatch(_NAME, path.name)] if folder.is_dir() else []
     for path in sorted(names, key=lambda path: int(path.name.split("-")[0]), reverse=True):
         try:
@@ -122,11 +127,11 @@ def listed(folder: Path) -> Iterator[Checkpoint]:
 
 def newest(folder: Path) -> tuple[dict[str, Any], dict[str, th.Tensor], Checkpoint] | None:
     """
-    The newest checkpoint that is sound, and what is in it; those that are not are passed over.
+    Read the newest intact checkpoint. Damaged ones are skipped.
 
-    :param folder: of one run
-    :return: state, tensors and where they are from; ``None``: there are no checkpoints
-    :raises CheckpointError: there are, and none is sound
+    :param folder: folder of one run
+    :return: state, tensors and the checkpoint they are from; ``None``: there are no checkpoints
+    :raises CheckpointError: there are checkpoints, but none is intact
     """
     problems: list[str] = []
     for path in sorted(
@@ -147,8 +152,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
     Read one checkpoint.
 
     :param path: its folder
-    :return: state and tensors, as ``write`` got them
-    :raises CheckpointError: a file is missing, cut or altered, or from another format
+    :return: state and tensors, as passed to ``write``
+    :raises CheckpointError: a file is missing, cut off or altered, or has another format
     """
     content = _read_file(path, "manifest.json")
     try:
@@ -158,21 +163,20 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
     if problem:
         raise CheckpointError(f"{path}: {problem}. {_instead(path)}")
     try:
-        state = json.loads((path / "state.json").read_bytes())
-        return state, th.load(path / "tensors.pt", weights_only=True, map_location="cpu")
-    except Exception as error:
-        # What PyTorch says itself would recommend to load it unsafely.
-        what = f"not what this program writes, though its checksums are right ({type(error).__name__})"
+        with (path / "tensors.pt").open("rb") as file:
+            return read_json((path / "state.json").read_bytes(), most=None), read_tensors(file)
+    except (OSError, ValueError) as error:
+        what = f"this program does not write such files, though their checksums are right ({error})"
         raise CheckpointError(f"{path}: {what}. {_instead(path)}") from None
 
 
 def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
     """
-    Remove old checkpoints, and what writers that were killed have left behind. Of a link to a folder, the link alone.
+    Remove old checkpoints, and the files that killed processes have left behind. Of a link, only the link is removed.
 
-    :param folder: of one run, which this process is not writing to
-    :param keep: newest ones that stay
-    :param keep_best: the one with the highest score stays as well
+    :param folder: folder of one run, which this process is not writing to
+    :param keep: number of newest checkpoints to keep
+    :param keep_best: also keep the checkpoint with the highest score
     """
     checkpoints = list(listed(folder))
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None and math.isfinite(checkpoint.score)]
@@ -181,12 +185,12 @@ def prune(folder: Path, keep: int, keep_best: bool = True) -> None:
         if checkpoint is not best:
             _remove(checkpoint.path)
     for path in folder.glob("*-step-*"):
-        # Someone was killed right here.
+        # A process was killed while removing it.
         if re.fullmatch(_NAME, path.name) and not (path / "manifest.json").exists():
             _remove(path)
     for path in folder.glob(".*-step-*.*"):
         match = re.fullmatch(_UNFINISHED, path.name)
-        # With this process's number: of an earlier one that had it, for nothing is being written now.
+        # This process is not writing now, so a folder with its number is from an earlier process.
         if match and (int(match[1]) == os.getpid() or not is_running(int(match[1]))):
             _remove(path)
 
@@ -195,7 +199,7 @@ def _remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    # The manifest goes first: half a checkpoint must not look like one.
+    # First the manifest, because half a checkpoint must not look like a whole one.
     (path / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -218,10 +222,6 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _is_part(tensor: th.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
 def _write_file(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
@@ -236,7 +236,7 @@ def _read_file(path: Path, name: str) -> bytes:
 
 
 def _problem(path: Path, manifest: dict[str, Any]) -> str | None:
-    """What is wrong with a checkpoint; ``None``: nothing."""
+    """:return: what is wrong with a checkpoint; ``None``: nothing"""
     if manifest["sha256"] != _digest({key: value for key, value in manifest.items() if key != "sha256"}):
         return "manifest.json: checksum differs, the content was altered"
     if manifest["format"] != FORMAT:
@@ -255,11 +255,11 @@ def _problem(path: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def _instead(path: Path) -> str:
-    """Which checkpoint to use in place of a bad one."""
+    """:return: which checkpoint to use instead of a damaged one, for the error message"""
     for checkpoint in listed(path.parent):
         try:
             if checkpoint.path != path and _problem(checkpoint.path, checkpoint.manifest) is None:
-                return f"Use {checkpoint.path}, the newest that is sound"
+                return f"Use {checkpoint.path}, the newest that is intact"
         except _STRANGE:
             continue
-    return "There is no other that is sound: remove the folder or choose another one, and start anew"
+    return "No other checkpoint is intact: remove the folder or choose another one, and start anew"

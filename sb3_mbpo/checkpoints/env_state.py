@@ -1,9 +1,9 @@
 """
-The state of envs, taken out and put back: of what is known exactly, and of envs that save themselves.
+Saves and restores the state of envs: of known classes, and of envs that have ``get_state`` and ``set_state``.
 
-Attributes that change while an env runs are listed by class, in ``_STATE``. Nothing else is read or written, so an argument of
-a constructor never comes from a checkpoint. An env or wrapper that is not listed has ``get_state()`` and ``set_state(state)``,
-or cannot be restored.
+``_STATE`` lists, for each known class, the attributes that change while an env runs. Nothing else is read or written, so an
+argument of a constructor never comes from a checkpoint. An env or wrapper that is not listed needs ``get_state()`` and
+``set_state(state)``, otherwise it cannot be restored.
 """
 
 import random
@@ -14,12 +14,13 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.serialization import NUMPY, CannotEncodeError, Tensors, decode, encode, set_generator_state
+from sb3_mbpo.validation.env_outputs import CHECKED
 
 _CONTROL, _MUJOCO = "gymnasium.envs.classic_control", "gymnasium.envs.mujoco"
 _COMMON, _STATEFUL = "gymnasium.wrappers.common", "gymnasium.wrappers.stateful"
 _VEC, _ZOO = "stable_baselines3.common.vec_env", "rl_zoo3.wrappers"
-#: What changes while it runs, for each class whose state is known. Subclasses may hold more, and are not known.
+#: Attributes that change while an env runs, by class. Subclasses may have more state, so they are not known.
 _STATE: dict[str, tuple[str, ...]] = {
     f"{_CONTROL}.pendulum.PendulumEnv": ("state", "last_u"),
     f"{_CONTROL}.continuous_mountain_car.Continuous_MountainCarEnv": ("state",),
@@ -31,7 +32,7 @@ _STATE: dict[str, tuple[str, ...]] = {
     f"{_COMMON}.TimeLimit": ("_elapsed_steps",),
     f"{_COMMON}.Autoreset": ("autoreset",),
     f"{_COMMON}.OrderEnforcing": ("_has_reset",),
-    # It checks the first steps of a process, whichever they are.
+    # It checks the first steps of each process.
     f"{_COMMON}.PassiveEnvChecker": (),
     f"{_COMMON}.RecordEpisodeStatistics": (
         *("episode_count", "episode_returns", "episode_lengths", "time_queue", "return_queue", "length_queue"),
@@ -44,7 +45,7 @@ _STATE: dict[str, tuple[str, ...]] = {
     f"{_STATEFUL}_observation.NormalizeObservation": ("obs_rms",),
     f"{_STATEFUL}_observation.MaxAndSkipObservation": (),
     f"{_STATEFUL}_reward.NormalizeReward": ("return_rms", "discounted_reward"),
-    # Frames that were collected are not kept.
+    # Collected frames are not saved.
     "gymnasium.wrappers.rendering.RenderCollection": (),
     "gymnasium.wrappers.rendering.HumanRendering": (),
     "gymnasium.wrappers.rendering.RecordVideo": ("step_id", "episode_id"),
@@ -69,18 +70,18 @@ _STATE: dict[str, tuple[str, ...]] = {
     f"{_ZOO}.MaskVelocityWrapper": (),
     "sb3_contrib.common.wrappers.time_feature.TimeFeatureWrapper": ("_current_step",),
 }
-# Functions of one action, observation or reward. Those that users pass to them are taken for functions, too.
+# Functions of one action, observation or reward. Functions that users pass to them are assumed to have no state.
 _STATELESS = tuple(f"gymnasium.wrappers.transform_{what}." for what in ("action", "observation", "reward"))
-# Objects that such attributes may be, and what changes in them.
+# Classes of objects in these attributes, and what changes in them.
 _PARTS = {
     "gymnasium.wrappers.utils.RunningMeanStd": ("mean", "var", "count"),
     "stable_baselines3.common.running_mean_std.RunningMeanStd": ("mean", "var", "count"),
     f"{_VEC}.stacked_observations.StackedObservations": ("stacked_obs", "sub_stacked_observations"),
 }
-# Stands behind the name of an attribute that is a space: what it draws from.
+# Suffix of the name of an attribute that is a space, for its generator.
 _OF_SPACE = "._np_random"
 _NEXT_RESET = ("_seeds", "_options")
-# What MuJoCo derives from its state. Envs read some of it before their next step, as it was in the last one.
+# Quantities that MuJoCo derives from its state. Envs read some of them before the next step computes them again.
 _DERIVED: tuple[str, ...] = (
     "xpos",
     "xquat",
@@ -97,30 +98,30 @@ _DERIVED += ("cinert", "cvel", "cacc", "cfrc_int", "cfrc_ext", "qfrc_actuator", 
 
 
 class CannotRestoreError(Exception):
-    """The state of an env cannot be taken or put back; says whose and why."""
+    """The state of an env cannot be saved or restored. The message names the env or wrapper and the reason."""
 
 
 def take_envs(env: VecEnv, tensors: Tensors, name: str) -> Any:
     """
-    The state of a vectorised env with all its wrappers.
+    Save the state of a vectorised env with all its wrappers.
 
-    Known are Gymnasium's MuJoCo and classic-control envs and the wrappers of Gymnasium, SB3 and the RL Zoo. Any other env or
-    wrapper is asked for its state by ``get_state()``, which returns plain values, and gets it back by ``set_state(state)``. Of
-    all envs ``np_random`` is taken. An env in another process has to be wrapped in :class:`RestorableEnv`.
+    Gymnasium's MuJoCo and classic-control envs and the wrappers of Gymnasium, SB3 and the RL Zoo are known. Any other env or
+    wrapper must have ``get_state()``, which returns plain values, and ``set_state(state)``. ``np_random`` is saved of all
+    envs. An env in another process must be wrapped in :class:`RestorableEnv`.
 
-    :param env: see SB3
-    :param tensors: see :func:`.packing.pack`
-    :param name: what the tensors' names begin with
+    :param env: the vectorised env
+    :param tensors: see :func:`.serialization.encode`
+    :param name: prefix of the names of the tensors
     :return: JSON
-    :raises CannotRestoreError: names the env or wrapper that is unknown and has no ``get_state``, or whose state is not plain
+    :raises CannotRestoreError: an env or wrapper is unknown and has no ``get_state``, or its state is not plain
     """
     wrappers, inner = _vec_layers(env)
     state: dict[str, Any] = {"wrappers": [_take(layer, tensors, f"{name}.wrappers.{i}") for i, layer in enumerate(wrappers)]}
-    # What the next reset is to be called with.
+    # Arguments of the next reset.
     state["following"] = _packed(inner, {key: getattr(inner, key, None) for key in _NEXT_RESET}, tensors, f"{name}.following")
-    if type(inner) is DummyVecEnv:
+    if isinstance(inner, DummyVecEnv) and type(inner) in (DummyVecEnv, CHECKED[DummyVecEnv]):
         return state | {"envs": [take_env(one, tensors, f"{name}.env{i}") for i, one in enumerate(inner.envs)]}
-    if type(inner) is not SubprocVecEnv:
+    if type(inner) not in (SubprocVecEnv, CHECKED[SubprocVecEnv]):
         return state | {"vectorised": _take(inner, tensors, f"{name}.vectorised")}
     try:
         if not all(inner.env_is_wrapped(RestorableEnv)) or any(inner.env_is_wrapped(_WrappedOnce())):  # type: ignore[arg-type]
@@ -138,8 +139,11 @@ def take_envs(env: VecEnv, tensors: Tensors, name: str) -> Any:
 
 def put_envs(env: VecEnv, state: Any, tensors: Tensors) -> None:
     """
-    Put back what ``take_envs`` took, into an env that was made in the same way and was reset.
+    Restore an env that was made in the same way and was reset.
 
+    :param env: the vectorised env
+    :param state: the result of :func:`take_envs`
+    :param tensors: the tensors of :func:`take_envs`
     :raises ValueError: the env has other wrappers, or another number of them
     :raises CannotRestoreError: a ``set_state`` raised
     """
@@ -149,20 +153,27 @@ def put_envs(env: VecEnv, state: Any, tensors: Tensors) -> None:
     if "vectorised" in state:
         _put(inner, state["vectorised"], tensors)
     elif "envs" in state:
-        for one, env_state in _pairs(inner.envs if type(inner) is DummyVecEnv else [], state["envs"], "envs in this process"):
+        for one, env_state in _pairs(
+            inner.envs if isinstance(inner, DummyVecEnv) else [], state["envs"], "envs in this process"
+        ):
             put_env(one, env_state, tensors)
     else:
         for i, env_state in _pairs(range(inner.num_envs), state["states"], "envs"):
-            if (problem := inner.env_method("set_state", unpack(env_state, tensors), indices=i)[0]) is not None:
+            if (problem := inner.env_method("set_state", decode(env_state, tensors), indices=i)[0]) is not None:
                 raise CannotRestoreError(problem)
-    following = unpack(state["following"], tensors)
+    following = decode(state["following"], tensors)
     vars(inner).update({key: following[key] for key in _NEXT_RESET})
 
 
 def take_statistics(env: VecEnv, tensors: Tensors, name: str) -> list[Any]:
     """
-    :return: JSON for each wrapper of a vectorised env, outermost first; ``None`` for unknown ones. Of a subclass of
-        ``VecNormalize`` without a state of its own, the statistics are taken
+    Save the state of the wrappers of a vectorised env, as far as it is known.
+
+    :param env: the vectorised env
+    :param tensors: see :func:`.serialization.encode`
+    :param name: prefix of the names of the tensors
+    :return: JSON for each wrapper, outermost first; ``None`` for unknown ones. For a subclass of ``VecNormalize`` without
+        ``get_state``, its statistics
     """
     found: list[Any] = []
     for i, layer in enumerate(_vec_layers(env)[0]):
@@ -178,9 +189,12 @@ def take_statistics(env: VecEnv, tensors: Tensors, name: str) -> list[Any]:
 
 def put_statistics(env: VecEnv, state: list[Any], tensors: Tensors) -> list[str]:
     """
-    Put back what ``take_statistics`` took.
+    Restore the wrappers of a vectorised env.
 
-    :return: for each wrapper whose ``set_state`` raised, the reason; the others are put back
+    :param env: the vectorised env
+    :param state: the result of :func:`take_statistics`
+    :param tensors: the tensors of :func:`take_statistics`
+    :return: the reason for each wrapper whose ``set_state`` raised; the others are restored
     """
     problems = []
     for layer, layer_state in _pairs(_vec_layers(env)[0], state, "wrappers around the vectorised env"):
@@ -194,49 +208,62 @@ def put_statistics(env: VecEnv, state: list[Any], tensors: Tensors) -> list[str]
 
 def take_env(env: gym.Env, tensors: Tensors, name: str) -> list[Any]:
     """
-    :return: the state of each wrapper, outermost first, and last of the env itself
-    :raises CannotRestoreError: see ``take_envs``
+    :param env: an env with its wrappers
+    :param tensors: see :func:`.serialization.encode`
+    :param name: prefix of the names of the tensors
+    :return: the state of each wrapper, outermost first, and of the env itself
+    :raises CannotRestoreError: see :func:`take_envs`
     """
     return [_take(layer, tensors, f"{name}.{i}") for i, layer in enumerate(_layers(env))]
 
 
 def put_env(env: gym.Env, state: list[Any], tensors: Tensors) -> None:
-    """Put back what ``take_env`` took; errors: see ``put_envs``."""
+    """
+    :param env: an env with its wrappers
+    :param state: the result of :func:`take_env`
+    :param tensors: the tensors of :func:`take_env`
+    :raises ValueError: see :func:`put_envs`
+    :raises CannotRestoreError: see :func:`put_envs`
+    """
     for layer, layer_state in _pairs(list(_layers(env)), state, "wrappers"):
         _put(layer, layer_state, tensors)
 
 
 class RestorableEnv(gym.Wrapper):
-    """The outermost wrapper of an env that runs in another process (``SubprocVecEnv``): makes its state accessible."""
+    """
+    Makes the state of an env in another process (``SubprocVecEnv``) accessible. It must be the outermost wrapper.
+
+    :param env: The env
+    """
 
     def get_state(self) -> dict[str, Any]:
-        """:return: plain values: what :func:`take_env` takes of the env inside; or ``lost``, the reason why it cannot"""
+        """:return: the state of the env inside, as plain values; or ``lost``, the reason why it cannot be saved"""
         tensors: Tensors = {}
         try:
             state = take_env(self.env, tensors, "env")
         except CannotRestoreError as error:
-            # An exception would end the process.
+            # An exception would end the worker process.
             return {"lost": str(error)}
-        # In a process of its own, global generators are this env's.
-        generators = {"python": random.getstate(), "numpy": np.random.get_state()}
+        # In its own process, only this env draws from the global generators.
+        generators = {"python": random.getstate(), "numpy": NUMPY.get_state()}
         return {"state": state, "tensors": {key: tensor.clone() for key, tensor in tensors.items()}, "global": generators}
 
     def set_state(self, state: dict[str, Any]) -> str | None:
         """
-        :param state: from ``get_state``
-        :return: why it does not fit this env; ``None``: it does
+        :param state: the result of ``get_state``
+        :return: why it does not fit this env; ``None``: it was restored
         """
         try:
             put_env(self.env, state["state"], state["tensors"])
         except Exception as error:
             return str(error)
         random.setstate(state["global"]["python"])
-        np.random.set_state(state["global"]["numpy"])
+        set_generator_state(NUMPY, state["global"]["numpy"])
         return None
 
 
 class _WrappedOnce:
-    """``env_is_wrapped(_WrappedOnce())``, asked where an env lives: is its outermost wrapper something else than ours?"""
+    """``env_is_wrapped(_WrappedOnce())`` returns whether the outermost wrapper is not a :class:`RestorableEnv`."""
 
     asked = False
 
@@ -257,7 +284,7 @@ def _layers(env: Any) -> Iterator[Any]:
     while isinstance(env, gym.Wrapper):
         yield env
         if isinstance(env, RestorableEnv):
-            # It speaks for everything inside.
+            # Its state includes everything inside.
             return
         env = env.env
     yield env
@@ -265,7 +292,7 @@ def _layers(env: Any) -> Iterator[Any]:
 
 def _pairs(ours: Any, theirs: Any, what: str) -> Iterator[tuple[Any, Any]]:
     if len(ours) != len(theirs):
-        raise ValueError(f"the checkpoint has {len(theirs)} {what}, and this env has {len(ours)}: make it as it was made then")
+        raise ValueError(f"the checkpoint has {len(theirs)} {what}, and this env has {len(ours)}: make it as for that run")
     return zip(ours, theirs, strict=True)
 
 
@@ -275,24 +302,24 @@ def _kind(thing: Any) -> str:
 
 def _packed(owner: Any, value: Any, tensors: Tensors, name: str) -> Any:
     try:
-        return pack(value, tensors, name)
-    except (CannotPackError, RecursionError) as error:
-        raise CannotRestoreError(f"the state of {type(owner).__name__} holds what cannot be saved: {error}") from error
+        return encode(value, tensors, name)
+    except (CannotEncodeError, RecursionError) as error:
+        raise CannotRestoreError(f"the state of {type(owner).__name__} contains what cannot be saved: {error}") from error
 
 
 def _keys(layer: Any) -> tuple[str, ...]:
-    """What changes in an env or wrapper, as far as it is known; of a subclass of VecNormalize, the statistics."""
+    """:return: known attributes that change in an env or wrapper; for a subclass of VecNormalize, its statistics"""
     return _STATE.get(_kind(layer), _STATE[f"{_VEC}.vec_normalize.VecNormalize"] if isinstance(layer, VecNormalize) else ())
 
 
 def _take_normalize(layer: VecEnvWrapper, tensors: Tensors, name: str) -> dict[str, Any]:
-    """The statistics of a subclass of VecNormalize, whatever else it holds."""
+    """:return: the statistics of a subclass of VecNormalize, without its other state"""
     values = {key: _read(getattr(layer, key)) for key in _keys(layer) if hasattr(layer, key)}
     return {"class": type(layer).__name__, "state": _packed(layer, values, tensors, f"{name}.statistics"), "generators": {}}
 
 
 def _take(layer: Any, tensors: Tensors, name: str) -> dict[str, Any]:
-    """The state of one env or wrapper."""
+    """:return: the state of one env or wrapper"""
     kind = _kind(layer)
     simulation = getattr(layer, "data", None) if kind.startswith(f"{_MUJOCO}.") else None
     result: dict[str, Any] = {"class": type(layer).__name__}
@@ -312,7 +339,7 @@ def _take(layer: Any, tensors: Tensors, name: str) -> dict[str, Any]:
     else:
         known = "is not among those whose state is known; give it get_state() and set_state(state)"
         raise CannotRestoreError(f"{type(layer).__name__} {known}")
-    # Most envs that save themselves forget their generator, and those of their spaces.
+    # The `get_state` of most envs forgets their generator, and those of their spaces.
     generators = {key: one for key, one in vars(layer).items() if isinstance(one, np.random.Generator)}
     spaces = {key: one for key, one in vars(layer).items() if isinstance(one, gym.Space) and one._np_random is not None}
     generators |= {f"{key}{_OF_SPACE}": space.np_random for key, space in spaces.items()}
@@ -322,33 +349,33 @@ def _take(layer: Any, tensors: Tensors, name: str) -> dict[str, Any]:
 
 
 def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
-    """Put back what ``_take`` took."""
+    """Restore one env or wrapper from the result of ``_take``."""
     if type(layer).__name__ != state["class"]:
         raise ValueError(f"the checkpoint has a {state['class']} where this env has a {type(layer).__name__}")
     if "own" in state:
         try:
-            problem = layer.set_state(unpack(state["own"], tensors))
+            problem = layer.set_state(decode(state["own"], tensors))
         except Exception as error:
             raise CannotRestoreError(f"{type(layer).__name__}.set_state() raised {type(error).__name__}: {error}") from error
         if isinstance(layer, RestorableEnv) and problem is not None:
             raise CannotRestoreError(problem)
     else:
-        values = unpack(state["state"], tensors)
+        values = decode(state["state"], tensors)
         for key in _keys(layer):
-            # Not there: the run had it, and this env is made with arguments under which it has none.
+            # The env may have been made with arguments under which it has no such attribute.
             if key in values and hasattr(layer, key):
                 _write(layer, key, values[key])
         if "mujoco" in state:
-            _put_mujoco(layer, unpack(state["mujoco"], tensors))
-    for key, generator_state in unpack(state["generators"], tensors).items():
-        # In place: helpers of the env may share it. The property makes the one that gymnasium makes at the first use.
+            _put_mujoco(layer, decode(state["mujoco"], tensors))
+    for key, generator_state in decode(state["generators"], tensors).items():
+        # In place, because helpers of the env may share it. Gymnasium's property creates it on first use.
         if key.endswith(_OF_SPACE):
             space = vars(layer).get(key.removesuffix(_OF_SPACE))
             generator = space.np_random if isinstance(space, gym.Space) else None
         else:
             generator = layer.np_random if key == "_np_random" else getattr(layer, key, None)
         if isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = generator_state
+            set_generator_state(generator, generator_state)
 
 
 def _has_parts(value: Any) -> bool:
@@ -365,7 +392,7 @@ def _read(value: Any) -> Any:
 
 def _write(owner: Any, key: str, value: Any) -> None:
     present = getattr(owner, key, None)
-    if _has_parts(present):
+    if isinstance(present, dict) and _has_parts(present):
         for name in present.keys() & value.keys():
             _write_parts(present[name], value[name])
     elif _kind(present) in _PARTS:
@@ -385,7 +412,7 @@ def _is_mujoco(data: Any) -> bool:
 
 
 def _take_mujoco(env: Any) -> dict[str, np.ndarray]:
-    """What MuJoCo integrates, and what it has derived from it; not the model, which is made with the env."""
+    """:return: what MuJoCo integrates and the quantities derived from it, without the model, which is made with the env"""
     import mujoco
 
     kind = mujoco.mjtState.mjSTATE_INTEGRATION

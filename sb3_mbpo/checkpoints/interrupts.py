@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted when they come, obeyed when nothing is lost by it."""
+"""Signals that end a run: they are noted when they arrive, and the run ends when it can be saved."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """Raised inside a long piece of work that is to be broken off and rolled back; never leaves ``learn``."""
+    """Raised during long work to abort it, so that it can be undone. ``learn`` catches it."""
 
 
 class Interrupts:
     """
-    Listens to signals between ``listen`` and ``close``. The first one is noted; the second one does what it always did.
+    Handles signals between ``listen`` and ``close``. The first one is noted; the second one has its usual effect.
 
-    :param signals: by name, such as ``"SIGTERM"``; those that the system does not have are left out
+    :param signals: Names such as ``"SIGTERM"``. Signals that the system does not have are ignored
     """
 
     def __init__(self, signals: Iterable[str]) -> None:
@@ -24,25 +24,25 @@ class Interrupts:
         if unknown:
             raise ValueError(f"signals={signals!r} must be names of signals, such as 'SIGTERM'")
         self.signals = [getattr(signal, name) for name in signals if hasattr(signal, name)]
-        #: The signal that came, if one did.
+        #: The signal that has arrived; ``None``: none has.
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Off the main thread, where Python allows no handlers, nothing happens."""
+        """Install the handlers. Does nothing outside of the main thread, where Python does not allow it."""
         self.received = None
         if threading.current_thread() is threading.main_thread():
             self._before = {one: signal.signal(one, self._note) for one in self.signals}
 
     def close(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the previous handlers."""
         for one, handler in self._before.items():
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
     def check(self) -> None:
         """
-        :raises Interrupted: a signal came
+        :raises Interrupted: a signal has arrived
         """
         if self.received is not None:
             raise Interrupted(self.received.name)

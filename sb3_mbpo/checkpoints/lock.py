@@ -1,4 +1,4 @@
-"""A lock on a folder, so that no two runs write their checkpoints into one."""
+"""A lock on a folder, so that two runs never write their checkpoints into the same one."""
 
 import errno
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 
 class FolderLock:
     """
-    Keeps other runs out of a folder, in other processes and in this one, until it is closed.
+    Locks a folder against other runs, in other processes and in this one, until it is closed.
 
-    The system drops the lock when the process ends, however it does: there are no stale ones. Forked children do not keep it.
-    The file ``lock`` stays, and names who had it last. On Windows there is no lock.
+    The system removes the lock when the process ends, also if it is killed. Forked children do not keep it. The file ``lock``
+    stays, and contains the process that had the lock last. On Windows, folders are not locked.
 
-    :param folder: made if need be
-    :raises ValueError: another run has it
-    :raises OSError: the folder cannot be made or written to
+    :param folder: The folder; it is created if it does not exist
+    :raises ValueError: another run has locked it
+    :raises OSError: the folder cannot be created or written to
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class FolderLock:
         if owner is not None:
             self.close()
             raise ValueError(
-                f"folder={folder} is that of a run under way, {owner}: wait for its end, or give each run its own folder"
+                f"folder={folder} is used by another run, {owner}: wait for its end, or give each run its own folder"
             )
 
     def _take(self) -> bool:
@@ -48,15 +48,15 @@ class FolderLock:
         import fcntl
 
         try:
-            # Unlike lockf, flock works between threads, and closing the file elsewhere in this process does not release it.
+            # Unlike lockf, flock also works between threads, and is not released when this process closes the file elsewhere.
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Other errors: a file system without locks.
+            # Other errors mean that the file system has no locks.
             return error.errno not in (errno.EACCES, errno.EAGAIN)
         return True
 
     def close(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         handle, self._handle = self._handle, -1
         if handle >= 0:
             os.close(handle)
@@ -66,7 +66,7 @@ _HELD: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A forked child shares the lock, and may outlive the run."""
+    """Release the locks that a forked child shares, because it may live longer than the run."""
     for one in list(_HELD):
         one.close()
 

@@ -1,7 +1,8 @@
-"""Runs that may be cut anywhere: checkpoints at the points where nothing is under way, and the way back into them."""
+"""Saves a run from time to time, and resumes it: ``ResumeCallback`` and ``resume``."""
 
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,41 +24,45 @@ from sb3_mbpo.checkpoints import checkpoint
 from sb3_mbpo.checkpoints.callback_state import all_callbacks, tell_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted, Interrupts
 from sb3_mbpo.checkpoints.lock import FolderLock
-from sb3_mbpo.checkpoints.packing import Tensors
 from sb3_mbpo.checkpoints.training_state import put_agent, put_training, take_agent, take_training
-from sb3_mbpo.saving.description import AGENTS, build, describe
+from sb3_mbpo.saving.description import build, describe
+from sb3_mbpo.saving.serialization import Tensors
 from sb3_mbpo.validation.faults import InvalidTransition
+from sb3_mbpo.validation.registry import AGENTS
 
-# All saves so far, and one more like the last, take at most 1/50 of the time: 2 %. The last of a run waits for nothing.
+# All saves so far, and one more like the last, take at most 1/50 of the time (2 %). The last save of a run is never delayed.
 _PATIENCE = 50
-# Updates in one call of train() from which on it can be broken off.
+# Minimum number of updates in one call of train() for it to be interruptible.
 _LONG_TRAIN = 100
-# What `resume` takes from the run.
+# Settings that `resume` takes from the run.
 _SETTINGS = ("every", "keep", "signals", "verbose")
-# What is raised where a checkpoint's state is put into something else.
-_NO_FIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+# Arguments of `learn` that `resume` takes from the run.
+_OF_LEARN = ("total_timesteps", "log_interval", "tb_log_name", "background")
+# Errors of a checkpoint that does not fit the agent.
+_NO_FIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError)
 _STOPPED = "a callback ended the run in the middle of a step"
 
 
 class ResumeCallback(BaseCallback):
     """
-    Saves everything now and then; the same command, run again, goes on where it was cut::
+    Saves the run from time to time. Run the same command again, and it continues where it was interrupted::
 
         MBPO("MlpPolicy", "Hopper-v5").learn(125_000, callback=ResumeCallback("runs/hopper"))
 
-    On a CPU the run goes on to the last bit as if it had not been cut, where its envs can be restored (see
-    :func:`.env_state.take_envs`), else at the start of an episode, with a warning.
+    On a CPU, a resumed run equals an uninterrupted one bit for bit if its envs can be restored, see
+    :func:`.env_state.take_envs`. Otherwise it continues at the start of an episode, with a warning.
 
-    A signal ends the run: it is saved as soon as nothing is under way, at most some seconds later, and ``learn`` returns. A
-    fit, a rollout or a long ``train()`` is broken off and repeated later. A second signal ends the process at once.
+    A signal ends the run. It is saved at the next point between two rollouts, usually within seconds, and ``learn`` returns. A
+    fit, a model rollout or a long ``train()`` is aborted and repeated later. A second signal ends the process at once.
 
-    A run that a callback has ended is saved as well. Run again, it goes on from there, unless that callback ends it at once.
+    A run that a callback ends is saved, too. Run again, it continues from there, unless that callback ends it at once.
 
-    :param folder: of this run
-    :param every: env steps from one checkpoint to the next; more where saving would take more than 2 % of the time
-    :param keep: newest checkpoints that are kept; and, with an ``EvalCallback`` in the same ``learn``, the best one
-    :param signals: which signals end the run; none off the main thread
-    :param verbose: 1: a line for each checkpoint; that a run is resumed is printed at the agent's ``verbose=1``, too
+    :param folder: Folder of this run
+    :param every: Number of env transitions between two checkpoints; more if saving would take more than 2 % of the time
+    :param keep: Number of newest checkpoints that are kept. With an ``EvalCallback`` in the same ``learn``, the best one is
+        kept, too
+    :param signals: Names of the signals that end the run. Outside of the main thread, signals are not handled
+    :param verbose: 1: print a line for each checkpoint, and when a run is resumed (that also with the agent's ``verbose=1``)
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class ResumeCallback(BaseCallback):
         self.signals = [signals] if isinstance(signals, str) else list(signals)
         self.interrupts = Interrupts(self.signals)
         self._lock: FolderLock | None = None
-        # Made by `resume` from the checkpoint itself.
+        # Whether `resume` made the agent from the checkpoint.
         self._is_run_of_agent = False
         self.model: Any
 
@@ -89,7 +94,7 @@ class ResumeCallback(BaseCallback):
         if not hasattr(self.model, "resume_callback"):
             raise ValueError(f"ResumeCallback works with agents of sb3_mbpo, not with {type(self.model).__name__}")
         if self.model.resume_callback is not None:
-            raise ValueError("one ResumeCallback is enough for a learn: here are two")
+            raise ValueError("learn needs only one ResumeCallback, but got two")
         self.model.resume_callback = self
 
     def begin(self, callback: BaseCallback) -> None:
@@ -100,15 +105,15 @@ class ResumeCallback(BaseCallback):
         """
         self._lock = FolderLock(self.folder)
         self._all = callback
-        # Not itself: what it holds is of this process.
+        # Not this callback, because its attributes belong to this process.
         self._others = [one for one in all_callbacks(callback) if one is not self]
         self._found = checkpoint.newest(self.folder)
         for problem in () if self._found is None else self._found[2].passed_over:
             warnings.warn(problem, stacklevel=2)
-        # What is left to do of the rollout under way, see `rollout`; then what train() is set back to.
+        # The rest of the current rollout, see `rollout`; then the state that train() is undone to.
         self._left: dict[str, Any] | None = None
         self._before_train: tuple[dict[str, Any], Tensors] | None = None
-        # What the agent had learned when the run began; and where the run was, if a callback had ended it.
+        # How much the agent had learned when the run began; then the step at which a callback ended the run.
         self._origin: list[int] | None = None
         self._stopped_at: int | None = None
         self._saved_at, self._began, self._seconds, self._spent = self.model.num_timesteps, time.perf_counter(), 0.0, 0.0
@@ -117,21 +122,21 @@ class ResumeCallback(BaseCallback):
         self.interrupts.listen()
 
     def end(self) -> None:
-        """Called by the agent when ``learn`` ends, however it does."""
+        """Called by the agent when ``learn`` ends, also after an error."""
         self.interrupts.close()
         if self._lock is not None:
             self._lock.close()
         self.model.resume_callback = None
-        # A callback may have thrown it away to make room.
+        # A callback may have set it to None to free memory.
         if self.model.replay_buffer is not None:
             self.model.replay_buffer.check = None
 
     def rollout(self, collect: Callable[[], RolloutReturn]) -> RolloutReturn:
         """
-        Called by the agent in place of SB3's ``collect_rollouts``: before it nothing is under way.
+        Called by the agent instead of SB3's ``collect_rollouts``. Runs are saved and resumed before it.
 
-        :param collect: SB3's
-        :return: its result; that of the run that was cut, if it was cut after that; one that ends ``learn`` after a signal
+        :param collect: SB3's method
+        :return: its result. If the run was interrupted after it, the result of then. After a signal, one that ends ``learn``
         """
         left = None
         if self._origin is None:
@@ -157,18 +162,18 @@ class ResumeCallback(BaseCallback):
             self.save({"steps": steps, "rollout_end": True})
             return self._end()
         except (EOFError, OSError):
-            # A signal to all of a group ends the processes of a SubprocVecEnv, too, and may reach them before this one.
+            # A signal to the process group also ends the processes of a SubprocVecEnv, and may reach them first.
             time.sleep(0.5)
             if self.interrupts.received is None:
                 raise
             self.save(lost="their processes have ended")
             return self._end()
         except InvalidTransition:
-            # Nothing of that step was stored or counted, but the envs have moved on.
+            # The step was neither stored nor counted, but the envs have made it.
             self.save(lost="they were in the middle of a step that failed")
             raise
         if not result.continue_training and self.model.num_timesteps - self.model.n_envs != self._stopped_at:
-            # Not where it was ended before: each try would leave the run a step further.
+            # Not if it was ended here before: each attempt would leave the run one step further.
             self.save(lost=_STOPPED, stopped=True)
         self._left = {"steps": result.episode_timesteps, "rollout_end": False}
         self._before_train = self._agent() if self._is_long(result) else None
@@ -176,30 +181,30 @@ class ResumeCallback(BaseCallback):
         return result
 
     def _end(self) -> RolloutReturn:
-        """All is saved: ``learn`` ends."""
+        """:return: a result that ends ``learn``, after the run was saved"""
         self._is_consistent = False
         return RolloutReturn(0, 0, continue_training=False)
 
     def check(self) -> None:
         """
-        Called by long pieces of work that can be repeated.
+        Called during a fit and a model rollout, which can be repeated.
 
-        :raises Interrupted: a signal came
+        :raises Interrupted: a signal has arrived
         """
         self.interrupts.check()
 
     def check_train(self) -> None:
-        """The same, from inside ``train()``, where that was found to be long."""
+        """Like :meth:`check`, during ``train()``. Does nothing if ``train()`` is short."""
         if self._before_train is not None:
             self.interrupts.check()
 
     @property
     def can_undo_train(self) -> bool:
-        """Whether the present ``train()`` may be broken off."""
+        """Whether the current ``train()`` may be aborted."""
         return self._before_train is not None
 
     def undo_train(self) -> None:
-        """Called by the agent when ``train()`` was broken off: set back what it had begun, save, end."""
+        """Called by the agent when ``train()`` was aborted: undo it, save, and end the training."""
         assert self._before_train is not None
         put_agent(self.model, *self._before_train)
         self.save(self._left)
@@ -207,7 +212,7 @@ class ResumeCallback(BaseCallback):
         self._all.on_training_end()
 
     def _on_training_end(self) -> None:
-        # Not after a callback ended the run in the middle of a step.
+        # Not if a callback ended the run in the middle of a step.
         if self._is_consistent:
             self.save()
 
@@ -215,12 +220,18 @@ class ResumeCallback(BaseCallback):
         self, left: dict[str, Any] | None = None, lost: str | None = None, stopped: bool = False
     ) -> checkpoint.Checkpoint:
         """
-        :param left: what of a rollout is still to be done
+        Save a checkpoint.
+
+        :param left: the rest of the current rollout; ``None``: there is none
         :param lost: see :func:`.training_state.take_training`
-        :param stopped: a callback has ended the run
+        :param stopped: whether a callback has ended the run
         :return: the new checkpoint
-        :raises ValueError: learning has diverged; the checkpoints of before are the ones to go back to
+        :raises ValueError: learning has diverged. Go back to an earlier checkpoint
         """
+        if self.interrupts.received is None and lost is None:
+            self.model.catch_up()
+        else:
+            self.model.stop_learner()
         self.model.check_parameters()
         started = time.perf_counter()
         tensors: Tensors = {}
@@ -246,7 +257,12 @@ class ResumeCallback(BaseCallback):
         return saved
 
     def _go_on(self, state: dict[str, Any], tensors: Tensors, found: checkpoint.Checkpoint) -> dict[str, Any] | None:
-        """Into the state of a checkpoint; what was left to do there."""
+        """
+        Restore the state of a checkpoint.
+
+        :return: the rest of the rollout that was under way; ``None``: there was none
+        """
+        _check_state(state, found.path)
         if state["class"] != type(self.model).__name__:
             raise ValueError(
                 f"{found.path} is a checkpoint of {state['class']}, not of {type(self.model).__name__}: make such an agent, "
@@ -276,7 +292,7 @@ class ResumeCallback(BaseCallback):
         if lost and not self._is_over():
             warnings.warn(lost, stacklevel=2)
         self._compare(state["agent"])
-        # A longer `learn` than that of the run goes on to its own end.
+        # A `learn` that is longer than that of the run continues to its own end.
         self.model._total_timesteps = target
         self._found, self._saved_at = None, self.model.num_timesteps
         if max(self.verbose, self.model.verbose) >= 1:
@@ -284,40 +300,40 @@ class ResumeCallback(BaseCallback):
         return state["left"]
 
     def _life(self) -> list[int]:
-        """How much the agent has learned: env steps and updates."""
+        """:return: how much the agent has learned: env transitions and updates"""
         return [self.model.lifetime_timesteps, self.model._n_updates]
 
     def _is_over(self) -> bool:
-        """Whether a callback of SB3 has ended the run, and would do so again, if only some steps later."""
+        """:return: whether a callback of SB3 has ended the run, and would end it again, maybe some steps later"""
         return self._stopped_at == self.model.num_timesteps and any(map(_has_ended, self._others))
 
     def _learn_arguments(self) -> dict[str, Any]:
-        """Those of the present ``learn`` that say how it goes on."""
+        """:return: the arguments of the present ``learn`` that :func:`resume` needs"""
         given = {name: self.locals.get(name) for name in ("log_interval", "tb_log_name")}
-        return {"total_timesteps": self.model._total_timesteps, **given}
+        return {"total_timesteps": self.model._total_timesteps, "background": self.model.learns_in_background, **given}
 
     def _compare(self, then: dict[str, Any]) -> None:
-        """Warn of what was different when the checkpoint was written."""
+        """Warn of arguments and versions that differ from those of the checkpoint."""
         different = self._different(then)
-        random = ", but its random numbers go on" if "seed" in different else ""
+        random = ", but its random numbers continue" if "seed" in different else ""
         if different:
-            what = f"The run was begun with other values of {', '.join(different)}; it goes on with those of now{random}"
+            what = f"The run was started with other values of {', '.join(different)}; it continues with those of now{random}"
             warnings.warn(what, stacklevel=2)
 
     def _different(self, then: dict[str, Any]) -> list[str]:
-        """Names of arguments and versions that are not those of a checkpoint."""
+        """:return: names of arguments and versions that differ from those of a checkpoint"""
         now = describe(self.model)
-        # Action noise remembers numbers, which are put back.
+        # Action noise contains numbers that change and are restored.
         names = [(part, name) for part in ("arguments", "versions") for name in now[part] if name != "action_noise"]
         return [name for part, name in names if now[part][name] != then[part].get(name)]
 
     def _is_due(self) -> bool:
-        if self.model.num_timesteps // self.every <= self._saved_at // self.every:
+        if self.model.num_timesteps // self.every <= self._saved_at // self.every or not self.model.may_pause:
             return False
         return time.perf_counter() - self._began >= _PATIENCE * (self._spent + self._seconds)
 
     def _is_long(self, rollout: RolloutReturn) -> bool:
-        updates = self.model.gradient_steps if self.model.gradient_steps >= 0 else rollout.episode_timesteps
+        updates = self.model.updates_after(rollout.episode_timesteps)
         return bool(self.interrupts.signals) and updates >= _LONG_TRAIN
 
     def _agent(self) -> tuple[dict[str, Any], Tensors]:
@@ -338,34 +354,36 @@ def resume(
     **arguments: Any,
 ) -> Any:
     """
-    Go on with a run from its folder alone: make its agent, and let it learn to the run's own end.
+    Continue a run from its folder: make its agent, and call ``learn`` until the end of the run.
 
-    :param folder: of a ``ResumeCallback``, which goes on saving there with the run's own settings
-    :param env: made as that of the run was, or its name
-    :param callback: the run's other callbacks, made as they were; a ``ResumeCallback`` for the same folder, if it is to have
-        other settings
+    :param folder: folder of a ``ResumeCallback``. Checkpoints are saved there with the settings of the run
+    :param env: an env made like that of the run, or its name
+    :param callback: the other callbacks of the run, made as before. To change the settings, also a ``ResumeCallback`` for the
+        same folder
     :param device: see SB3
-    :param agent_class: of the agent, if it is a subclass of yours; a checkpoint imports nothing
-    :param arguments: of the agent's constructor: those that no file can hold (functions, and classes of yours), and
+    :param agent_class: class of the agent if it is a subclass of yours. A checkpoint imports nothing
+    :param arguments: arguments of the agent's constructor that no file can hold (functions, and classes of yours), and
         ``tensorboard_log``
     :return: the agent
-    :raises ValueError: there is no checkpoint, or none that is sound, or an argument that has to be passed is missing
+    :raises ValueError: there is no checkpoint, none is intact, or an argument that has to be passed is missing
     """
     folder = _read_folder("resume", folder)
     found = checkpoint.newest(folder)
     if found is None:
         raise ValueError(f"resume: there are no checkpoints in {folder}")
     state, _, place = found
+    _check_state(state, place.path)
+    learn = {name: state["learn"][name] for name in _OF_LEARN}
     if agent_class is None and state["class"] not in AGENTS:
         raise ValueError(
-            f"resume: {place.path}: its agent is of class {state['class']!r}, and known are {', '.join(AGENTS)}: pass "
+            f"resume: {place.path}: its agent is of class {state['class']!r}, which is not among {', '.join(AGENTS)}: pass "
             f"agent_class={state['class']}"
         )
     try:
         agent = build(state["agent"], env, cls=agent_class, device=device, **arguments)
     except ValueError as error:
         raise ValueError(f"resume: {place.path}: {error}") from error
-    # As new: all that it has counted comes with the rest.
+    # Like a new agent: the counters are restored with everything else.
     agent.num_timesteps, agent._earlier_timesteps, agent.dynamics_fitted_at = 0, 0, None
     others = callback if isinstance(callback, list) else [] if callback is None else [callback]
     others = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in others]
@@ -376,17 +394,46 @@ def resume(
     if any(one.folder.resolve() != folder.resolve() for one in ours):
         raise ValueError(f"resume: the ResumeCallback among the callbacks is for {ours[0].folder}, and must be for {folder}")
     ours[0]._is_run_of_agent = True
-    return agent.learn(callback=others, **state["learn"])
+    return agent.learn(callback=others, **learn)
 
 
 def _read_folder(what: str, folder: Any) -> Path:
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise ValueError(f"{what}: folder={folder!r} must be a path such as 'runs/hopper'; '.' is the present folder")
+        raise ValueError(f"{what}: folder={folder!r} must be a path such as 'runs/hopper'; '.' is the current folder")
     return Path(folder)
 
 
+def _check_state(state: Any, place: Path) -> None:
+    """
+    Check the parts of a checkpoint, which may be foreign, that this file reads.
+
+    :raises ValueError: a part is missing or of a wrong type, or the folder for logs is outside of ``tensorboard_log``
+    """
+    kinds: dict[str, Any] = {"class": str, "stopped": bool, "origin": list, "life": list, "left": (dict, type(None))}
+    kinds |= dict.fromkeys(("settings", "agent", "learn", "state", "attributes"), dict)
+    state = state if isinstance(state, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name, ...), kind)]
+    if not wrong:
+        left = {"steps": int, "rollout_end": bool}
+        wrong += [name for name in ("origin", "life") if [type(number) for number in state[name]] != [int, int]]
+        if state["left"] is not None and {name: type(value) for name, value in state["left"].items()} != left:
+            wrong.append("left")
+        wrong += [name for name in _SETTINGS if name not in state["settings"]]
+        wrong += [name for name in _OF_LEARN if name not in state["learn"]]
+        wrong += [name for name in ("arguments", "versions") if not isinstance(state["agent"].get(name), dict)]
+    if wrong:
+        raise ValueError(f"{place}: this is no checkpoint of a run: {', '.join(wrong)} are missing, or of a wrong type")
+    name = state["learn"]["tb_log_name"]
+    inside = name is None or (isinstance(name, str) and re.fullmatch(r"[^\\:\0]*", name) and not name.startswith("/"))
+    if not inside or (name is not None and ".." in name.split("/")):
+        raise ValueError(
+            f"{place}: tb_log_name={name!r} is no name of a folder inside tensorboard_log. Make the agent "
+            "yourself, and pass a ResumeCallback for this folder to its learn"
+        )
+
+
 def _has_ended(callback: BaseCallback) -> bool:
-    """Whether a callback of SB3 that ends runs has what it waits for."""
+    """:return: whether the condition of one of SB3's callbacks that end a run is met"""
     if isinstance(callback, StopTrainingOnMaxEpisodes):
         return callback.n_episodes >= callback._total_max_episodes
     if not isinstance(callback.parent, EvalCallback):
@@ -399,7 +446,10 @@ def _has_ended(callback: BaseCallback) -> bool:
 
 
 def will_resume(callback: Any) -> bool:
-    """Whether there is a checkpoint for a ``learn`` with this callback, or list of callbacks, to go on from."""
+    """
+    :param callback: the ``callback`` of ``learn``
+    :return: whether it contains a ``ResumeCallback`` with a checkpoint to continue from
+    """
     given = callback if isinstance(callback, list) else [callback]
     everything = [one for item in given if isinstance(item, BaseCallback) for one in all_callbacks(item)]
     return any(next(checkpoint.listed(one.folder), None) is not None for one in everything if isinstance(one, ResumeCallback))

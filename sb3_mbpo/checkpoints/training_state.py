@@ -1,4 +1,4 @@
-"""Everything that decides how a run goes on: agent, buffers, random generators, envs, callbacks; taken out and put back."""
+"""Saves and restores everything that determines how a run continues: agent, buffers, generators, envs, callbacks."""
 
 import copy
 import inspect
@@ -15,17 +15,26 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 
-from sb3_mbpo.buffers.replay_buffer import ROWS, check_finite
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
 from sb3_mbpo.checkpoints.callback_state import may_put, put_callbacks, take_callback
 from sb3_mbpo.checkpoints.env_state import CannotRestoreError, put_envs, put_statistics, take_envs, take_statistics
-from sb3_mbpo.checkpoints.packing import CannotPackError, Tensors, pack, unpack
+from sb3_mbpo.saving.agent_state import HINTS, decode_state, encode_state
 from sb3_mbpo.saving.checked_tensors import check_weights
+from sb3_mbpo.saving.serialization import (
+    NUMPY,
+    CannotEncodeError,
+    Tensors,
+    decode,
+    encode,
+    generator_state,
+    set_generator_state,
+)
 
-# Attributes of an agent that belong to the process and not to the run.
+# Attributes of an agent that belong to the process, not to the run.
 _OF_THE_PROCESS = {"start_time", "verbose", "n_envs", "device", "tensorboard_log", "_custom_logger", "_plain_agents"}
 # An argument that SB3 keeps under another name.
 _OF_THE_PROCESS |= {"_stats_window_size"}
-# What action noise of SB3 remembers; of other noise, all numbers and arrays are taken.
+# State of SB3's action noise. For other noise, all numbers and arrays are saved.
 _NOISE: dict[type, tuple[str, ...]] = {
     **{NormalActionNoise: (), VectorizedActionNoise: ()},
     **{OrnsteinUhlenbeckActionNoise: ("noise_prev",)},
@@ -35,19 +44,19 @@ _GENERATORS = (th.Generator, np.random.Generator, np.random.RandomState, random.
 
 def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, lost: str | None = None) -> dict[str, Any]:
     """
-    The whole state of a run, between two updates.
+    Save the complete state of a run, between two updates.
 
     :param agent: a ModelBased algorithm in ``learn``
-    :param callbacks: of that ``learn``, see :func:`.callback_state.all_callbacks`
-    :param tensors: see :func:`.packing.pack`; they share memory with the agent
-    :param lost: why the envs are left out; the run will go on at an episode's start
-    :return: JSON; under ``"envs_lost"`` the reason why envs are not in it, if they are not
+    :param callbacks: the callbacks of that ``learn``, see :func:`.callback_state.all_callbacks`
+    :param tensors: see :func:`.serialization.encode`; they share memory with the agent
+    :param lost: why envs are not saved; the resumed run starts a new episode. ``None``: they are saved
+    :return: JSON. ``"envs_lost"`` is the reason if envs are not in it
     """
     state = {
         **take_agent(agent, tensors),
-        "replay_buffer": pack(_buffer_contents(agent.replay_buffer), tensors, "replay_buffer"),
+        "replay_buffer": encode(agent.replay_buffer.contents(), tensors, "replay_buffer"),
         "callbacks": [take_callback(one, tensors, f"callbacks.{i}") for i, one in enumerate(callbacks)],
-        # By themselves: the statistics of VecNormalize are not lost with the envs.
+        # Saved separately, so that the statistics of VecNormalize are not lost with the envs.
         "wrappers": take_statistics(agent.env, tensors, "wrappers"),
         "envs": None,
         "envs_lost": lost,
@@ -62,16 +71,16 @@ def take_training(agent: Any, callbacks: list[BaseCallback], tensors: Tensors, l
 
 def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any], tensors: Tensors) -> str:
     """
-    Go on as the run would have that ``take_training`` saw.
+    Restore the state of a run.
 
-    :param agent: made with the same arguments, in ``learn``, before anything was collected
-    :param callbacks: of that ``learn``, made as those of the run were
-    :param state: from ``take_training``
-    :param tensors: what it filled
-    :return: what could not be restored, and why, in one or two sentences; empty: everything was
-    :raises ValueError: the agent, its env or its buffer were made differently; or numbers are not finite
+    :param agent: an agent made with the same arguments, in ``learn``, before it has collected transitions
+    :param callbacks: the callbacks of that ``learn``, made like those of the run
+    :param state: the result of :func:`take_training`
+    :param tensors: the tensors of :func:`take_training`
+    :return: what could not be restored, and why, in one or two sentences; empty: everything was restored
+    :raises ValueError: the agent, its env or its buffer were made differently, or numbers are not finite
     """
-    _fill_buffer(agent.replay_buffer, unpack(state["replay_buffer"], tensors))
+    _put_buffer(agent.replay_buffer, decode(state["replay_buffer"], tensors))
     lost = put_callbacks(callbacks, state["callbacks"], tensors)
     reason = state["envs_lost"]
     if state["envs"] is not None:
@@ -95,11 +104,11 @@ def put_training(agent: Any, callbacks: list[BaseCallback], state: dict[str, Any
 
 
 def _told(reason: str | None, of_callbacks: dict[str, str]) -> str:
-    """What could not be restored, of envs and of callbacks."""
+    """:return: the warning about envs and callbacks that could not be restored"""
     lines = []
     if reason is not None:
         lines.append(f"The run goes on at the start of an episode, because its envs could not be restored: {reason}")
-    # A callback's env is mostly made as the agent's.
+    # The reason is the same for a callback's env that is like the agent's.
     names = [f"{name} ({why})" for name, why in of_callbacks.items() if why != reason]
     if names:
         lines.append(f"Of the run's callbacks, this could not be restored and begins anew: {', '.join(names)}")
@@ -107,56 +116,68 @@ def _told(reason: str | None, of_callbacks: dict[str, str]) -> str:
 
 
 def take_agent(agent: Any, tensors: Tensors) -> dict[str, Any]:
-    """:return: networks, optimizers, counters, generators and what is not yet logged, as JSON: what ``train()`` changes"""
+    """
+    :param agent: a ModelBased algorithm
+    :param tensors: see :func:`.serialization.encode`
+    :return: everything that ``train()`` changes, as JSON: networks, optimizers, counters, generators and unwritten log values
+    """
     _, variables = agent._get_torch_save_params()
     return {
-        "parameters": pack(agent.get_parameters(), tensors, "parameters"),
-        "variables": pack({name: _reach(agent, name) for name in variables}, tensors, "variables"),
-        "attributes": pack(dict(_attributes(agent)), tensors, "agent"),
+        "parameters": encode(agent.get_parameters(), tensors, "parameters"),
+        "variables": encode({name: reach(agent, name) for name in variables}, tensors, "variables"),
+        "state": encode_state(agent),
+        "attributes": encode(dict(plain_attributes(agent)), tensors, "agent"),
         "elapsed": time.time_ns() - agent.start_time,
-        "log": pack(_pending_log(agent), tensors, "log"),
-        "random": pack(_random_states(agent), tensors, "random"),
+        "log": encode(_pending_log(agent), tensors, "log"),
+        "random": encode(_random_states(agent), tensors, "random"),
     }
 
 
 def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
-    """Put back what ``take_agent`` took."""
-    agent.set_parameters(unpack(state["parameters"], tensors), exact_match=True, device=agent.device)
-    variables = unpack(state["variables"], tensors)
+    """
+    :param agent: a ModelBased algorithm
+    :param state: the result of :func:`take_agent`, or of :func:`take_training`
+    :param tensors: its tensors
+    :raises ValueError: the state does not fit the agent
+    """
+    agent.set_parameters(decode(state["parameters"], tensors), exact_match=True, device=agent.device)
+    variables = decode(state["variables"], tensors)
     for name in agent._get_torch_save_params()[1]:
         if variables.get(name) is not None:
-            _reach(agent, name).data.copy_(variables[name])
+            reach(agent, name).data.copy_(variables[name])
+    vars(agent).update(decode_state(state["state"]))
     without = _not_of_the_run(agent)
-    for name, value in unpack(state["attributes"], tensors).items():
+    for name, value in decode(state["attributes"], tensors).items():
         present = vars(agent).get(name)
-        # A checkpoint may be foreign: what is not taken is not put back.
+        # A checkpoint may be foreign, so only what is ever saved is restored.
         if name not in without and may_put(agent, name) and _is_plain(present) and _is_plain(value):
             setattr(agent, name, deque(value, present.maxlen) if isinstance(present, deque) else value)
     agent.start_time = time.time_ns() - state["elapsed"]
-    log = unpack(state["log"], tensors)
+    log = decode(state["log"], tensors)
     for name in _recorded(agent):
         getattr(agent.logger, name).clear()
         getattr(agent.logger, name).update(log[name])
-    # Last: what was done above may have drawn random numbers.
-    _put_random(agent, unpack(state["random"], tensors))
+    # Last, because the steps above may have drawn random numbers.
+    _put_random(agent, decode(state["random"], tensors))
 
 
 @contextmanager
 def undone_on_error(agent: Any) -> Iterator[None]:
     """
-    A fit of the learned parts, and the model rollout after it, happen as a whole or not at all.
+    Undo a fit of the learned parts and a model rollout if an error ends them.
 
-    Whatever ends them early (an error in a user's function, Ctrl-C, no memory, a signal that ends the run), the agent is as it
-    was before: parameters and optimizers of the learned parts, counters, random numbers, what is not yet logged. The
-    model buffer is not copied, it may be large: see :meth:`.ModelBuffer.drop_refill`. What was warned of stays warned of.
-    May be nested.
+    The error may come from a user's function, Ctrl-C, a lack of memory, or a signal that ends the run. Then the parameters and
+    optimizers of the learned parts, the counters, the random generators and the unwritten log values are restored. The model
+    buffer may be large, so it is not copied, see :meth:`.ModelBuffer.drop_refill`. Warnings are not repeated. Contexts may be
+    nested.
 
     :param agent: a ModelBased algorithm
     """
     log = _recorded(agent)
-    values = {name: value for name, value in _attributes(agent) if not name.startswith("_warned")}
+    values = {name: value for name, value in vars(agent).items() if name in HINTS} | dict(plain_attributes(agent))
+    del values["_warned_of"]
     learned = _learned(agent)
-    parts = {name: _reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
+    parts = {name: reach(agent, name) for name in agent._get_torch_save_params()[0] if name.split(".")[0] in learned}
     states = {name: part.state_dict() for name, part in parts.items()}
     values, states, random_states = copy.deepcopy((values, states, _random_states(agent)))
     begun = agent.replay_buffer.model_buffer.begun
@@ -176,13 +197,14 @@ def undone_on_error(agent: Any) -> Iterator[None]:
 
 
 def _learned(agent: Any) -> list[str]:
-    """:return: names of what the agent learns of the env: networks that are saved and are no part of its policy"""
+    """:return: names of the saved networks that are not part of the policy: the agent learns the env with them"""
     of_policy = {id(module) for module in agent.policy.modules()}
     roots = dict.fromkeys(name.split(".")[0] for name in agent._get_torch_save_params()[0])
     return [root for root in roots if isinstance(part := getattr(agent, root), th.nn.Module) and id(part) not in of_policy]
 
 
-def _reach(agent: Any, name: str) -> Any:
+def reach(agent: Any, name: str) -> Any:
+    """:return: an attribute, or one of an attribute: ``"critic.optimizer"``"""
     value = agent
     for part in name.split("."):
         value = getattr(value, part)
@@ -190,12 +212,15 @@ def _reach(agent: Any, name: str) -> Any:
 
 
 def _not_of_the_run(agent: Any) -> set[str]:
-    """Attributes that are never saved nor put back: arguments of the constructor, and what belongs to the process."""
-    return set(inspect.signature(type(agent)).parameters) | _OF_THE_PROCESS
+    """
+    :return: names of attributes that are never in ``attributes`` of a checkpoint: arguments of the constructor, those of the
+        process, and those of :class:`.AgentState`, which have a place of their own
+    """
+    return set(inspect.signature(type(agent)).parameters) | _OF_THE_PROCESS | set(HINTS)
 
 
-def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
-    """Counters, last observations, statistics of episodes: whatever is plain and not an argument of the constructor."""
+def plain_attributes(agent: Any) -> Iterator[tuple[str, Any]]:
+    """:return: plain attributes that are no constructor arguments, such as last observations and statistics of episodes"""
     without = _not_of_the_run(agent)
     for name, value in vars(agent).items():
         if name not in without and _is_plain(value):
@@ -203,38 +228,38 @@ def _attributes(agent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value can be saved among the attributes. Generators and tensors have places of their own."""
+    """:return: whether a value is saved as an attribute. Generators and tensors are saved elsewhere"""
     if isinstance(value, _GENERATORS):
         return False
     try:
-        # Tensors are parts of networks, or variables.
-        return '"$tensor"' not in json.dumps(pack(value, {}))
-    except CannotPackError:
+        # Tensors belong to networks, or are variables.
+        return '"$tensor"' not in json.dumps(encode(value, {}))
+    except CannotEncodeError:
         return False
 
 
 def _recorded(agent: Any) -> dict[str, dict[str, Any]]:
-    """What was recorded and not yet written; nothing before the first ``learn``, when SB3 has no logger."""
+    """:return: log values that are not yet written; empty before the first ``learn``, when there is no logger"""
     logger = getattr(agent, "_logger", None)
     names = () if logger is None else ("name_to_value", "name_to_count", "name_to_excluded")
     return {name: dict(getattr(logger, name)) for name in names}
 
 
 def _pending_log(agent: Any) -> dict[str, Any]:
-    """What was recorded and not yet written, as far as it can be saved."""
+    """:return: log values that are not yet written and can be saved"""
     log = _recorded(agent)
     for key, value in list(log["name_to_value"].items()):
         try:
-            pack(value, {}, key)
-        except CannotPackError:
-            # A figure, a video, a table of hyperparameters: for the screen, and not to be computed with.
+            encode(value, {}, key)
+        except CannotEncodeError:
+            # A figure, a video, or a table of hyperparameters.
             for part in log.values():
                 part.pop(key, None)
     return log
 
 
 def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
-    """Generators of the agent, of its replay buffer, and of its networks and dynamics with all modules inside."""
+    """:return: generators of the agent, of its replay buffer, and of all modules of its networks and dynamics"""
     owners = [("agent", agent), ("replay_buffer", agent.replay_buffer)]
     for name, part in vars(agent).items():
         if isinstance(part, th.nn.Module):
@@ -245,24 +270,8 @@ def _generators(agent: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{key}", value
 
 
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _put_generator(generator: Any, state: Any) -> None:
-    """In place: several parts may share it."""
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
-
-
 def _spaces(agent: Any) -> Iterator[tuple[str, Any]]:
-    # An agent that was loaded may have no env.
+    # A loaded agent may have no env.
     for name, owner in (("agent", agent), *([] if agent.env is None else [("env", agent.env)])):
         for kind in ("action_space", "observation_space"):
             yield f"{name}.{kind}", getattr(owner, kind)
@@ -271,11 +280,11 @@ def _spaces(agent: Any) -> Iterator[tuple[str, Any]]:
 def _random_states(agent: Any) -> dict[str, Any]:
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": generator_state(NUMPY),
         "torch": th.get_rng_state(),
         "cuda": th.cuda.get_rng_state_all() if agent.device.type == "cuda" else None,
-        "parts": {name: _generator_state(generator) for name, generator in _generators(agent)},
-        # Of those that were sampled from, or seeded.
+        "parts": {name: generator_state(generator) for name, generator in _generators(agent)},
+        # Only spaces that were sampled from or seeded have a generator.
         "spaces": {n: space.np_random.bit_generator.state for n, space in _spaces(agent) if space._np_random is not None},
         "noise": _noise_state(agent.action_noise),
     }
@@ -283,21 +292,21 @@ def _random_states(agent: Any) -> dict[str, Any]:
 
 def _put_random(agent: Any, states: dict[str, Any]) -> None:
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    set_generator_state(NUMPY, states["numpy"])
     th.set_rng_state(states["torch"])
     if states["cuda"] is not None and agent.device.type == "cuda":
         th.cuda.set_rng_state_all([one.cpu() for one in states["cuda"]])
     for name, generator in _generators(agent):
         if name in states["parts"]:
-            _put_generator(generator, states["parts"][name])
+            set_generator_state(generator, states["parts"][name])
     for name, space in _spaces(agent):
         if name in states["spaces"]:
-            space.np_random.bit_generator.state = states["spaces"][name]
+            set_generator_state(space.np_random, states["spaces"][name])
     _put_noise(agent.action_noise, states["noise"])
 
 
 def _noise_state(noise: Any) -> Any:
-    """The numbers that action noise remembers (Ornstein-Uhlenbeck), also one per env."""
+    """:return: the state of action noise such as Ornstein-Uhlenbeck, also of one per env"""
     if noise is None:
         return None
     several = [_noise_state(one) for one in getattr(noise, "noises", [])]
@@ -313,22 +322,12 @@ def _put_noise(noise: Any, state: Any) -> None:
             _put_noise(one, its_state)
 
 
-def _buffer_contents(buffer: Any) -> dict[str, Any]:
-    """What is filled of the real and of the imagined transitions."""
-    rows, refills = buffer.model_buffer.contents()
-    filled = {name: getattr(buffer, name)[: buffer.size()] for name in ROWS}
-    return {"rows": filled, "pos": buffer.pos, "full": buffer.full, "imagined": rows, "refills": refills}
-
-
-def _fill_buffer(buffer: Any, contents: dict[str, Any]) -> None:
-    for name in ROWS:
-        rows, filled = getattr(buffer, name), contents["rows"][name]
-        if rows.shape[1:] != filled.shape[1:] or len(filled) > len(rows) or (contents["full"] and len(filled) < len(rows)):
-            raise ValueError(
-                f"the checkpoint's replay buffer has {name} of shape {filled.shape}, the agent's has room for {rows.shape}: "
-                "make the agent with the same buffer_size and as many envs"
-            )
-        rows[: len(filled)] = filled
-    check_finite(contents["rows"], contents["imagined"])
-    buffer.pos, buffer.full = contents["pos"], contents["full"]
-    buffer.model_buffer.restore(contents["imagined"], contents["refills"])
+def _put_buffer(buffer: MixedReplayBuffer, contents: dict[str, Any]) -> None:
+    """Restore the replay buffer exactly, or raise."""
+    filled, room = contents["rows"]["observations"].shape, buffer.observations.shape
+    if filled[1:] != room[1:] or filled[0] > room[0] or (contents["full"] and filled[0] < room[0]):
+        raise ValueError(
+            f"the checkpoint's replay buffer has observations of shape {filled}, the agent's has room for {room}: make the "
+            "agent with the same buffer_size and as many envs"
+        )
+    buffer.restore(contents)

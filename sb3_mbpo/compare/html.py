@@ -10,24 +10,26 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 NONE = "\N{EN DASH}"
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem; }
+:root { color-scheme: light dark; background: light-dark(#fff, #18191b); }
+body { font: 15px/1.5 system-ui, sans-serif; color: light-dark(#1b1b1b, #e4e4e4); }
+body { margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin-top: 2rem; }
-img { width: 100%; max-width: 62rem; display: block; }
+img { width: 100%; max-width: 62rem; display: block; border-radius: 4px; }
 figure { margin: 1rem 0; }
-figcaption, .note { color: #555; font-size: .87rem; max-width: 62rem; }
+figcaption, .note { color: light-dark(#555, #aaa); font-size: .87rem; max-width: 62rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid #ddd; }
+th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid light-dark(#ddd, #444); }
 thead th { font-weight: 600; border-bottom: 2px solid #888; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 11rem; }
-td small { color: #555; display: block; white-space: nowrap; }
+td small { color: light-dark(#555, #aaa); display: block; white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .87rem; }
-dt { color: #555; }
+dt { color: light-dark(#555, #aaa); }
 dd { margin: 0; }
 code, pre { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 pre { margin: 0; }
-.failed { border-left: 4px solid #D55E00; padding: .2rem 1rem; background: #fff4ec; }
+.failed { border-left: 4px solid #D55E00; padding: .2rem 1rem; background: light-dark(#fff4ec, #3a2415); }
 """
 
 

@@ -1,5 +1,6 @@
 """Compares an agent's dynamics with real episodes, and computes metrics of its accuracy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from sb3_mbpo.diagnostics.metrics import (
     root_mean_square,
     scale_of,
 )
+from sb3_mbpo.diagnostics.observation_names import observation_names
 from sb3_mbpo.diagnostics.open_loop import Episode, Segments, member_disagreement, on_policy_episodes, open_loop, segments
 
 # Maximum number of start states of predictions over several steps.
@@ -30,7 +32,8 @@ NOMINAL = (0.5, 0.9)
 @dataclass(frozen=True)
 class Diagnosis:
     """
-    Real episodes and the predictions of the dynamics. Columns are the reward, then the dimensions of the next observation.
+    Real episodes with sampled actions, and the predictions of the dynamics. Columns are the reward, then the dimensions of the
+    next observation.
 
     A prediction is the mean of 19 samples of ``DynamicsModel.sample``. Each sample is a trajectory of its own. Predictions are
     not clipped (``prediction_clip_margin``). A prediction with a non-finite sample is left out, and counted in ``dropped``.
@@ -47,6 +50,8 @@ class Diagnosis:
     ends: np.ndarray
     #: Standard deviation of the members' means ``(T, obs_dim)``; ``None`` if the dynamics has no members.
     disagreement: np.ndarray | None
+    #: Names of the columns: ``"reward"``, then see :func:`.observation_names.observation_names`.
+    names: Sequence[str]
 
     @cached_property
     def spread(self) -> np.ndarray:
@@ -216,4 +221,5 @@ def diagnose(agent: Any, env: VecEnv, n_episodes: int, horizon: int, max_steps: 
         open_loop(dynamics, further, N_SAMPLES),
         ends,
         member_disagreement(agent.dynamics, steps.starts, steps.actions[:, 0]),
+        ["reward", *observation_names(env)],
     )

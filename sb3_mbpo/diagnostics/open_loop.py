@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, is_vecenv_wrapped
 
+from sb3_mbpo.codec import Observation
 from sb3_mbpo.dynamics.base import DynamicsModel
 
 
@@ -127,32 +128,46 @@ def another(spec: Any, **kwargs: Any) -> gym.Env:
 
 
 @th.no_grad()
-def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int) -> list[Episode]:
+def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int, deterministic: bool = False) -> list[Episode]:
     """
-    Play episodes with the agent's current stochastic policy, as in model rollouts.
+    Play episodes with the agent's current policy.
 
     :param agent: a ModelBased algorithm; the statistics of its VecNormalize are used, but not updated
     :param env: see :func:`own_env`
     :param n_episodes: number of episodes
     :param max_steps: maximum length of an episode
+    :param deterministic: whether actions are those of ``predict(deterministic=True)``, as in an evaluation; otherwise they are
+        sampled, as in training and in model rollouts
     :return: the episodes
     """
     episodes = []
+    statistics = agent._vec_normalize_env
     with agent.imagining() as policy:
+
+        def act(obs: Observation) -> tuple[np.ndarray, np.ndarray]:
+            """:return: the action in [-1, 1] ``(action_dim,)``, and in the env's units for ``step``"""
+            if deterministic:
+                raw, _ = agent.predict(obs if statistics is None else statistics.normalize_obs(obs), deterministic=True)
+                return agent.codec.encode_actions(raw).ravel(), raw
+            rows = th.as_tensor(agent.codec.flatten(obs), dtype=th.float32, device=agent.device)
+            action = policy(rows).cpu().numpy()
+            return action[0], agent.codec.decode_actions(action)
+
+        now = env.reset()
         for _ in range(n_episodes):
-            obs, terminated = [agent.codec.flatten(env.reset())[0].astype(float)], False
+            obs, terminated, done = [agent.codec.flatten(now)[0].astype(float)], False, [False]
             actions: list[np.ndarray] = []
             rewards: list[float] = []
-            while len(rewards) < max_steps:
-                action = policy(th.as_tensor(obs[-1], dtype=th.float32, device=agent.device).unsqueeze(0)).cpu().numpy()
-                next_obs, reward, done, infos = env.step(agent.codec.decode_actions(action))
-                last = agent.codec.flatten(infos[0]["terminal_observation"] if done[0] else next_obs)
+            while len(rewards) < max_steps and not done[0]:
+                action, raw = act(now)
+                now, reward, done, infos = env.step(raw)
+                # After the end of an episode, a VecEnv returns the first observation of the next one.
+                last = agent.codec.flatten(infos[0]["terminal_observation"] if done[0] else now)
                 obs.append(last.reshape(-1).astype(float))
-                actions.append(action[0])
+                actions.append(action)
                 rewards.append(float(reward[0]))
-                if done[0]:
-                    terminated = not infos[0].get("TimeLimit.truncated", False)
-                    break
+                terminated = bool(done[0]) and not infos[0].get("TimeLimit.truncated", False)
+            now = now if done[0] else env.reset()
             episodes.append(Episode(np.array(obs), np.array(actions, dtype=float), np.array(rewards), terminated))
     return episodes
 

@@ -11,8 +11,10 @@ import ast
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,15 @@ from sb3_mbpo import dhmbpo, mbpo, variants
 from sb3_mbpo.compare.html import counted
 from sb3_mbpo.diagnostics.diagnosis import diagnose
 from sb3_mbpo.diagnostics.metrics import N_SAMPLES
-from sb3_mbpo.diagnostics.open_loop import another, imagined_returns, open_loop, own_env, segments, untouched
+from sb3_mbpo.diagnostics.open_loop import (
+    another,
+    imagined_returns,
+    on_policy_episodes,
+    open_loop,
+    own_env,
+    segments,
+    untouched,
+)
 from sb3_mbpo.diagnostics.policy_shift import policy_shift, snapshot
 from sb3_mbpo.runtime.provenance import hardware, versions
 from sb3_mbpo.saving.safe_files import read_bytes, read_json, read_members
@@ -44,6 +54,29 @@ from sb3_mbpo.validation.rules import did_you_mean
 ALGORITHMS = ("MBPO", "DHMBPO", "MBTD3", "MBTQC", "MBCrossQ")
 # Maximum number of steps in the video.
 MOST_FILMED = 300
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    A report that was written. It can be used as a path: ``open(report)``. A notebook shows the page.
+
+    :param path: the HTML file
+    :param findings: the numbers on the page
+    """
+
+    path: Path
+    findings: Findings = field(repr=False)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        # The page itself, because many notebooks cannot load a file by its path.
+        page = escape(self.path.read_text(encoding="utf-8"))
+        return (
+            f'<iframe srcdoc="{page}" title="{escape(self.path.name)}" style="border: 0; width: 100%; height: 40rem"></iframe>'
+        )
 
 
 def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
@@ -148,6 +181,19 @@ def _about_process() -> dict[str, str]:
     }
 
 
+def _source(agent: Any) -> str:
+    """:return: where the agent's deterministic actions come from, as the end of a sentence; empty: from its policy"""
+    if getattr(agent.policy, "deterministic_actor", agent.actor) is agent.actor:
+        return ""
+    return "; deterministic actions come from an average of the actor's weights (<code>actor_tau</code>)"
+
+
+def _termination(agent: Any) -> str:
+    if isinstance(agent.termination, str):
+        return "learned"
+    return "known" if agent.termination_fn is None else "given"
+
+
 def write_report(
     agent: Any,
     path: Path | str,
@@ -159,7 +205,7 @@ def write_report(
     max_episode_steps: int = 1000,
     seed: int = 0,
     origin: Sequence[tuple[str, str]] = (),
-) -> Findings:
+) -> Report:
     """
     Play new episodes, compare the dynamics with them, and write a report.
 
@@ -172,7 +218,7 @@ def write_report(
     :param max_episode_steps: maximum length of an episode
     :param seed: seed of the episodes and of all random draws
     :param origin: additional names and texts for the end of the page
-    :return: the findings in the report
+    :return: the report, which a notebook shows
     :raises ValueError: the dynamics has had no good fit, or the env does not match the agent
     """
     if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
@@ -186,17 +232,25 @@ def write_report(
         th.manual_seed(seed)
         diagnosis = diagnose(agent, env, n_episodes, horizon, max_episode_steps)
         first = np.array([episode.obs[0] for episode in diagnosis.episodes])
+        # The same seed, so that an env without randomness in its steps has the same first states.
+        env.seed(seed)
+        deterministic = on_policy_episodes(agent, env, n_episodes, max_episode_steps, deterministic=True)
         limit = min(max_episode_steps, (spec.max_episode_steps if spec else None) or max_episode_steps)
         # A time limit may be missing in the spec.
         limit = max((len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated), default=limit)
         shots = [one for one in map(snapshot, earlier) if one is not None]
         findings = Findings(
             diagnosis,
-            imagined_returns(agent, first, N_SAMPLES, limit),
-            agent.rollout_length,
-            agent.gamma,
-            [policy_shift(agent, [shot], diagnosis.steps.starts) for shot in shots],
-            episode_video(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
+            imagined_returns=imagined_returns(agent, first, N_SAMPLES, limit),
+            deterministic_returns=[float(episode.rewards.sum()) for episode in deterministic],
+            deterministic_source=_source(agent),
+            explained=agent.explained_at_fit or [np.nan, np.nan],
+            termination=_termination(agent),
+            rollout_length=getattr(agent, "training_horizon", agent.rollout_length),
+            theorem=agent.imagined_rewards_count,
+            gamma=agent.gamma,
+            shifts=[policy_shift(agent, [shot], diagnosis.steps.starts) for shot in shots],
+            video=episode_video(agent, env, max(diagnosis.episodes, key=lambda episode: len(episode.rewards))),
         )
     about = {
         "agent": f"{type(agent).__name__} after {agent.lifetime_timesteps:,} steps",
@@ -207,7 +261,7 @@ def write_report(
         **_about_process(),
     }
     write_page(Path(path), findings, about)
-    return findings
+    return Report(Path(path), findings)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -27,11 +27,6 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def name(column: int) -> str:
-    """:return: name of a column of a :class:`.Diagnosis`"""
-    return "reward" if column == 0 else f"obs {column - 1}"
-
-
 def tidy(axes: Axes, x: str, y: str = "") -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -88,7 +83,7 @@ def trajectories(of: Diagnosis) -> Figure:
     for axes, column in zip(figure.subplots(n_rows, n_columns, squeeze=False).flat, shown, strict=False):
         draw_bands(axes, x, of.further_samples[:, 0, :n_steps, column].T, "predicted")
         axes.plot(x, of.further.outcomes[0, :n_steps, column], color=INK, linewidth=1.6, label="real")
-        axes.set_title(name(column), fontsize=10, loc="left")
+        axes.set_title(of.names[column], fontsize=10, loc="left")
         tidy(axes, "")
     for axes in figure.axes[len(shown) :]:
         axes.set_visible(False)
@@ -151,32 +146,35 @@ def where(of: Diagnosis) -> Figure:
     x, y = (starts[order, column] for column in columns)
     points = over.scatter(x, y, c=np.log10(error[order]), cmap="viridis", s=9, linewidths=0)
     figure.colorbar(points, ax=over, label="log10 of the error")
-    tidy(over, name(columns[0] + 1), name(columns[1] + 1))
+    tidy(over, of.names[columns[0] + 1], of.names[columns[1] + 1])
     for axes, column in zip(along, columns, strict=True):
         bins = np.array_split(starts[:, column].argsort(kind="stable"), min(10, len(error)))
         axes.plot(starts[:, column], error, ".", color=MODEL, alpha=0.25, markersize=3)
         middle = [(np.median(starts[one, column]), np.median(error[one])) for one in bins]
         axes.plot(*zip(*middle, strict=True), "o-", color=REAL, label="median of a tenth")
         axes.set_yscale("log")
-        tidy(axes, name(column + 1), "error of one step")
+        tidy(axes, of.names[column + 1], "error of one step")
     along[0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def returns(real: Sequence[float], imagined: np.ndarray) -> Figure:
+def returns(real: Sequence[float], imagined: np.ndarray, deterministic: Sequence[float]) -> Figure:
     """
     Plot real and imagined returns.
 
-    :param real: returns of the real episodes ``(episodes,)``
+    :param real: returns of the real episodes with sampled actions ``(episodes,)``
     :param imagined: imagined returns from their first states ``(samples, episodes)``; NaN is ignored
+    :param deterministic: returns of the real episodes with deterministic actions
     :return: the figure
     """
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
-    x = np.arange(1, len(real) + 1)
+    x, others = (np.arange(1, len(one) + 1) for one in (real, deterministic))
     jitter = np.linspace(-0.14, 0.14, len(imagined))[:, None]
-    axes.plot((x + jitter).ravel(), imagined.ravel(), "o", color=MODEL, alpha=0.45, markersize=5, label="imagined")
-    axes.plot(x, real, "D", color=REAL, markersize=8, label="real")
+    spots = (x + jitter).ravel()
+    axes.plot(spots, imagined.ravel(), "o", color=MODEL, alpha=0.45, markersize=5, label="imagined, sampled actions")
+    axes.plot(x, real, "D", color=REAL, markersize=8, label="real, sampled actions")
+    axes.plot(others, deterministic, "s", color=OTHER, markersize=6, label="real, deterministic actions")
     axes.set_xticks(x)
     tidy(axes, "episode", "return")
     axes.legend(frameon=False)

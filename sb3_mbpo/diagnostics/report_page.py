@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sb3_mbpo.compare.html import counted, definitions, number, page, picture
+from sb3_mbpo.compare.html import NONE, counted, definitions, number, page, picture
 from sb3_mbpo.diagnostics import report_figures as figures
 from sb3_mbpo.diagnostics.diagnosis import Diagnosis
 from sb3_mbpo.diagnostics.metrics import root_mean_square
@@ -16,20 +16,26 @@ from sb3_mbpo.theory import optimal_rollout_length
 STYLE = """
 img { width: auto; max-width: 100%; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.tile { border: 1px solid #ddd; border-radius: 6px; padding: .6rem 1rem; flex: 1 1 9rem; }
+.tile { border: 1px solid light-dark(#ddd, #444); border-radius: 6px; padding: .6rem 1rem; }
+.tile { flex: 1 1 9rem; box-sizing: border-box; }
 .tile b { display: block; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.tile span { color: #555; font-size: .87rem; }
+.tile span { color: light-dark(#555, #aaa); font-size: .87rem; }
 .says { max-width: 46rem; padding-left: 1.2rem; }
 .says li { margin: .3rem 0; }
 th:first-child, td:first-child { min-width: 5rem; }
 """
 # Maximum number of rows of the table, which then shows the worst predicted dimensions.
 MOST_ROWS = 40
-LIMITS = """<p class="note">Predictions are means of 19 sampled trajectories of the dynamics, with the actions of the real
-episode. Errors are in standard deviations of each dimension over these episodes; constant dimensions are left out. Predictions
-are not clipped to the range of <code>prediction_clip_margin</code>. The states are those of the current policy, and the errors
-may be different for other states. Successive steps of an episode are similar, so there are fewer independent steps than
-steps.</p>"""
+SQUARED = "\N{SUPERSCRIPT TWO}"
+# The keys of the log.
+EXPLAINED = ("<code>dynamics/explained_reward</code>", "<code>dynamics/explained_obs</code>")
+LIMITS = """<p class="note">The two <code>explained</code> numbers are those of the log. They are measured before each fit on
+the training steps since the fit before (at the first fit, on held-out ones), and compare the dynamics with the best constant
+prediction. Everything else is measured on new episodes with sampled actions. Predictions are means of 19 sampled
+trajectories of the dynamics, with the actions of the real episode. Errors are in standard deviations of each dimension over
+these episodes; constant dimensions are left out. Predictions are not clipped to the range of
+<code>prediction_clip_margin</code>. The states are those of the current policy, and the errors may be different for other
+states. Successive steps of an episode are similar, so there are fewer independent steps than steps.</p>"""
 LIMITS_OF_K = """<p class="note"><i>&epsilon;<sub>m</sub>&prime;</i> is a proxy. The total variation between a deterministic
 simulator and any continuous model is 1, so Gaussian noise as large as each dimension's typical change in one step is added to
 both; k* depends on this convention. <i>&epsilon;<sub>&pi;</sub></i> is the mean over the visited states of the total variation
@@ -42,14 +48,30 @@ class Findings:
     """The content of the page."""
 
     diagnosis: Diagnosis
-    #: ``(samples, episodes)``
+    #: Of sampled actions, from the first states of the episodes, ``(samples, episodes)``.
     imagined_returns: np.ndarray
+    #: Real returns of deterministic actions.
+    deterministic_returns: Sequence[float]
+    #: Where deterministic actions come from, as the end of a sentence; empty: from the policy, as usual.
+    deterministic_source: str
+    #: ``dynamics/explained_reward`` and ``dynamics/explained_obs`` of the last fit.
+    explained: Sequence[float]
+    #: What ends imagined episodes: ``"learned"``, ``"known"``, or ``"given"`` by the user.
+    termination: str
+    #: k; of an algorithm with training rollouts, their number of steps.
     rollout_length: int
+    #: Whether Theorem 4.3 is about this algorithm: it learns from imagined rewards on rollouts of k steps.
+    theorem: bool
     gamma: float
     #: eps_pi from each earlier policy; empty if none was given, or if the policy is deterministic.
     shifts: Sequence[float]
     #: An animated WebP, or the reason why there is none, as the end of a sentence.
     video: bytes | str
+
+    @property
+    def sampled_returns(self) -> list[float]:
+        """Real returns of sampled actions."""
+        return [float(episode.rewards.sum()) for episode in self.diagnosis.episodes]
 
     @property
     def shift(self) -> float | None:
@@ -58,7 +80,7 @@ class Findings:
     @property
     def optimal(self) -> int | None:
         """k*; ``None`` if it cannot be determined."""
-        if self.shift is None or self.gamma >= 1:
+        if not self.theorem or self.shift is None or self.gamma >= 1:
             return None
         return optimal_rollout_length(model_error=self.diagnosis.model_error(), policy_shift=self.shift, gamma=self.gamma)
 
@@ -75,24 +97,34 @@ class Findings:
         return int(beyond[0]) + 1 if len(beyond) else None
 
 
+def logged(value: float) -> str:
+    """:return: a number as SB3's logger prints it"""
+    return f"{value:.3g}" if np.isfinite(value) else NONE
+
+
 def share(value: float) -> str:
     """:return: a fraction in percent, with one decimal above 90 %"""
-    return "\N{EN DASH}" if not np.isfinite(value) else f"{100 * value:.1f} %" if value > 0.9 else f"{100 * value:.0f} %"
+    return NONE if not np.isfinite(value) else f"{100 * value:.1f} %" if value > 0.9 else f"{100 * value:.0f} %"
 
 
 def of_prediction(found: Findings) -> Iterator[str]:
     one, far = (found.diagnosis.numbers(k) for k in (1, found.reach))
-    explained = one["r2_no_change"]
-    if explained > 0:
-        yield f"One step ahead, the dynamics explains {share(explained)} of what changes."
+    if np.isfinite(found.explained[1]):
+        yield (
+            f"During training, {EXPLAINED[1]} was {logged(found.explained[1])} at the last fit, and {EXPLAINED[0]} was "
+            f"{logged(found.explained[0])}. These are fractions of variance, as in the log."
+        )
+    if one["r2_no_change"] > 0:
+        against = number(one["r2_no_change"])
+        yield f"One step ahead on the new episodes, the R{SQUARED} of the dynamics compared with no change is {against}."
     else:
-        yield "One step ahead, the dynamics is <b>worse than predicting no change</b>: it should not be used for rollouts."
+        yield "One step ahead on the new episodes, the dynamics is <b>worse than predicting no change</b>."
     if (k := found.useful) is not None:
         yield f"Its median error exceeds half a standard deviation after {counted(k, 'step')}."
     else:
         yield f"Its median error stays below half a standard deviation for all {found.reach} steps."
     if one["reward_r2_mean"] > 0:
-        yield f"It explains {share(one['reward_r2_mean'])} of the reward's variance one step ahead."
+        yield f"The R{SQUARED} of the reward one step ahead is {number(one['reward_r2_mean'])}."
     elif np.isfinite(one["reward_r2_mean"]):
         ends = any(episode.terminated for episode in found.diagnosis.episodes)
         cause = "; this includes rewards of terminal transitions, which may differ from all others" if ends else ""
@@ -111,41 +143,63 @@ def of_trust(found: Findings) -> Iterator[str]:
     if np.isfinite(rank):
         word = "clearly" if rank > 0.5 else "somewhat" if rank > 0.2 else "hardly"
         yield f"The members' disagreement {word} predicts its errors (rank correlation {number(rank)})."
-    precision, recall = found.diagnosis.termination()
-    if np.isfinite(recall):
-        invented = f", and {share(1 - precision)} of its predicted terminations are wrong" if np.isfinite(precision) else ""
-        yield f"It predicts {share(recall)} of the terminations one step ahead{invented}."
-    real = np.mean([episode.rewards.sum() for episode in found.diagnosis.episodes])
-    if np.isfinite(found.imagined_returns).any():
-        believed = number(np.nanmean(found.imagined_returns))
-        yield f"The mean return of imagined episodes is {believed}, that of the real ones {number(real)}."
+    if found.termination == "known":
+        yield "Imagined episodes end by the env's own rule, which is known."
+    elif found.termination == "given":
+        yield "Imagined episodes end by the given <code>termination_fn</code>."
+    else:
+        yield from of_termination(*found.diagnosis.termination())
     error, k = found.diagnosis.model_error(), found.rollout_length
     if found.optimal is not None:
         yield (
             f"With &epsilon;<sub>m</sub>&prime; = {number(error)} and &epsilon;<sub>&pi;</sub> = {number(found.shift or 0)}, "
             f"the optimal rollout length of Theorem 4.3 is k* = {found.optimal:,}; the current one is {k}."
         )
-    elif found.gamma < 1:
+    elif found.theorem and found.gamma < 1:
         # k* >= k if gamma^(k - 1) eps_pi > eps_m'.
         needed = error / found.gamma ** (k - 1)
         pays = (
-            f"if the policy shift is larger than {number(needed)}; --earlier measures it"
+            f"if the policy shift is larger than {number(needed)}; earlier checkpoints are needed to measure it"
             if needed < 1
             else "for no policy shift"
         )
         yield f"By Theorem 4.3, the current rollout length of {k} is useful {pays}."
 
 
+def of_termination(precision: float, recall: float) -> Iterator[str]:
+    if np.isfinite(recall):
+        invented = f", and {share(1 - precision)} of its predicted ends are wrong" if np.isfinite(precision) else ""
+        yield f"The learned termination predicts {share(recall)} of the ends one step ahead{invented}."
+
+
+def mean(values: Sequence[float]) -> str:
+    return number(float(np.mean(values)))
+
+
+def of_returns(found: Findings) -> Iterator[str]:
+    deterministic, sampled = mean(found.deterministic_returns), mean(found.sampled_returns)
+    yield (
+        f"The mean return of deterministic actions is {deterministic}, as <code>evaluate_policy</code> shows it, and that of "
+        f"sampled actions {sampled}, as in model rollouts{found.deterministic_source}."
+    )
+    if np.isfinite(found.imagined_returns).any():
+        imagined = number(np.nanmean(found.imagined_returns))
+        yield f"Imagined episodes with sampled actions from the same first states have a mean return of {imagined}."
+
+
 def tiles(found: Findings) -> str:
-    one = found.diagnosis.numbers(1)
+    # A narrow tile breaks the line after the slash.
+    of_reward, of_obs = (key.replace("/", "/<wbr>", 1) for key in EXPLAINED)
     shown = {
-        "R\N{SUPERSCRIPT TWO} of one step, compared with no change": number(one["r2_no_change"]),
-        "steps until its error exceeds half a standard deviation": str(found.useful or f"over {found.reach}"),
-        "of the real values are in the 90 % interval": share(one["coverage_90"]),
-        "rank correlation of disagreement and error": number(found.diagnosis.disagreement_rank()),
-        "k*, compared with the current rollout length, "
-        + str(found.rollout_length): "\N{EN DASH}" if found.optimal is None else f"{found.optimal:,}",
+        "return of deterministic actions, as in evaluate_policy": mean(found.deterministic_returns),
+        "return of sampled actions, as in model rollouts": mean(found.sampled_returns),
+        f"{of_obs}, as logged at the last fit": logged(found.explained[1]),
+        f"{of_reward}, as logged at the last fit": logged(found.explained[0]),
+        "steps until the error exceeds half a standard deviation": str(found.useful or f"over {found.reach}"),
+        "of the real values are in the 90 % interval": share(found.diagnosis.numbers(1)["coverage_90"]),
     }
+    if found.optimal is not None:
+        shown[f"k*, compared with the current rollout length, {found.rollout_length}"] = f"{found.optimal:,}"
     return (
         '<div class="tiles">'
         + "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in shown.items())
@@ -162,8 +216,8 @@ def table(found: Findings) -> str:
         ahead = counted(k, "step")
         against_mean, against_no_change = of.r_squared(k)
         cells[f"error, {ahead}"] = root_mean_square(of.errors(k))
-        cells[f"R\N{SUPERSCRIPT TWO}, mean, {ahead}"] = against_mean
-        cells[f"R\N{SUPERSCRIPT TWO}, no change, {ahead}"] = np.concatenate([[np.nan], against_no_change])
+        cells[f"R{SQUARED}, mean, {ahead}"] = against_mean
+        cells[f"R{SQUARED}, no change, {ahead}"] = np.concatenate([[np.nan], against_no_change])
         cells[f"in 90 %, {ahead}"] = of.coverage(k, 0.9)
     columns = np.arange(len(of.spread))
     left_out = ""
@@ -175,7 +229,7 @@ def table(found: Findings) -> str:
     rows = ""
     for column in map(int, columns):
         numbers = "".join(f"<td>{number(values[column])}</td>" for values in cells.values())
-        rows += f"<tr><td>{figures.name(column)}</td>{numbers}</tr>\n"
+        rows += f"<tr><td>{escape(of.names[column])}</td>{numbers}</tr>\n"
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>{left_out}'
 
 
@@ -202,9 +256,12 @@ def figure_sections(found: Findings) -> Iterator[str]:
     caption = "One-step error, in standard deviations, over the two dimensions along which it differs most."
     yield picture(png(figures.where(of)), "png", "error over the state space", caption)
     yield "<h2>Imagined and real returns</h2>"
-    caption = "Undiscounted returns of the current policy from the same first states, with 19 imagined episodes from each."
-    real = [float(episode.rewards.sum()) for episode in of.episodes]
-    yield picture(png(figures.returns(real, found.imagined_returns)), "png", "returns, imagined and real", caption)
+    caption = "Undiscounted returns of the current policy. With sampled actions, 19 imagined episodes start from the first "
+    caption += "state of each real one. The episodes with deterministic actions are further real ones."
+    chart = figures.returns(found.sampled_returns, found.imagined_returns, found.deterministic_returns)
+    yield picture(png(chart), "png", "returns, imagined and real", caption)
+    if not found.theorem:
+        return
     yield "<h2>How long should rollouts be?</h2>"
     if found.gamma < 1:
         caption = f"k* for &epsilon;<sub>m</sub>&prime; = {number(of.model_error())} and &gamma; = {found.gamma:g}."
@@ -226,7 +283,7 @@ def write_page(path: Path, found: Findings, about: Mapping[str, str]) -> None:
     if found.diagnosis.dropped == 1:
         parts = ['<p class="failed">No prediction of this dynamics is finite, so there is nothing to show.</p>']
     else:
-        says = "".join(f"<li>{one}</li>" for one in (*of_prediction(found), *of_trust(found)))
+        says = "".join(f"<li>{one}</li>" for one in (*of_returns(found), *of_prediction(found), *of_trust(found)))
         parts = [
             tiles(found),
             f'<ul class="says">{says}</ul>',

@@ -17,6 +17,7 @@ from sb3_mbpo.dynamics.fused_nll import Gradient, LikelihoodGradient, autograd_o
 from sb3_mbpo.dynamics.holdout import held_out
 from sb3_mbpo.dynamics.input_gradient import InputGradient
 from sb3_mbpo.dynamics.layers import EnsembleMLP, Standardizer
+from sb3_mbpo.validation.registry import named
 from sb3_mbpo.validation.rules import ENSEMBLE_RULES, check_ensemble
 
 # Number of gradient steps between two evaluations on the hold-out set.
@@ -53,6 +54,7 @@ class FitData(NamedTuple):
     held_out: th.Tensor
 
 
+@named
 class ProbabilisticEnsemble(DynamicsModel):
     """
     The paper's model. Each member predicts a diagonal Gaussian and is trained by maximum likelihood. The ``n_elites`` members
@@ -125,12 +127,11 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.target_mode, self.normalize_targets = target_mode, normalize_targets
         # The weights are drawn on the CPU, so that a seed gives the same network on every device.
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
-        out_dim = 1 + obs_dim
+        out_dim, (low, high) = 1 + obs_dim, self.initial_log_variance
         self.input_standardizer = Standardizer(obs_dim + action_dim, limit=FARTHEST_INPUT)
         # Targets are never clipped: a rare large reward matters. A constant target gets almost no noise from the start.
         self.target_standardizer = Standardizer(out_dim, limit=float("inf"), constant_std=1e-3)
         self.mlp = EnsembleMLP(n_members, obs_dim + action_dim, 2 * out_dim, list(net_arch), on_cpu, layer_norm)
-        low, high = self.initial_log_variance
         self.min_log_variance = nn.Parameter(th.full((out_dim,), low))
         self.max_log_variance = nn.Parameter(th.full((out_dim,), high))
         self.register_buffer("holdout_errors", th.full((n_members,), float("inf")))
@@ -138,8 +139,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         self.register_buffer("gain", th.ones(n_members, 1, out_dim))
         self.to(device)
         self._input_gradient = InputGradient(self.mlp)
-        self.learning_rate = learning_rate
-        self.weight_decays = self._decay_per_layer(weight_decays)
+        self.learning_rate, self.weight_decays = learning_rate, self._decay_per_layer(weight_decays)
         self.optimizer: th.optim.Adam = self._make_optimizer()
 
     holdout_errors: th.Tensor

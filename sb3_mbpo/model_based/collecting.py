@@ -1,23 +1,27 @@
 """Validates env outputs during ``collect_rollouts`` and ``reset``; collection itself is unchanged SB3."""
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.saving.save_load import Saving
-from sb3_mbpo.validation.env_outputs import Boundary
+from sb3_mbpo.model_based.acting import Acting
+from sb3_mbpo.validation.env_outputs import CheckedArrays, CheckedDummyVecEnv, add_checks
+from sb3_mbpo.validation.faults import InvalidTransition
 from sb3_mbpo.validation.misuse import missing_statistics
 from sb3_mbpo.validation.unsupported import check_env
 
 
-class Collecting(Saving):
+class Collecting(Acting):
     """The part of :class:`ModelBased` that steps and resets the env."""
 
-    # Not saved, see _excluded_save_params.
-    _boundary: Boundary | None = None
+    # Not saved, see _excluded_save_params: checks an env whose VecEnv or wrappers are not SB3's own.
+    _arrays: CheckedArrays | None = None
+    # ``num_timesteps`` before the last step of the env.
+    _stepped_at: int | None = None
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
@@ -33,7 +37,15 @@ class Collecting(Saving):
             warnings.warn(warning, stacklevel=3)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_boundary"]
+        return [*super()._excluded_save_params(), "_arrays", "_stepped_at"]
+
+    def _checked(self, env: VecEnv) -> VecEnv:
+        """:return: an env with the same outputs, checked; usually ``env`` itself"""
+        if add_checks(env):
+            return env
+        if self._arrays is None or self._arrays.venv is not env:
+            self._arrays = CheckedArrays(env)
+        return self._arrays
 
     def _setup_learn(
         self,
@@ -50,14 +62,19 @@ class Collecting(Saving):
                 "load_replay_buffer(path), or set a ReplayBuffer"
             )
         self._share_env()
-        # Wrappers may have been added or removed since the last call.
-        self._boundary = Boundary(self.env)
-        if reset_num_timesteps or self._last_obs is None:
-            self._boundary.watch("reset", 0 if reset_num_timesteps else self.num_timesteps)
+        env, resets = self._checked(self.env), reset_num_timesteps or self._last_obs is None
         try:
-            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
-        finally:
-            self._leave(self._boundary)
+            with env.checking() if resets and isinstance(env, CheckedArrays) else nullcontext() as check:
+                if resets:
+                    # If the reset fails, the next `learn` resets the env again.
+                    self._last_obs = None
+                result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+                if check is not None:
+                    self._last_obs = check(self._last_obs)
+            return result
+        except InvalidTransition as error:
+            error.step, self._last_obs = self.num_timesteps, None
+            raise
 
     def collect_rollouts(self, env: VecEnv, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
@@ -68,30 +85,24 @@ class Collecting(Saving):
         :raises InvalidTransition: the env returned an invalid observation, reward or end of an episode
         :raises ValueError: learning has diverged, see :meth:`check_parameters`
         """
-        if self._boundary is None or self._boundary.env is not env:
-            self._boundary = Boundary(env)
-        self.replay_buffer.copies_ends = self._boundary.copies_ends
-        self._boundary.in_use = True
+        checked, self._stepped_at = self._checked(env), None
+        self.replay_buffer.copies_ends = checked is env and isinstance(env.unwrapped, CheckedDummyVecEnv)
         try:
-            return super().collect_rollouts(env, *args, **kwargs)
-        except ValueError:
+            return super().collect_rollouts(checked, *args, **kwargs)
+        except ValueError as error:
+            if isinstance(error, InvalidTransition):
+                error.step = self.num_timesteps
             # PyTorch's distributions and some envs raise ValueError for NaN. Check whether the parameters are the cause.
             self.check_parameters()
             raise
         finally:
-            self._leave(self._boundary)
+            if self._stepped_at == self.num_timesteps:
+                # The step was not completed: the envs have moved on from _last_obs, so the next transition would be false.
+                # Without it, SB3 resets the envs.
+                self._last_obs = None
 
     def _sample_action(self, *args: Any, **kwargs: Any) -> Any:
-        # SB3 calls this right before it steps the env. No user code runs in between, so users never see the watched env.
         actions = super()._sample_action(*args, **kwargs)
-        if self._boundary is not None and self._boundary.in_use:
-            self._boundary.watch("step", self.num_timesteps)
+        # SB3 steps the env right after this, and counts the step right after that.
+        self._stepped_at = self.num_timesteps
         return actions
-
-    def _leave(self, boundary: Boundary) -> None:
-        boundary.release()
-        boundary.in_use = False
-        if boundary.in_doubt:
-            boundary.in_doubt = False
-            # The envs have moved on from _last_obs, so the next transition would be false. Without it, SB3 resets the envs.
-            self._last_obs = None

@@ -44,6 +44,8 @@ class OffPolicyArguments(TypedDict, total=False):
 class ModelBasedArguments(TypedDict, total=False):
     """See ``ModelBased``."""
 
+    updates_per_transition: float | None
+    warmup_actions: float | str | Callable[..., Any] | None
     real_ratio: float | str
     model_train_freq: int
     rollout_batch_size: int

@@ -24,7 +24,6 @@ class Imagining(Collecting):
     actor: Any
     reward_fn: str | Callable[..., th.Tensor] | None
     rollout_filter: str | Rule | None
-    filter_state: list[float]
     termination: Any
     learned_termination: Any
     learned_reward: LearnedReward

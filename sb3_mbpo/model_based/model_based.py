@@ -2,15 +2,15 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from math import inf
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
 from sb3_mbpo.arguments.arguments import (
     check_keywords,
@@ -27,7 +27,8 @@ from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, balanced_ratio
 from sb3_mbpo.codec import Codec
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
-from sb3_mbpo.model_based.model_learning import ModelLearning
+from sb3_mbpo.model_based.beside_acting import BackgroundCallback
+from sb3_mbpo.model_based.pretraining import Pretraining
 from sb3_mbpo.model_based.resuming import Resuming
 from sb3_mbpo.model_based.rollout_callback import RolloutCallback
 from sb3_mbpo.rewards.learned import LearnedReward
@@ -44,13 +45,20 @@ from sb3_mbpo.validation.rules import check_before_learning, whole
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 
-class ModelBased(ModelLearning, Resuming, Exporting):
+class ModelBased(Pretraining, Resuming, Exporting):
     """
     Mixin for SB3's off-policy algorithms: the algorithm also learns from imagined transitions (Janner et al., 2019).
 
     It accepts every argument of the algorithm, with the same name, meaning and default, except that ``gradient_steps``
     defaults to 20. The arguments below are keyword-only:
 
+    :param updates_per_transition: Number of updates per env transition, whatever ``train_freq`` and the number of envs are; it
+        replaces ``gradient_steps``. It may be a fraction: .5 is one update after every second transition. ``None``:
+        ``gradient_steps``, which counts per ``train_freq``
+    :param warmup_actions: Actions before ``learning_starts``. ``None``: drawn uniformly from the action space, as in SB3. A
+        number of at most 1: the same, but only from this part of the range, around its middle. Or a function (or its dotted
+        name) from raw observations ``(n_envs, *obs_shape)`` to actions in the env's scale, or a policy or agent of SB3, whose
+        ``predict`` is called with these. ``action_noise`` is added
     :param real_ratio: Fraction of real rows in a batch. 1: equal to the plain algorithm, bit for bit. 0: imagined rows only.
         ``"auto"``: each real row is drawn as often as with one update per transition: 0.05 for 20 updates per transition (as
         in the paper), 0.2 for 5, see :func:`.replay_buffer.balanced_ratio`; replaced by that number at construction
@@ -98,6 +106,8 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         policy: Any,
         env: GymEnv | str | None,
         *args: Any,
+        updates_per_transition: float | None = None,
+        warmup_actions: float | str | Callable[..., Any] | None = None,
         real_ratio: float | str = "auto",
         model_train_freq: int = 250,
         rollout_batch_size: int = 100_000,
@@ -117,15 +127,18 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         signature = inspect.signature(super().__init__)
         check_names(kwargs, signature, type(self))
         given = signature.bind_partial(policy, env, *args, **kwargs).arguments
-        uses_default_gradient_steps = "gradient_steps" not in given
+        uses_default_gradient_steps = "gradient_steps" not in given and updates_per_transition is None
         ours = inspect.signature(ModelBased.__init__).parameters
-        kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in ours and name not in given}
+        defaults = self.DEFAULTS if updates_per_transition is None else {**self.DEFAULTS, "gradient_steps": -1}
+        kwargs |= {name: value for name, value in defaults.items() if name not in ours and name not in given}
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
         takes_dict = "MultiInputPolicy" in self.policy_aliases
         for warning in read_first(policy, env, passed, uses_default_gradient_steps, takes_dict):
             warnings.warn(warning, stacklevel=3)
 
+        self.updates_per_transition = updates_per_transition
+        self.warmup_actions = warmup_actions
         # "auto" is replaced by a number in _setup_model.
         self.real_ratio: Any = real_ratio
         self.model_train_freq = model_train_freq
@@ -141,31 +154,11 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         self.dynamics_window = dynamics_window
         self.dynamics_class = dynamics_class
         self.dynamics_kwargs = dynamics_kwargs
-        self._begin_life()
-        super().__init__(*bound.args, **bound.kwargs)
-
-    def _begin_life(self) -> None:
-        """Initialize counters and measurements."""
         #: Termination of imagined episodes: a function, or "learned". Determined at construction, then saved with the agent.
         self.termination: Any = None
-        #: ``lifetime_timesteps`` at the last fit.
-        self.dynamics_fitted_at: int | None = None
-        #: k of ``rollout_schedule="auto"``, measured before each fit except the first.
-        self.auto_rollout_length = 1
-        #: Fraction of the imagined rows allowed by ``real_ratio`` that batches really have, see ``min_explained_variance``.
-        self.imagined_fraction = 1.0
-        #: Squared errors of the reward and of each dimension on the steps after each fit, smoothed over the fits.
-        self.forward_errors: list[float] = []
-        #: Bounds of rewards and observations at the last fit, see ``prediction_clip_margin``; only DHMBPO stores them.
-        self.prediction_bounds: list[float] = []
-        #: Number of successive fits after which the dynamics explained too little to be used.
-        self.unused_fits = 0
-        #: State of the rule of ``rollout_filter`` that is kept from one model rollout to the next.
-        self.filter_state: list[float] = []
-        #: Whether :meth:`forget_transitions` was called. The next fit then needs fewer rows, and updates wait for it.
-        self.forgot_transitions = False
-        self._earlier_timesteps = 0
         self._printed_threads = ""
+        self.begin_state()
+        super().__init__(*bound.args, **bound.kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -175,6 +168,12 @@ class ModelBased(ModelLearning, Resuming, Exporting):
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, DictReplayBuffer, MixedReplayBuffer))
         self.codec = Codec(self.observation_space, self.action_space)
+        self._read_warmup_actions()
+        if self.updates_per_transition is not None and self.gradient_steps != -1:
+            raise ValueError(
+                f"updates_per_transition={self.updates_per_transition} replaces gradient_steps={self.gradient_steps}: pass "
+                "one of the two"
+            )
         if self.real_ratio == "auto":
             self.real_ratio = self._balanced_ratio()
         if self.rollout_schedule != "auto":
@@ -198,9 +197,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         if self.termination is None or self.termination_fn is not None:
             self.termination = self._find_termination()
         self._warn_of_moving_statistics(7)
-        self._warned_of_termination = False
-        #: Names of warnings that were issued and are not repeated.
-        self._warned_of: list[str] = []
+        self._warned_of = []
         if self.reward_fn is not None and not (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             reward_fn = resolve(self.reward_fn, "reward_fn")
             dry_run(reward_fn, "reward_fn", self.codec, self.device, returns="float")
@@ -213,14 +210,9 @@ class ModelBased(ModelLearning, Resuming, Exporting):
 
     def _balanced_ratio(self) -> float:
         """:return: the number that replaces ``real_ratio="auto"``"""
-        self._convert_train_freq()
-        frequency: Any = self.train_freq
-        if self.gradient_steps < 0:
-            # SB3 does one update per transition.
-            return balanced_ratio(1)
+        updates = self.updates_ratio
         # The number of transitions of an episode is unknown, so the smallest ratio is used.
-        known = frequency.unit is TrainFrequencyUnit.STEP
-        return balanced_ratio(self.gradient_steps / (frequency.frequency * self.n_envs) if known else inf)
+        return balanced_ratio(inf if updates is None else updates)
 
     def _make_dynamics(self) -> DynamicsModel:
         make = resolve(self.dynamics_class, "dynamics_class")
@@ -260,7 +252,12 @@ class ModelBased(ModelLearning, Resuming, Exporting):
 
     @property
     def waits_for_transitions(self) -> bool:
-        """Whether updates are paused after :meth:`forget_transitions` until there are enough transitions for a fit."""
+        """
+        Whether updates are paused: after :meth:`forget_transitions` until there are enough transitions for a fit, and while
+        another process makes them.
+        """
+        if self.learns_in_background:
+            return True
         if not self.forgot_transitions or self.dynamics_fitted_at is not None:
             return False
         buffer = self.replay_buffer
@@ -283,12 +280,12 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         :raises ValueError: ``keep`` is not a whole number of at least 0
         """
         whole(0).check("forget_transitions: keep", keep)
+        self.tell_learner("forget", keep)
         self.replay_buffer.forget(keep)
         self.forgot_transitions = True
         self.dynamics_fitted_at, self.auto_rollout_length, self.imagined_fraction, self.filter_state = None, 1, 1.0, []
-        self.forward_errors, self.prediction_bounds, self.unused_fits = [], [], 0
-        self._warned_of_termination = False
-        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+        self.forward_errors, self.explained_at_fit, self.prediction_bounds, self.unused_fits = [], [], [], 0
+        self._warned_of = [what for what in self._warned_of if what not in ("reward_fn", "termination")]
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Do gradient updates, see SB3. Does nothing while :attr:`waits_for_transitions`."""
@@ -298,7 +295,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not isinstance(callback, BaseCallback):
             callback = CallbackList(callback) if isinstance(callback, list) else ConvertCallback(callback)
-        rollouts = self.rollout_callback_class()
+        rollouts: Any = BackgroundCallback() if self.learns_in_background else self.rollout_callback_class()
         everything = super()._init_callback(CallbackList([rollouts, callback]), progress_bar)
         if progress_bar:
             assert isinstance(everything, CallbackList) and isinstance(everything.callbacks[-1], ProgressBarCallback)
@@ -313,6 +310,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        background: bool = False,
     ) -> SelfModelBased:
         """
         Train the agent, see SB3.
@@ -323,17 +321,36 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         :param tb_log_name: name of the run in TensorBoard; ``None``: the name of the class
         :param reset_num_timesteps: whether ``num_timesteps`` starts at 0; ``lifetime_timesteps`` is never reset
         :param progress_bar: whether to show a progress bar, which also shows the progress of fits and model rollouts
+        :param background: whether a second process learns while this one steps the env, for robots that must not wait. It
+            makes as many updates per transition as it would here, without a rhythm of its own; ``train_freq`` has no effect.
+            A script needs ``if __name__ == "__main__":``. See the guide on real robots
         :return: the agent
         :raises ValueError: an argument is out of range
+        :raises RuntimeError: the second process has failed; the agent keeps its transitions
         """
-        total_timesteps = read_learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        total_timesteps = read_learn(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, background
+        )
         tb_log_name = tb_log_name or type(self).__name__
+        if background:
+            self._check_background()
+        self.learns_in_background = bool(background)
+        try:
+            with self.computing():
+                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            self.stop_learner()
+            self.learns_in_background = False
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Denormals and threads as the agent computes with them. With ``real_ratio=1``, both are left as they are."""
         with ExitStack() as stack:
             # Both change how numbers are rounded. With real_ratio=1, the agent must equal the plain algorithm bit for bit.
             if self.real_ratio < 1:
                 stack.enter_context(flush_denormals())
                 self._set_threads(stack)
-            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            yield
 
     def _set_threads(self, stack: ExitStack) -> None:
         """On a CPU, set the number of threads until the stack is closed. It is printed when it changes."""
@@ -375,8 +392,7 @@ class ModelBased(ModelLearning, Resuming, Exporting):
         """
         super().set_env(env, force_reset)
         assert self.env is not None
-        self._warned_of_termination = False
-        self._warned_of = [what for what in self._warned_of if what != "reward_fn"]
+        self._warned_of = [what for what in self._warned_of if what not in ("reward_fn", "termination")]
         self._warn_of_moving_statistics(3)
         if self.termination_fn is None and not isinstance(self.termination, str):
             known, reason = known_termination(self.env)

@@ -15,14 +15,14 @@ from sb3_mbpo.dynamics.base import Progress
 from sb3_mbpo.dynamics.explained_variance import Explained, constant_errors, explained, smoothed, squared_errors
 from sb3_mbpo.model_based.imagining import Imagining
 from sb3_mbpo.rewards.audit import audit_rewards, judged_rows
-from sb3_mbpo.rollouts import LONGEST_AUTO, MOST_STEPS, branched_rollout, rollout_length
+from sb3_mbpo.rollouts import MOST_STEPS, branched_rollout, rollout_length
 from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS, disagreement
 from sb3_mbpo.trust.auto_rollout_length import drift, reliable_length
 from sb3_mbpo.trust.imagined_fraction import imagined_fraction
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.trust.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 from sb3_mbpo.validation.episode_ends import endless, lost_ends_warning
-from sb3_mbpo.validation.rules import whole
+from sb3_mbpo.validation.rules import LONGEST_AUTO, whole
 
 # Real transitions that an agent needs after `forget_transitions` to fit and train again, docs/benchmarks/changed_world.csv.
 ROWS_AFTER_FORGETTING = 200
@@ -52,18 +52,8 @@ class ModelLearning(Imagining):
     prediction_clip_margin: float | None
     min_explained_variance: float | None
     termination_fn: Any
-    dynamics_fitted_at: int | None
-    auto_rollout_length: int
-    imagined_fraction: float
-    forward_errors: list[float]
-    prediction_bounds: list[float]
-    unused_fits: int
-    forgot_transitions: bool
     resume_callback: Any
     critic: Any
-    _earlier_timesteps: int
-    _warned_of: list[str]
-    _warned_of_termination: bool
 
     #: Whether the algorithm learns from the rewards of imagined transitions.
     imagined_rewards_count: ClassVar[bool] = True
@@ -75,11 +65,6 @@ class ModelLearning(Imagining):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_rollout_block"]
-
-    @property
-    def lifetime_timesteps(self) -> int:
-        """Total env transitions over all ``learn`` calls, never reset. Fits and k are scheduled on it."""
-        return self._earlier_timesteps + self.num_timesteps
 
     @property
     def rollout_length(self) -> int:
@@ -252,8 +237,8 @@ class ModelLearning(Imagining):
         predicted = self.terminates(*transitions[:3])
         warning = disagreement(predicted, terminated)
         # If the env reports a time limit as a termination, the function is not wrong.
-        if warning is not None and not self._warned_of_termination and "limit" not in self._warned_of:
-            self._warned_of_termination = True
+        if warning is not None and not {"limit", "termination"} & set(self._warned_of):
+            self._warned_of.append("termination")
             warnings.warn(warning, stacklevel=2)
         wrong = (predicted != terminated).float().mean().item()
         known = self.termination_fn is None and isinstance(self.termination, KNOWN_TERMINATIONS)
@@ -398,6 +383,7 @@ class ModelLearning(Imagining):
             reward, obs = (float(of_holdout.get(f"explained_{name}", 1.0)) for name in ("reward", "obs"))
         else:
             reward, obs = of_steps.reward, of_steps.obs
+        self.explained_at_fit = [reward, obs]
         metrics |= {"explained_reward": reward, "explained_obs": obs}
         judged_reward = reward if self.known_reward is None else 1.0
         self.imagined_fraction = imagined_fraction(judged_reward, obs, self.min_explained_variance)

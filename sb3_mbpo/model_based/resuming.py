@@ -9,13 +9,13 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from sb3_mbpo.checkpoints.callback_state import all_callbacks
 from sb3_mbpo.checkpoints.interrupts import Interrupted
 from sb3_mbpo.checkpoints.resume_callback import ResumeCallback, will_resume
-from sb3_mbpo.model_based.collecting import Collecting
+from sb3_mbpo.model_based.beside_acting import BesideActing
 from sb3_mbpo.validation.misuse import check_evaluation
 
 SelfResuming = TypeVar("SelfResuming", bound="Resuming")
 
 
-class Resuming(Collecting):
+class Resuming(BesideActing):
     """The part of :class:`ModelBased` that calls a ``ResumeCallback``, if there is one."""
 
     #: The ``ResumeCallback`` of the current ``learn``, if there is one.
@@ -56,4 +56,21 @@ class Resuming(Collecting):
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """See SB3. A run is saved, resumed and stopped right before it."""
         collect = partial(super().collect_rollouts, *args, **kwargs)
-        return collect() if self.resume_callback is None else self.resume_callback.rollout(collect)
+        result = collect() if self.resume_callback is None else self.resume_callback.rollout(collect)
+        if self.updates_per_transition is None:
+            return result
+        # With gradient_steps=-1, SB3 makes as many updates as this says.
+        return result._replace(episode_timesteps=self.updates_after(result.episode_timesteps))
+
+    def updates_after(self, transitions: int) -> int:
+        """
+        Number of updates that this process makes after a rollout.
+
+        :param transitions: number of env transitions of the rollout, already counted
+        :return: number of updates; 0 with ``background=True``
+        """
+        if self.learns_in_background:
+            return 0
+        if self.updates_per_transition is None:
+            return self.gradient_steps if self.gradient_steps >= 0 else transitions
+        return self.updates_of(transitions)

@@ -1,1 +1,1 @@
-"""Agents, buffers and policies as files, and back."""
+"""Saves and loads agents, replay buffers and policies."""

@@ -3,17 +3,16 @@
 import os
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch as th
 
-from sb3_mbpo.buffers.replay_buffer import ROWS, MixedReplayBuffer, check_finite
-from sb3_mbpo.saving.safe_files import read_tensors
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
+from sb3_mbpo.saving.safe_files import read_json, read_tensors, write_json
+from sb3_mbpo.saving.serialization import Tensors, cut_out, decode, encode
 from sb3_mbpo.saving.whole_files import check_checksum
 
 SUFFIX = "pt"
-FORMAT = 1
-_KEYS = {"format", "rows", "buffer_size", "pos", "full", "handle_timeout_termination", "imagined", "refills"}
-# Every zip-file begins so, and no pickle that Python writes.
+FORMAT = 2
+# Every zip file begins like this, and no pickle that Python writes.
 _ZIP = b"PK"
 
 
@@ -27,7 +26,10 @@ def means_tensors(path: Any) -> bool:
 
 
 def starts_as_zip(file: BinaryIO) -> bool:
-    """:return: whether a file, which is left where it was, may hold tensors; then it is no pickle"""
+    """
+    :param file: open for reading; its position is kept
+    :return: whether the file may hold tensors; then it is no pickle
+    """
     start = file.tell()
     try:
         return file.read(len(_ZIP)) == _ZIP
@@ -37,30 +39,21 @@ def starts_as_zip(file: BinaryIO) -> bool:
 
 def save_tensors(buffer: MixedReplayBuffer, file: BinaryIO, imagined: bool) -> None:
     """
-    :param buffer: what is filled of it goes to the file
+    :param buffer: its filled part is saved
     :param file: open for writing
-    :param imagined: with the imagined transitions, too
+    :param imagined: also save the imagined transitions
     """
-    rows, refills = buffer.model_buffer.contents()
-    content = {
-        "format": FORMAT,
-        "rows": {name: th.as_tensor(np.ascontiguousarray(getattr(buffer, name)[: buffer.size()])) for name in ROWS},
-        "buffer_size": buffer.buffer_size,
-        "pos": buffer.pos,
-        "full": buffer.full,
-        "handle_timeout_termination": buffer.handle_timeout_termination,
-        # A view would bring all of its memory into the file.
-        "imagined": rows.cpu() if imagined else th.empty(0, rows.shape[1]),
-        "refills": refills if imagined else [],
-    }
-    th.save(content, file)
+    tensors: Tensors = {}
+    contents = buffer.contents(imagined) | {"handle_timeout_termination": buffer.handle_timeout_termination}
+    content = write_json(encode(contents, tensors))
+    th.save({"format": FORMAT, "content": content, "tensors": cut_out(tensors)}, file)
 
 
 def load_tensors(buffer: MixedReplayBuffer, file: BinaryIO) -> None:
     """
-    Put the transitions of a file in the place of those of a buffer; of more than it has room for, the last ones.
+    Replace the transitions of a buffer by those of a file. If there are more than it has room for, the newest.
 
-    :param buffer: of the same envs; unchanged if the file is refused
+    :param buffer: a buffer for the same envs; unchanged if the file is refused
     :param file: written by :func:`save_tensors` within :func:`.whole_files.with_checksum`, or by anyone
     :raises ValueError: another file, an altered one, transitions of other envs, or numbers that are not finite
     """
@@ -71,62 +64,16 @@ def load_tensors(buffer: MixedReplayBuffer, file: BinaryIO) -> None:
         )
     if not check_checksum(file):
         raise ValueError("it is cut off, or no replay buffer saved with safe=True: there is no checksum at its end")
-    content = read_tensors(file)
-    if not isinstance(content, dict) or set(content) != _KEYS:
+    found = read_tensors(file)
+    if not isinstance(found, dict) or set(found) != {"format", "content", "tensors"}:
         raise ValueError("it is no replay buffer saved with safe=True")
-    if type(content["format"]) is not int or content["format"] != FORMAT:
-        raise ValueError(f"format={str(content['format'])[:50]} is unknown; it must be {FORMAT}")
-    n_rows = _check_rows(content, buffer)
-    _check_places(content, n_rows)
-    _check_imagined(content, buffer.model_buffer.rows.shape[1])
-    rows = {name: tensor.numpy() for name, tensor in content["rows"].items()}
-    check_finite(rows, content["imagined"])
-    buffer.reset()
-    if content["buffer_size"] == buffer.buffer_size:
-        for name, array in rows.items():
-            getattr(buffer, name)[:n_rows] = array
-        buffer.pos, buffer.full = content["pos"], content["full"]
-    else:
-        oldest = content["pos"] if content["full"] else 0
-        buffer.insert({name: np.roll(array, -oldest, axis=0) for name, array in rows.items()})
-    buffer.handle_timeout_termination = content["handle_timeout_termination"]
-    buffer.model_buffer.restore(content["imagined"], content["refills"])
-
-
-def _check_rows(content: dict[str, Any], buffer: MixedReplayBuffer) -> int:
-    """:return: number of rows, a row for each step of all envs"""
-    rows = content["rows"]
-    if not isinstance(rows, dict) or set(rows) != set(ROWS):
-        raise ValueError(f"rows must be {', '.join(ROWS)}")
-    n_rows: int | None = None
-    for name, tensor in rows.items():
-        ours = getattr(buffer, name)
-        dtype = th.as_tensor(ours[:0]).dtype
-        if not isinstance(tensor, th.Tensor) or tensor.layout != th.strided or tensor.is_quantized or tensor.dtype != dtype:
-            raise ValueError(f"{name} must be a tensor of {dtype}")
-        if tensor.ndim != ours.ndim or tensor.shape[1:] != ours.shape[1:]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this agent's steps have {ours.shape[1:]}")
-        # A tensor that repeats itself is larger than its file.
-        if not tensor.is_contiguous() or tensor.requires_grad:
-            raise ValueError(f"{name} must be a plain tensor")
-        n_rows = len(tensor) if n_rows is None else n_rows
-        if len(tensor) != n_rows:
-            raise ValueError(f"{name} has {len(tensor)} steps, but others have {n_rows}")
-    return n_rows or 0
-
-
-def _check_places(content: dict[str, Any], n_rows: int) -> None:
-    size, pos, full = content["buffer_size"], content["pos"], content["full"]
-    if not isinstance(full, bool) or not isinstance(content["handle_timeout_termination"], bool):
-        raise ValueError("full and handle_timeout_termination must be true or false")
-    if type(size) is not int or type(pos) is not int or not (0 <= pos < size and n_rows == (size if full else pos)):
-        raise ValueError(f"buffer_size, pos and full do not go with {n_rows} steps")
-
-
-def _check_imagined(content: dict[str, Any], width: int) -> None:
-    rows, refills = content["imagined"], content["refills"]
-    fits = isinstance(rows, th.Tensor) and rows.layout == th.strided and rows.dtype == th.float32 and rows.ndim == 2
-    if not fits or rows.shape[1] != width or not rows.is_contiguous() or rows.requires_grad:
-        raise ValueError(f"imagined must be a float32 tensor of {width} columns")
-    if not isinstance(refills, list) or not all(type(n) is int and n >= 0 for n in refills) or sum(refills) != len(rows):
-        raise ValueError("refills must be how many imagined rows each refill has")
+    if type(found["format"]) is not int or found["format"] != FORMAT:
+        raise ValueError(f"format={str(found['format'])[:50]} is unknown; it must be {FORMAT}")
+    if not isinstance(found["content"], str) or not isinstance(found["tensors"], dict):
+        raise ValueError("it is no replay buffer saved with safe=True")
+    contents = decode(read_json(found["content"].encode("utf-8", "replace")), found["tensors"], "the replay buffer")
+    by_timeout = contents.pop("handle_timeout_termination", None) if isinstance(contents, dict) else None
+    if not isinstance(by_timeout, bool):
+        raise ValueError("handle_timeout_termination must be true or false")
+    buffer.restore(contents)
+    buffer.handle_timeout_termination = by_timeout

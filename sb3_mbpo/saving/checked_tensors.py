@@ -1,4 +1,4 @@
-"""Tensors from a file that anyone may have written: those of an agent, exactly, or none."""
+"""Checks tensors from a file that anyone may have written, and puts them into an agent."""
 
 import copy
 import math
@@ -15,15 +15,15 @@ VARIABLES = "pytorch_variables"
 
 class Bounded(TorchDispatchMode):
     """
-    Within it, tensors are made only up to a bound: a file may say that a network is larger than the file's own tensors.
+    Limits the tensors that are created in this context. A file may describe networks that are larger than its own tensors.
 
-    :param n_bytes: of the tensors in the file; as many numbers may be made, and a little more
+    :param n_bytes: Size of the tensors in the file, in bytes. As many numbers may be created, and a few more
     """
 
     def __init__(self, n_bytes: int) -> None:
         super().__init__()
         self.left = n_bytes + 2**20
-        # A tensor takes more than a hundred bytes in a file, however small it is; a network makes few that are not in it.
+        # Each tensor takes more than a hundred bytes in a file, and a network creates few tensors that are not in the file.
         self.made_left = 1000 + n_bytes // 128
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -38,7 +38,7 @@ class Bounded(TorchDispatchMode):
 def check_weights(agent: Any) -> None:
     """
     :param agent: a ModelBased algorithm
-    :raises ValueError: a weight of it is NaN or infinite, or NaN is in an optimizer of its policy, which would spread
+    :raises ValueError: a weight is NaN or infinite, or an optimizer of the policy contains NaN, which would spread
     """
     names, variables = agent._get_torch_save_params()
     of_policy = {id(module) for module in agent.policy.modules()}
@@ -47,11 +47,11 @@ def check_weights(agent: Any) -> None:
         part, root = recursive_getattr(agent, name), getattr(agent, name.split(".")[0])
         learned = isinstance(root, th.nn.Module) and id(root) not in of_policy
         if isinstance(part, th.nn.Module):
-            # Errors that were never measured are infinite in the dynamics, and are no weights.
+            # The dynamics' state also contains hold-out errors, which are infinite before the first fit.
             state = part.named_parameters() if learned else part.state_dict().items()
             found += [(f"{name}: {key}", value) for key, value in state]
         elif not learned:
-            # Squares of large gradients may be infinite.
+            # Squares of large gradients may be infinite in an intact optimizer.
             found += [(f"{name}: {key}", value.nan_to_num(nan=th.nan, posinf=0, neginf=0)) for key, value in _tensors_of(part)]
     for name, value in [*found, *((name, recursive_getattr(agent, name)) for name in variables)]:
         n_wrong = int((~value.isfinite()).sum()) if value is not None else 0
@@ -71,10 +71,12 @@ def _tensors_of(optimizer: th.optim.Optimizer) -> Iterator[tuple[str, th.Tensor]
 
 def check_like(expected: Any, given: Any, where: str) -> None:
     """
+    Check that a value has the structure of another one.
+
     :param expected: a tensor, a plain value, or a container of them
-    :param given: must have its keys, lengths, types, shapes and dtypes; text, flags and ``None`` must be equal, too
-    :param where: names it in the error
-    :raises ValueError: it has not
+    :param given: must have the same keys, lengths, types, shapes and dtypes; text, bools and ``None`` must be equal
+    :param where: name of the value in the error
+    :raises ValueError: the structures differ
     """
     if isinstance(expected, th.Tensor):
         if not isinstance(given, th.Tensor) or given.layout != th.strided or given.is_quantized:
@@ -109,10 +111,12 @@ def _complain_of_keys(expected: set[Any], given: Any, where: str) -> None:
 
 def check_optimizer(optimizer: th.optim.Optimizer, given: Any, where: str) -> None:
     """
-    :param optimizer: as it was made
+    Check the state of an optimizer.
+
+    :param optimizer: a new optimizer
     :param given: must be a ``state_dict`` of such an optimizer, before or after its first step
-    :param where: names it in the error
-    :raises ValueError: it is not
+    :param where: name of the value in the error
+    :raises ValueError: it is not such a ``state_dict``
     """
     expected = optimizer.state_dict()
     if not isinstance(given, Mapping) or set(given) != {"state", "param_groups"}:
@@ -132,7 +136,7 @@ def check_optimizer(optimizer: th.optim.Optimizer, given: Any, where: str) -> No
 
 
 def _states_after_a_step(optimizer: th.optim.Optimizer) -> dict[int, Any]:
-    """What such an optimizer keeps of each parameter, found by letting a copy of it take a step."""
+    """:return: what such an optimizer stores for each parameter, found by a step of a copy"""
     twin = copy.deepcopy(optimizer)
     for group in twin.param_groups:
         for parameter in group["params"]:
@@ -143,17 +147,17 @@ def _states_after_a_step(optimizer: th.optim.Optimizer) -> dict[int, Any]:
 
 def restore(agent: Any, tensors: dict[str, Any]) -> None:
     """
-    Put what a file holds into an agent, after all of it was checked.
+    Put the tensors of a file into an agent, after all of them were checked.
 
-    :param agent: as it was built, of the same kind as the one that was saved
-    :param tensors: for each state dict of ``_get_torch_save_params``, and ``"pytorch_variables"``, what ``torch.load`` gave
+    :param agent: a newly built agent of the same kind as the saved one
+    :param tensors: the loaded state dicts of ``_get_torch_save_params``, and ``"pytorch_variables"``, by name
     :raises ValueError: names, shapes or dtypes are not those of the agent
     """
     names, variables = agent._get_torch_save_params()
     if set(tensors) != {*names, VARIABLES}:
         _complain_of_keys({*names, VARIABLES}, tensors, "the file")
     parts = {name: recursive_getattr(agent, name) for name in names}
-    # A policy may know how to take what was saved with other arguments.
+    # A policy may convert tensors that were saved with other arguments.
     fitting = {name: part.fitting for name, part in parts.items() if hasattr(part, "fitting")}
     fitted = {name: fit(tensors[name]) for name, fit in fitting.items() if isinstance(tensors[name], Mapping)}
     tensors = {**tensors, **fitted}
@@ -167,7 +171,7 @@ def restore(agent: Any, tensors: dict[str, Any]) -> None:
         if isinstance(part, th.optim.Optimizer):
             part.load_state_dict(tensors[name])
         else:
-            # Without the attributes that the file's mapping may have.
+            # Without attributes that the mapping from the file may have.
             state = OrderedDict(tensors[name])
             state._metadata = part.state_dict()._metadata  # type: ignore[attr-defined]
             try:

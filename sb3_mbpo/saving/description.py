@@ -1,106 +1,103 @@
-"""What an agent is beside its tensors, as JSON can say it; and an agent made from that, without trusting who wrote it."""
+"""An agent without its tensors, described in JSON, and an agent made from that, whoever wrote it."""
 
 import inspect
 from typing import Any
 
+import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq
-from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces
-from stable_baselines3.common.utils import LinearSchedule as LearningRateSchedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule, check_for_correct_spaces
 
 from sb3_mbpo.arguments.arguments import resolve
-from sb3_mbpo.rollouts import LONGEST_AUTO, LinearRolloutSchedule
 from sb3_mbpo.runtime.provenance import versions
-from sb3_mbpo.saving.plain_values import decode, decode_box, decode_space, encode, encode_box, encode_space, is_a
-from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS
-from sb3_mbpo.trust.filters import FILTERS
+from sb3_mbpo.saving import foreign_classes  # noqa: F401  registers the classes of PyTorch and SB3
+from sb3_mbpo.saving.agent_state import decode_state, encode_state
+from sb3_mbpo.saving.serialization import decode, encode, is_a
+from sb3_mbpo.validation.registry import AGENTS, OF_ARGUMENT, WORDS
 from sb3_mbpo.validation.rules import shown
 from sb3_mbpo.validation.unsupported import check_spaces
 
-FORMAT = 1
-#: Our algorithms by their names; a file may name no other. ``register`` fills it.
-AGENTS: dict[str, type] = {}
-#: What counts the agent's life, and is restored.
-COUNTERS = (
-    *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_earlier_timesteps", "dynamics_fitted_at"),
-    *(
-        "_episode_num",
-        "_n_updates",
-        "_current_progress_remaining",
-        "auto_rollout_length",
-        "imagined_fraction",
-        "filter_state",
-    ),
-    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
-)
-
+FORMAT = 2
 _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_space", "action_space", "n_envs", "termination"}
-_KEYS |= {"counters"}
-# Given by the caller, or by the description under a key of its own.
+_KEYS |= {"state"}
+# Passed by the caller, or described under a key of its own.
 _NO_ARGUMENTS = {"policy", "env", "device", "_init_setup_model"}
-# Text that these arguments may be in a file; any other would be a function's name, to be imported.
-_WORDS: dict[str, tuple[str, ...]] = {
-    "termination_fn": ("learned", "never"),
-    "reward_fn": ("joint",),
-    "rollout_schedule": ("auto",),
-    "rollout_filter": tuple(FILTERS),
-}
-_NOTHING = type(None)
-# What a description may say of an argument; of the others, what their default is. Text that `resolve` would import is none.
+_NUMBER: tuple[type, ...] = (int, float)
+_NOTHING: tuple[type, ...] = (type(None),)
+# Types that an argument may have in a file, beside those in the register; of the others, the type of the default.
 _TYPES: dict[str, tuple[type, ...]] = {
-    "prediction_clip_margin": (int, float, type(None)),
-    "min_explained_variance": (int, float, type(None)),
-    "learning_rate": (int, float, ConstantSchedule, LearningRateSchedule, FloatSchedule),
+    **dict.fromkeys(("prediction_clip_margin", "min_explained_variance"), (*_NUMBER, *_NOTHING)),
+    **dict.fromkeys(("ent_coef", "target_entropy"), (*_NUMBER, str)),
+    **dict.fromkeys(("replay_buffer_kwargs", "policy_kwargs", "dynamics_kwargs"), (*_NOTHING, dict)),
+    **dict.fromkeys(("seed", "model_buffer_size", "dynamics_window"), (*_NOTHING, int)),
+    **dict.fromkeys(("termination_fn", "reward_fn", "rollout_filter", "tensorboard_log"), (*_NOTHING, str)),
+    "learning_rate": (*_NUMBER, ConstantSchedule, LinearSchedule, FloatSchedule),
     "train_freq": (int, tuple),
-    "action_noise": (_NOTHING, ActionNoise),
-    "replay_buffer_class": (_NOTHING,),
-    "replay_buffer_kwargs": (_NOTHING, dict),
-    "policy_kwargs": (_NOTHING, dict),
-    "dynamics_kwargs": (_NOTHING, dict),
-    "tensorboard_log": (_NOTHING, str),
-    "seed": (_NOTHING, int),
-    "ent_coef": (int, float, str),
-    "target_entropy": (int, float, str),
-    "real_ratio": (int, float),
-    "rollout_schedule": (int, dict, LinearRolloutSchedule, str),
-    "model_buffer_size": (_NOTHING, int),
-    "dynamics_window": (_NOTHING, int),
-    "termination_fn": (_NOTHING, str, *KNOWN_TERMINATIONS),
-    "reward_fn": (_NOTHING, str),
-    "rollout_filter": (_NOTHING, str, *FILTERS.values()),
+    "action_noise": (*_NOTHING, ActionNoise),
+    "replay_buffer_class": _NOTHING,
+    "real_ratio": _NUMBER,
+    **dict.fromkeys(("updates_per_transition", "warmup_actions"), (*_NUMBER, *_NOTHING)),
+    "rollout_schedule": (int, dict, str),
     "dynamics_class": (type,),
-    "fast_update": (_NOTHING, bool),
+    "fast_update": (*_NOTHING, bool),
 }
-
-
-def register(cls: type) -> None:
-    """:param cls: an algorithm; one of this package's own can be named in a file from now on"""
-    if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
-        AGENTS[cls.__name__] = cls
 
 
 def describe(agent: Any) -> dict[str, Any]:
     """
-    All that makes an equal agent, apart from its tensors, its env and its replay buffer.
+    Describe everything from which an equal agent can be made, except its tensors, its env and its replay buffer.
 
     :param agent: a ModelBased algorithm
-    :return: for strict JSON. What JSON cannot say, such as functions, is marked, and :func:`build` asks for it
+    :return: strict JSON. Functions and other values that JSON cannot hold are marked, and :func:`build` asks for them
     """
     aliases = [name for name, policy in agent.policy_aliases.items() if policy is agent.policy_class]
     return {
         "format": FORMAT,
         "versions": versions(),
         "class": type(agent).__name__,
-        "policy": aliases[0] if aliases else encode(agent.policy_class),
+        "policy": aliases[0] if aliases else encode(agent.policy_class, objects=True),
         "arguments": {name: _argument(agent, name) for name in _argument_names(type(agent))},
-        "observation_space": encode_space(agent.observation_space),
-        "action_space": encode_box(agent.action_space),
+        "observation_space": _encode_space(agent.observation_space),
+        "action_space": _encode_space(agent.action_space),
         "n_envs": int(agent.n_envs),
-        "termination": encode(agent.termination),
-        "counters": {name: encode(getattr(agent, name)) for name in COUNTERS},
+        "termination": encode(agent.termination, objects=True),
+        "state": encode_state(agent),
     }
+
+
+def _encode_space(space: spaces.Space) -> Any:
+    """:return: a Box, or names and Boxes of a Dict in their order"""
+    if isinstance(space, spaces.Dict):
+        return [[name, _encode_space(part)] for name, part in space.items()]
+    assert isinstance(space, spaces.Box)
+    # Not as a subclass, which a file cannot name.
+    return encode(spaces.Box(space.low, space.high, dtype=space.dtype.type), objects=True)  # type: ignore[arg-type]
+
+
+def _decode_space(encoded: Any, where: str) -> spaces.Space:
+    """
+    :param encoded: the result of :func:`_encode_space`, read from JSON; anyone may have written it
+    :param where: name of the space, for the errors
+    :raises ValueError: it is no Box, and no Dict of Boxes
+    """
+    if isinstance(encoded, list):
+        if not all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in encoded):
+            raise ValueError(f"{where} must be a list of names and spaces")
+        names = [name for name, _ in encoded]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{where} must not have two entries of one name")
+        return spaces.Dict([(name, _decode_box(part, f"{where}: {name[:50]}")) for name, part in encoded])
+    return _decode_box(encoded, where)
+
+
+def _decode_box(encoded: Any, where: str) -> spaces.Box:
+    box = decode(encoded, where=where, objects=True)
+    if not isinstance(box, spaces.Box):
+        raise ValueError(f"{where}={shown(box)} must be a Box")
+    return box
 
 
 def _argument_names(cls: type) -> list[str]:
@@ -108,8 +105,8 @@ def _argument_names(cls: type) -> list[str]:
 
 
 def _argument(agent: Any, name: str) -> Any:
-    """What the constructor would have to be told now, encoded."""
-    # One is kept under another name by SB3; and what is not kept at all cannot be described.
+    """:return: the value that the constructor would need now, encoded"""
+    # SB3 keeps one argument under another name. An argument that is not kept at all cannot be described.
     value = getattr(agent, {"stats_window_size": "_stats_window_size"}.get(name, name), object())
     if name == "replay_buffer_class":
         return None
@@ -117,10 +114,10 @@ def _argument(agent: Any, name: str) -> Any:
         value = (value.frequency, value.unit.value)
     if isinstance(value, str) and name == "dynamics_class":
         value = resolve(value, name)
-    if isinstance(value, str) and value not in _WORDS.get(name, (value,)):
-        # A dotted name: to import it is the caller's decision.
-        return {":yours:": value}
-    return encode(value)
+    if isinstance(value, str) and value not in WORDS.get(name, (value,)):
+        # A dotted name. Only the caller may decide to import it.
+        return {"$yours": value}
+    return encode(value.item() if isinstance(value, np.generic) else value, objects=True)
 
 
 def build(
@@ -132,41 +129,39 @@ def build(
     **overrides: Any,
 ) -> Any:
     """
-    The agent that was described, its networks freshly drawn. Nothing is imported or called by a name in the description.
+    Make the described agent, with newly initialized networks. No name in the description is imported or called.
 
-    Not taken from it: ``tensorboard_log``, a place for files that its author would choose.
+    ``tensorboard_log`` is not taken from the description: its author would choose where files are written.
 
-    :param description: from :func:`describe`, by way of JSON; it may be anyone's
-    :param env: of the same spaces, or the name of one; ``None``: an agent that can predict, and gets its env by ``set_env``
+    :param description: the result of :func:`describe`, read from JSON; anyone may have written it
+    :param env: an env with the same spaces, or its name; ``None``: the agent can predict, and gets an env by ``set_env``
     :param cls: the algorithm; ``None``: the one of this package that the description names
     :param device: see SB3
-    :param overrides: arguments of the constructor that differ, or that a description cannot hold; ``policy`` among them
-    :raises ValueError: not such a description, an argument that has to be passed, or another env's spaces
+    :param overrides: arguments of the constructor that differ, or that a description cannot hold, including ``policy``
+    :return: the agent
+    :raises ValueError: the description is invalid, an argument has to be passed, or the env has other spaces
     """
     _check_description(description)
     kind = _class(description["class"], cls)
-    observation_space = decode_space(description["observation_space"], "observation_space")
-    action_space = decode_box(description["action_space"], "action_space")
-    check_spaces(observation_space, action_space)
+    spaces_of = {name: _decode_space(description[name], name) for name in ("observation_space", "action_space")}
+    check_spaces(spaces_of["observation_space"], spaces_of["action_space"])
     policy = overrides.pop("policy", None) or _policy(description["policy"], kind)
     arguments = _arguments(description["arguments"], kind, overrides)
-    counters = {name: _counter(description["counters"], name) for name in COUNTERS}
+    state = decode_state(description["state"])
     termination = _termination(description["termination"])
     if env is not None:
         env = kind._wrap_env(maybe_make_env(env, arguments["verbose"]), int(arguments["verbose"]))
-        check_for_correct_spaces(env, observation_space, action_space)
+        check_for_correct_spaces(env, spaces_of["observation_space"], spaces_of["action_space"])
     try:
         agent = kind(policy, env, device=device, _init_setup_model=False, **arguments)
-        agent.observation_space, agent.action_space = observation_space, action_space
+        vars(agent).update(**spaces_of, **state, termination=termination)
         agent.n_envs = description["n_envs"] if env is None else env.num_envs
         _fit_noise(agent)
-        agent.termination = termination
         agent._setup_model()
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"the described agent cannot be built: {type(error).__name__}: {error}") from error
-    vars(agent).update(counters)
     return agent
 
 
@@ -180,11 +175,9 @@ def _check_description(description: Any) -> None:
             f"the description of the agent has unknown keys {sorted(set(description) - _KEYS)[:5]} "
             f"or lacks {sorted(_KEYS - set(description))}"
         )
-    for name in ("arguments", "counters", "versions"):
+    for name in ("arguments", "state", "versions"):
         if not isinstance(description[name], dict):
             raise ValueError(f"{name} of the description must be a JSON object")
-    if set(description["counters"]) != set(COUNTERS):
-        raise ValueError(f"counters of the description must be {', '.join(COUNTERS)}")
     n_envs = description["n_envs"]
     if not is_a(n_envs, (int,)) or not 1 <= n_envs <= 2**20:
         raise ValueError(f"n_envs={shown(n_envs)} must be a whole number of at least 1")
@@ -198,14 +191,14 @@ def _class(name: Any, cls: type | None) -> Any:
     if not isinstance(name, str) or name not in AGENTS:
         raise ValueError(
             f"class {shown(name)} is not among {', '.join(AGENTS)} (this package's other algorithms have to be imported "
-            "before one of them can be named)"
+            "before a file can name them)"
         )
     return AGENTS[name]
 
 
 def _policy(value: Any, cls: Any) -> str:
     if isinstance(value, dict):
-        decode(value, "policy")
+        decode(value, where="policy", objects=True)
     if not isinstance(value, str) or value not in cls.policy_aliases:
         raise ValueError(f"policy={shown(value)} must be one of {', '.join(cls.policy_aliases)}")
     return value
@@ -217,24 +210,22 @@ def _arguments(encoded: dict[str, Any], cls: type, overrides: dict[str, Any]) ->
     for name in [*encoded, *overrides]:
         if name not in known:
             raise ValueError(f"{cls.__name__} has no argument {shown(name)}; was it saved by a later version?")
-    # An argument that came after the description was written has its default.
+    # An argument that is newer than the description has its default.
     arguments = {name: overrides.get(name, parameters[name].default) for name in known}
     for name in encoded:
-        value = encoded[name]
         if name not in overrides and name != "tensorboard_log":
-            arguments[name] = decode(value, name)
+            arguments[name] = decode(encoded[name], where=name, objects=True)
             _check_argument(name, arguments[name], parameters[name].default)
     return arguments
 
 
 def _check_argument(name: str, value: Any, default: Any) -> None:
-    kinds = _TYPES.get(name)
-    if kinds is None and default is not None:
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        kinds = (int, float) if number else (type(default),)
-    if kinds is not None and not is_a(value, kinds):
+    kinds = _TYPES.get(name, ())
+    if not kinds and default is not None:
+        kinds = _NUMBER if is_a(default, _NUMBER) else (type(default),)
+    if kinds and not is_a(value, (*kinds, *OF_ARGUMENT.get(name, ()))):
         raise ValueError(f"{name}={shown(value)} is of a type that it cannot have in a file")
-    if isinstance(value, str) and value not in _WORDS.get(name, (value,)):
+    if isinstance(value, str) and value not in WORDS.get(name, (value,)):
         raise ValueError(f"{name}={shown(value)} is no name that a file may hold")
     if name == "policy_kwargs":
         for key, item in (value or {}).items():
@@ -247,36 +238,17 @@ def _check_argument(name: str, value: Any, default: Any) -> None:
 
 
 def _termination(encoded: Any) -> Any:
-    """What was found for the first env; what a function of the caller's stands for is found anew."""
-    if isinstance(encoded, dict) and ":yours:" in encoded:
+    """:return: the termination found for the first env; ``None``: it was a function of the caller's, and is found anew"""
+    if isinstance(encoded, dict) and "$yours" in encoded:
         return None
-    termination = decode(encoded, "termination")
-    if termination != "learned" and not isinstance(termination, KNOWN_TERMINATIONS):
+    termination = decode(encoded, where="termination", objects=True)
+    if termination != "learned" and not isinstance(termination, tuple(OF_ARGUMENT["termination_fn"])):
         raise ValueError(f"termination={shown(termination)} is none that a file may hold")
     return termination
 
 
-def _counter(encoded: dict[str, Any], name: str) -> Any:
-    value = decode(encoded[name], name)
-    if name == "_current_progress_remaining":
-        fine = is_a(value, (int, float))
-    elif name == "imagined_fraction":
-        fine = is_a(value, (int, float)) and 0 <= value <= 1
-    elif name in ("forgot_transitions", "normalized_observations"):
-        fine = isinstance(value, bool)
-    elif name == "auto_rollout_length":
-        fine = is_a(value, (int,)) and 1 <= value <= LONGEST_AUTO
-    elif name in ("filter_state", "forward_errors", "prediction_bounds"):
-        fine = isinstance(value, list) and all(is_a(item, (int, float)) and abs(item) < float("inf") for item in value)
-    else:
-        fine = (is_a(value, (int,)) and value >= 0) or (value is None and name == "dynamics_fitted_at")
-    if not fine:
-        raise ValueError(f"counters: {name}={shown(value)} is no count")
-    return value
-
-
 def _fit_noise(agent: Any) -> None:
-    """Noise made for another number of envs goes back to one stream; SB3 multiplies it again when learning begins."""
+    """Reduce noise made for another number of envs to one stream. SB3 multiplies it again when learning begins."""
     noise = agent.action_noise
     if isinstance(noise, VectorizedActionNoise) and noise.n_envs != agent.n_envs:
         agent.action_noise = noise.base_noise

@@ -1,4 +1,4 @@
-"""An agent's policy as a file that runs without this package: ONNX or TorchScript."""
+"""Exports an agent's policy as a file that runs without this package: ONNX or TorchScript."""
 
 import copy
 import io
@@ -19,24 +19,24 @@ from sb3_mbpo.saving.save_load import Saving
 from sb3_mbpo.saving.whole_files import written_whole
 from sb3_mbpo.validation.rules import shown
 
-# Names of input and output in an ONNX file.
+# Names of the input and the output in an ONNX file.
 OBSERVATIONS, ACTIONS = "observations", "actions"
-# Packages that PyTorch writes ONNX with.
+# Packages that PyTorch needs to write ONNX files.
 ONNX = ("onnx", "onnxscript")
-# Largest difference from `predict`, in units of half the range of an action, with which a file is written.
+# Maximum difference from `predict`, as a fraction of half the range of an action.
 TOLERANCE = 1e-4
-# Observations that are tried before a file is written.
+# Number of observations that are compared before a file is written.
 N_TRIED = 32
 
 
 class Normalizer(nn.Module):
     """
-    The observations of a ``VecNormalize``: less their mean, by their standard deviation, clipped.
+    Normalizes observations like ``VecNormalize``, with a copy of its statistics.
 
-    ``VecNormalize`` computes with float64. Here a mean that is far from 0 is kept as the sum of two float32 numbers, so that
-    the difference from it is as exact.
+    ``VecNormalize`` computes in float64. Here, the mean is stored as the sum of two float32 numbers, so that the difference
+    from a mean far from 0 is as exact.
 
-    :param statistics: a ``VecNormalize``, whose statistics are copied
+    :param statistics: A ``VecNormalize``
     """
 
     mean_high: th.Tensor
@@ -53,13 +53,16 @@ class Normalizer(nn.Module):
         self.clip = float(statistics.clip_obs)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        """:return: of the same shape"""
+        """
+        :param observations: raw observations ``(B, *obs_shape)``
+        :return: normalized observations, same shape
+        """
         centred = (observations - self.mean_high) - self.mean_low
         return (centred * self.scale).clamp(-self.clip, self.clip)
 
 
 def _within(bound: np.ndarray, inside: float) -> np.ndarray:
-    """:return: the float32 number nearest to a bound, and on its inner side"""
+    """:return: the float32 number that is nearest to a bound and not outside of it"""
     rounded = np.asarray(bound, np.float32)
     is_outside = rounded < bound if inside > 0 else rounded > bound
     return np.where(is_outside, np.nextafter(rounded, np.float32(inside)), rounded)
@@ -67,10 +70,10 @@ def _within(bound: np.ndarray, inside: float) -> np.ndarray:
 
 class ActionScale(nn.Module):
     """
-    From [-1, 1] to the units of the env.
+    Scales actions from [-1, 1] to the units of the env.
 
-    :param low: ``(*action_shape,)``
-    :param high: ``(*action_shape,)``
+    :param low: Lower bounds of the env's actions ``(*action_shape,)``
+    :param high: Upper bounds ``(*action_shape,)``
     """
 
     low: th.Tensor
@@ -85,34 +88,34 @@ class ActionScale(nn.Module):
 
     def forward(self, actions: th.Tensor) -> th.Tensor:
         """
-        :param actions: ``(B, action_dim)``
-        :return: ``(B, *action_shape)``, within the bounds
+        :param actions: actions in [-1, 1], ``(B, action_dim)``
+        :return: actions in the env's units, within the bounds, ``(B, *action_shape)``
         """
         actions = actions.reshape(-1, *self.low.shape)
         scaled = self.low + (actions + 1) * self.half_range
-        # Rounding may exceed a bound by a last digit, and a robot may refuse that.
+        # Rounding may exceed a bound in the last digit, and a robot may refuse that.
         return th.minimum(th.maximum(scaled, self.low), self.high)
 
 
 class ExportedPolicy(nn.Module):
     """
-    Raw observations in, deterministic actions out: a copy of the agent's policy on the CPU, with all that is around it.
+    A copy of the agent's policy on the CPU that maps raw observations to deterministic actions in the env's units.
 
-    :param agent: any algorithm with SAC's or TD3's kind of actor
-    :param statistics: a ``VecNormalize``; ``None``: the agent learned from raw observations
+    :param agent: An algorithm with an actor like SAC's or TD3's
+    :param statistics: A ``VecNormalize``; ``None``: the agent learned from raw observations
     :raises ValueError: the actor is of another kind
     """
 
     def __init__(self, agent: Any, statistics: Any) -> None:
         super().__init__()
         policy: Any = getattr(agent.policy, "_orig_mod", agent.policy)
-        # DHMBPO acts with an average of its weights.
+        # DHMBPO acts with averaged weights.
         actor = getattr(policy, "deterministic_actor", policy.actor)
         if not (isinstance(getattr(actor, "mu", None), nn.Module) and isinstance(actor.features_extractor, nn.Module)):
             raise ValueError(f"export: the actor {type(actor).__name__} has no features_extractor and mu, as SB3's have")
         parts: list[Any] = [] if statistics is None else [Normalizer(statistics)]
         parts.append(actor.features_extractor)
-        # TD3's mu is the whole network, squashing included; SAC's is the last layer.
+        # TD3's mu is the whole network, including tanh; SAC's is the last layer.
         parts += [actor.latent_pi, actor.mu, nn.Tanh()] if hasattr(actor, "latent_pi") else [actor.mu]
         parts.append(ActionScale(agent.action_space.low, agent.action_space.high))
         self.parts = nn.ModuleList(copy.deepcopy(part).cpu() for part in parts)
@@ -120,8 +123,8 @@ class ExportedPolicy(nn.Module):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: ``(B, *obs_shape)``, float32, as the env returns them
-        :return: ``(B, *action_shape)``, float32, as the env takes them
+        :param observations: observations of the env ``(B, *obs_shape)``, float32
+        :return: actions in the env's units ``(B, *action_shape)``, float32
         """
         values = observations.float()
         for part in self.parts:
@@ -130,7 +133,7 @@ class ExportedPolicy(nn.Module):
 
 
 def _tried(agent: Any, statistics: Any) -> np.ndarray:
-    """:return: observations of an env, ``(N_TRIED, *obs_shape)``: drawn where its statistics say, within its bounds"""
+    """:return: random observations ``(N_TRIED, *obs_shape)`` with the given statistics, within the bounds of the space"""
     space = agent.observation_space
     drawn = np.random.default_rng(0).normal(size=(N_TRIED, *space.shape))
     if statistics is not None:
@@ -140,12 +143,12 @@ def _tried(agent: Any, statistics: Any) -> np.ndarray:
 
 def check_equal(policy: Any, agent: Any, statistics: Any) -> None:
     """
-    Compare a policy that is to be written with ``predict``.
+    Compare an exported policy with ``predict`` of the agent.
 
-    :param policy: of float32 tensors
-    :param agent: whose ``predict``
+    :param policy: maps float32 observations to actions
+    :param agent: the agent
     :param statistics: see :class:`ExportedPolicy`
-    :raises ValueError: other actions
+    :raises ValueError: the actions differ
     """
     observations = _tried(agent, statistics)
     seen = observations.astype(agent.observation_space.dtype)
@@ -153,18 +156,22 @@ def check_equal(policy: Any, agent: Any, statistics: Any) -> None:
     actions = policy(th.as_tensor(observations)).numpy()
     half_range = (np.float64(agent.action_space.high) - np.float64(agent.action_space.low)) / 2
     error = float(np.max(np.abs(actions - expected) / half_range))
-    # NaN, too, is no success.
+    # Not `error > TOLERANCE`, which is false for NaN.
     if not error <= TOLERANCE:
         raise ValueError(
             f"export: the file's actions would differ from those of predict by {error:.2g} of their half range. The policy "
-            f"{type(agent.policy).__name__} computes them otherwise than Stable-Baselines3's does"
+            f"{type(agent.policy).__name__} computes them in another way than Stable-Baselines3's does"
         )
 
 
 def torchscript(policy: ExportedPolicy, example: th.Tensor) -> tuple[bytes, Any]:
-    """:return: content of a ``.pt`` file, and the program in it"""
+    """
+    :param policy: the policy
+    :param example: observations to trace it with
+    :return: content of a ``.pt`` file, and the program in it
+    """
     with warnings.catch_warnings():
-        # PyTorch prefers torch.export, whose files need the same version of PyTorch to run.
+        # PyTorch recommends torch.export instead, but its files need the same version of PyTorch to run.
         warnings.simplefilter("ignore", DeprecationWarning)
         program = th.jit.trace(policy, example, check_trace=False)
         buffer = io.BytesIO()
@@ -174,8 +181,10 @@ def torchscript(policy: ExportedPolicy, example: th.Tensor) -> tuple[bytes, Any]
 
 def onnx(policy: ExportedPolicy, example: th.Tensor) -> bytes:
     """
+    :param policy: the policy
+    :param example: observations to trace it with
     :return: content of an ``.onnx`` file
-    :raises ImportError: PyTorch lacks what it writes ONNX with
+    :raises ImportError: packages that PyTorch needs for ONNX are missing
     """
     missing = [name for name in ONNX if find_spec(name) is None]
     if missing:
@@ -185,7 +194,7 @@ def onnx(policy: ExportedPolicy, example: th.Tensor) -> bytes:
         )
     level = logging.root.manager.disable
     with warnings.catch_warnings():
-        # Of PyTorch's own code, and of packages for images that are not installed.
+        # PyTorch's own deprecations, and packages for images that are not installed.
         warnings.simplefilter("ignore")
         logging.disable(max(level, logging.WARNING))
         try:
@@ -204,10 +213,7 @@ def onnx(policy: ExportedPolicy, example: th.Tensor) -> bytes:
 
 
 class Exporting(Saving):
-    """The part of :class:`ModelBased` that writes its policy for machines without this package."""
-
-    #: Whether the last ``learn`` saw observations that a ``VecNormalize`` had normalized.
-    normalized_observations: bool = False
+    """The part of :class:`ModelBased` that exports its policy."""
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         statistics = self.get_vec_normalize_env()
@@ -216,18 +222,17 @@ class Exporting(Saving):
 
     def export(self, path: str | Path, vec_normalize: VecNormalize | None = None) -> None:
         """
-        Write the policy into one file that runs without this package and without Stable-Baselines3.
+        Write the policy to one file that runs without this package and without Stable-Baselines3.
 
-        Its input is ``observations``, float32 ``(B, *obs_shape)`` for any B, as the env returns them: the statistics of
-        ``VecNormalize`` and the features extractor are in the file. Its output is ``actions``, float32
-        ``(B, *action_shape)``, in the env's units: those of ``predict(deterministic=True)``. They are compared before the file
-        is written.
+        Its input is ``observations``, float32 ``(B, *obs_shape)`` for any B, as the env returns them. The statistics of
+        ``VecNormalize`` and the features extractor are in the file. Its output is ``actions``, float32 ``(B, *action_shape)``,
+        in the env's units, equal to those of ``predict(deterministic=True)``. They are compared before the file is written.
 
-        :param path: ends in ``.onnx``, or in ``.pt`` for TorchScript
+        :param path: a name that ends in ``.onnx``, or in ``.pt`` for TorchScript
         :param vec_normalize: the statistics; ``None``: those of the agent's env, if it has any
-        :raises ValueError: another ending, Dict observations, statistics that are missing, a policy that cannot be copied, or
-            parameters that are not finite
-        :raises ImportError: ONNX without the packages of the extra ``export``
+        :raises ValueError: the name has another ending, observations are dicts or images, statistics are missing, the policy
+            cannot be copied, or parameters are not finite
+        :raises ImportError: the packages of the extra ``export`` are missing, which ONNX needs
         """
         path = Path(path)
         if path.suffix not in (".onnx", ".pt"):
@@ -243,7 +248,7 @@ class Exporting(Saving):
         statistics = self._statistics(vec_normalize)
         policy = ExportedPolicy(self, statistics)
         check_equal(policy, self, statistics)
-        # Not 0 or 1 rows: those are special to PyTorch's exporter.
+        # Two rows, because PyTorch's exporter treats 0 and 1 as constants.
         example = th.as_tensor(_tried(self, statistics)[:2])
         if path.suffix == ".onnx":
             content = onnx(policy, example)
@@ -255,7 +260,7 @@ class Exporting(Saving):
             file.write(content)
 
     def _statistics(self, given: Any) -> VecNormalize | None:
-        """:return: of observations; ``None``: the policy sees them raw"""
+        """:return: the statistics of the observations; ``None``: the policy gets them raw"""
         if given is not None and not isinstance(given, VecNormalize):
             raise ValueError(f"export: vec_normalize={shown(given)} must be a VecNormalize of Stable-Baselines3")
         statistics = self.get_vec_normalize_env() if given is None else given

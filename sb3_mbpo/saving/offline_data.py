@@ -1,4 +1,4 @@
-"""Transitions that exist already: datasets and arrays, as the real replay buffer stores them."""
+"""Reads transitions from datasets and arrays, in the form in which the replay buffer stores them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,15 +17,15 @@ Transitions = dict[str, np.ndarray]
 
 def read_transitions(data: Any, codec: Codec) -> Transitions:
     """
-    What a user has, as arrays with a row for each transition, in order of time.
+    Read a user's transitions, ordered by time.
 
     :param data: a Minari dataset; a ``ReplayBuffer`` of SB3 made for the same spaces; or a mapping of arrays:
         ``observations``, ``actions`` (in the env's scale), ``rewards``, ``next_observations``, ``terminations`` and, if there
         are time limits, ``truncations``, each ``(N, ...)``. Dict observations are mappings of such arrays
     :param codec: of the agent's spaces
-    :return: the arrays of such a mapping, all six: observations in the form that the replay buffer stores, actions
+    :return: all six arrays of such a mapping: observations in the form that the replay buffer stores, actions
         ``(N, *action_shape)``, the others ``(N,)``
-    :raises ValueError: not such data, wrong shapes, or numbers that no transition of this env could have
+    :raises ValueError: the data have another type or wrong shapes, or numbers that no transition of this env could have
     """
     if isinstance(data, ReplayBuffer):
         arrays = _of_buffer(data, codec)
@@ -58,7 +58,7 @@ def _stored(obs: Any, codec: Codec) -> np.ndarray:
 
 
 def _of_buffer(buffer: ReplayBuffer, codec: Codec) -> Transitions:
-    """The filled rows, oldest first, one env after the other."""
+    """:return: the filled rows, oldest first, one env after the other"""
     start = buffer.pos if buffer.full else 0
     order = (start + np.arange(buffer.size())) % buffer.buffer_size
 
@@ -69,7 +69,7 @@ def _of_buffer(buffer: ReplayBuffer, codec: Codec) -> Transitions:
         return _stored({key: rows(part) for key, part in array.items()} if isinstance(array, dict) else rows(array), codec)
 
     if buffer.optimize_memory_usage:
-        raise ValueError("prefill: a buffer with optimize_memory_usage=True has lost the last observations of its episodes")
+        raise ValueError("prefill: a buffer with optimize_memory_usage=True lacks the last observations of its episodes")
     return {
         "observations": rows_of_obs(buffer.observations),
         "actions": codec.decode_actions(rows(buffer.actions)),
@@ -81,7 +81,7 @@ def _of_buffer(buffer: ReplayBuffer, codec: Codec) -> Transitions:
 
 
 def _of_episode(episode: Any, codec: Codec) -> Transitions:
-    """An episode of Minari: one observation more than steps."""
+    """:return: the transitions of an episode of Minari, which has one observation more than steps"""
     if not isinstance(episode.observations, Mapping if codec.is_dict else np.ndarray):
         kind = "dicts" if codec.is_dict else "arrays; flatten them and pass arrays"
         raise ValueError(f"prefill: the observations of this dataset are no {kind}")
@@ -116,20 +116,21 @@ def _reject(bad: Any, what: str, arrays: Transitions) -> None:
 
 def rows_of_steps(arrays: Transitions, n_envs: int, codec: Codec) -> Transitions:
     """
-    The same in SB3's storage, a row for each step of ``n_envs`` envs; what does not fill the last row is left out.
+    Convert transitions to SB3's storage, with one row for each step of ``n_envs`` envs. Transitions that do not fill the last
+    row are left out.
 
     :param arrays: see :func:`read_transitions`
-    :param n_envs: columns
+    :param n_envs: number of envs
     :param codec: of the agent's spaces
-    :return: for each storage array of ``ReplayBuffer``, ``(N // n_envs, n_envs, ...)``
+    :return: the storage arrays of ``ReplayBuffer`` by name, each ``(N // n_envs, n_envs, ...)``
     """
     n_rows = len(arrays["rewards"]) // n_envs
 
     def fold(array: np.ndarray) -> np.ndarray:
-        # Each env gets a stretch of time of its own.
+        # Each env gets successive transitions.
         return array[: n_rows * n_envs].reshape(n_envs, n_rows, *array.shape[1:]).swapaxes(0, 1)
 
-    # As SB3 has it: a time limit that coincides with a termination is a termination.
+    # As in SB3, a time limit that coincides with a termination is a termination.
     timeouts = arrays["truncations"] & ~arrays["terminations"]
     columns = {
         "observations": arrays["observations"],

@@ -1,4 +1,4 @@
-"""Files that anyone may have written: zips, JSON and tensors, read without running anything that is in them."""
+"""Reads zips, JSON and tensors that anyone may have written. Nothing in them is run."""
 
 import io
 import json
@@ -10,16 +10,18 @@ from typing import Any, BinaryIO
 import torch as th
 from stable_baselines3.common.save_util import open_path
 
-# An agent has a dozen members, and a torch file one for each tensor.
-_MOST_MEMBERS = 100_000
+# An agent has a dozen members, and a file of PyTorch one for each tensor.
+_MOST_MEMBERS = 1_000_000
 _MOST_TEXT = 2**24
-_MOST_LEVELS = 100
+# Of a value of 30 levels, each of which may be four levels of JSON.
+_MOST_LEVELS = 150
 
 
 def read_bytes(path: Any, suffix: str) -> bytes:
     """
     :param path: a name, with or without the suffix, or an open file, which is read to its end
     :param suffix: without the dot
+    :return: the content
     """
     file = open_path(path, "r", suffix=suffix)
     try:
@@ -31,10 +33,10 @@ def read_bytes(path: Any, suffix: str) -> bytes:
 
 def _stored(file: BinaryIO) -> zipfile.ZipFile:
     """
-    A zip whose members are as large as they say and no larger together than the file: nothing can swell.
+    Open a zip without compression. Reading its members needs no more memory than the file has bytes.
 
-    :param file: is left where it was
-    :raises ValueError: another one, or no zip
+    :param file: open for reading; its position is kept
+    :raises ValueError: it is compressed, its sizes are wrong, or it is no zip
     """
     start = file.tell()
     size = file.seek(0, io.SEEK_END) - start
@@ -61,32 +63,32 @@ def _stored(file: BinaryIO) -> zipfile.ZipFile:
 
 def check_whole(file: BinaryIO) -> zipfile.ZipFile:
     """
-    :param file: an agent's zip; is left where it was
-    :return: the same, of which every member is as it was written
-    :raises ValueError: it is no zip-file, was cut off, or a member of it has changed
+    :param file: an agent's zip; its position is kept
+    :return: the opened zip, after all checksums were compared
+    :raises ValueError: it is no zip-file, was cut off, or a member has changed
     """
     start = file.tell()
     try:
         archive = zipfile.ZipFile(file)
         changed = archive.testzip()
     except Exception as error:
-        # Python has many errors for a damaged zip.
+        # A damaged zip can raise many kinds of errors.
         raise ValueError(f"it is no zip-file, or is damaged or cut off ({error})") from None
     finally:
         file.seek(start)
     if changed is not None:
         raise ValueError(f"it is damaged: {changed[:50]!r} in it has changed since it was written")
     if any("/" in name for name in archive.namelist()):
-        # The members of an agent's zip are zips of PyTorch, and the last whole one is taken for the file.
+        # The members of an agent's zip are zips themselves. If it is cut off, the last complete one is taken for the file.
         raise ValueError("it is damaged or cut off, or no agent's zip-file")
     return archive
 
 
 def read_members(content: bytes) -> dict[str, bytes]:
     """
-    :param content: of a flat zip-file, none of it compressed
-    :return: each member by its name
-    :raises ValueError: another file, a member that is damaged, or one with a path for a name
+    :param content: a zip-file without folders and compression
+    :return: the content of each member by its name
+    :raises ValueError: it is another file, a member is damaged, or the name of a member is a path
     """
     archive = _stored(io.BytesIO(content))
     for name in archive.namelist():
@@ -99,17 +101,22 @@ def read_members(content: bytes) -> dict[str, bytes]:
 
 
 def write_json(value: Any) -> str:
-    """:return: strict JSON: no NaN, no infinity"""
+    """
+    :param value: a value that JSON can hold
+    :return: strict JSON: no NaN, no infinity
+    """
     return json.dumps(value, allow_nan=False, indent=1)
 
 
-def read_json(text: bytes) -> Any:
+def read_json(text: bytes, most: int | None = _MOST_TEXT) -> Any:
     """
     :param text: strict JSON: no NaN, no infinity, no key twice
+    :param most: maximum number of bytes; ``None``: no limit
+    :return: the value
     :raises ValueError: anything else
     """
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"it has {len(text)} bytes of JSON; the most is {_MOST_TEXT}")
+    if most is not None and len(text) > most:
+        raise ValueError(f"it has {len(text)} bytes of JSON; the most is {most}")
     try:
         found = json.loads(
             text.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_key_twice
@@ -153,12 +160,13 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_tensors(file: BinaryIO) -> Any:
     """
-    What ``torch.save`` wrote, as far as it is tensors, numbers, text and containers of them; on the CPU.
+    Read a file of ``torch.save`` that contains only tensors, numbers, text and containers of them.
 
-    What PyTorch says about a refused file is left out: it would recommend to load it unsafely.
+    PyTorch's own error message is left out, because it recommends to load a refused file unsafely.
 
-    :param file: is read from where it is
-    :raises ValueError: anything else
+    :param file: open for reading; it is read from its position
+    :return: the content, with tensors on the CPU
+    :raises ValueError: it contains anything else, or is damaged
     """
     _stored(file)
     try:

@@ -1,4 +1,4 @@
-"""An agent from a zip that anyone may have written: JSON and tensors are read, pickles are not."""
+"""Loads an agent from a zip that anyone may have written. JSON and tensors are read, pickles are not."""
 
 import io
 from typing import Any
@@ -11,12 +11,15 @@ from sb3_mbpo.saving.safe_files import read_bytes, read_json, read_members, read
 
 #: The member that describes the agent.
 MEMBER = "sb3_mbpo.json"
-# Stable-Baselines3's own, never opened here: "data" holds pickles.
+# Members of Stable-Baselines3 that are never opened here: "data" contains pickles.
 _UNREAD = ("data", "_stable_baselines3_version", "system_info.txt")
 
 
 def description_text(agent: Any) -> str:
-    """:return: the content of :data:`MEMBER`"""
+    """
+    :param agent: a ModelBased algorithm
+    :return: the content of :data:`MEMBER`
+    """
     return write_json(describe(agent))
 
 
@@ -26,8 +29,9 @@ def load_safely(cls: type, path: Any, env: Any, device: th.device | str, overrid
     :param path: see SB3
     :param env: see SB3
     :param device: see SB3
-    :param overrides: arguments of the constructor; those that no file can hold must be among them
-    :raises ValueError: a file that is damaged, hostile or another algorithm's; names the file and what is wrong with it
+    :param overrides: arguments of the constructor, including those that no file can hold
+    :return: the agent
+    :raises ValueError: the file is damaged, hostile or another algorithm's. The message names the file and the reason
     """
     content = read_bytes(path, "zip")
     try:

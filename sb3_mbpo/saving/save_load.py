@@ -1,4 +1,4 @@
-"""What a model-based agent saves, loads and takes over, and how it changes places with its model-free relative."""
+"""How a model-based agent is saved and loaded, starts from existing transitions, and becomes a model-free agent."""
 
 import copy
 import inspect
@@ -24,33 +24,28 @@ from sb3_mbpo.arguments.user_functions import check_device
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, check_fits
 from sb3_mbpo.codec import Codec
+from sb3_mbpo.saving.agent_state import OURS, AgentState
 from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.saving.checked_tensors import check_weights
-from sb3_mbpo.saving.description import register
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
 from sb3_mbpo.saving.safe_files import check_whole
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
 from sb3_mbpo.saving.whole_files import check_checksum, skip_checksum, with_checksum, written_whole
 from sb3_mbpo.validation.misuse import missing_statistics
+from sb3_mbpo.validation.registry import register_agent
 from sb3_mbpo.validation.rules import did_you_mean, shown
 from sb3_mbpo.validation.unsupported import check_env
 
 SelfSaving = TypeVar("SelfSaving", bound="Saving")
 
-# What ModelBased keeps beside its arguments and networks.
-_COUNTERS = (
-    *("termination", "dynamics_fitted_at", "_earlier_timesteps", "auto_rollout_length", "imagined_fraction", "filter_state"),
-    *("forward_errors", "prediction_bounds", "unused_fits", "forgot_transitions", "normalized_observations"),
-    *("_warned_of_termination", "_warned_of"),
-)
-# Arguments that say which networks and optimizers there are.
+# Arguments that determine which networks and optimizers exist.
 _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
 
 def _glance(path: Any) -> dict[str, Any] | None:
     """
-    The JSON in an agent's zip; ``None``: there is no dynamics in it.
-
+    :param path: an agent's zip
+    :return: the JSON in it; ``None``: it contains no dynamics
     :raises ValueError: it is no zip-file, or a damaged one
     """
     file: Any = open_path(path, "r", suffix="zip")
@@ -73,7 +68,9 @@ def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
 
 def _loaded(agent: SelfSaving, path: Any) -> SelfSaving:
     """
-    :return: the agent, after a warning where its env is not normalized as that which it learned in
+    Check a loaded agent, and warn if its env is not normalized like the env that it learned in.
+
+    :return: the agent
     :raises ValueError: weights are not finite
     """
     try:
@@ -86,16 +83,16 @@ def _loaded(agent: SelfSaving, path: Any) -> SelfSaving:
 
 
 class _Plain(NamedTuple):
-    """An agent that was made of another one and got its env."""
+    """A model-free agent that was made from a model-based one and shares its env."""
 
     agent: weakref.ref[OffPolicyAlgorithm]
     env: weakref.ref[Any]
-    #: Its ``start_time`` when this was last looked at: each ``learn`` sets it anew.
+    #: Its ``start_time`` when it was last compared: each ``learn`` changes it.
     began: float
 
 
-class Saving(OffPolicyAlgorithm):
-    """The part of :class:`ModelBased` that deals with what comes from outside and outlives the process."""
+class Saving(AgentState, OffPolicyAlgorithm):
+    """The part of :class:`ModelBased` that saves and loads agents and replay buffers."""
 
     observation_space: spaces.Box | spaces.Dict
     action_space: spaces.Box
@@ -105,14 +102,15 @@ class Saving(OffPolicyAlgorithm):
     dynamics_window: int | None
     model_train_freq: int
     retained_rollouts: int
+    updates_per_transition: float | None
 
-    #: Those that were made of this one.
+    #: Model-free agents that were made from this one.
     _plain_agents: tuple[_Plain, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.policy_aliases:  # an algorithm, no mixin
-            register(cls)
+            register_agent(cls)
 
     @classmethod
     def load(
@@ -128,21 +126,33 @@ class Saving(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfSaving:
         """
-        See SB3. The real transitions are not in the zip: see ``save_replay_buffer``.
+        Load an agent, see SB3. The real transitions are not in the zip, see ``save_replay_buffer``.
 
+        :param path: see SB3
         :param env: an env, or the name of a registered one
-        :param safe: ``False``: as SB3 does it, which runs whatever code the author of the file has put into it; ``True``:
-            nothing is unpickled, and only JSON and tensors are read. Arguments that JSON cannot hold (functions, and classes
-            of yours) have to be passed again, and ``tensorboard_log``, too
-        :raises ValueError: the zip is damaged or a model-free agent's, or weights in it are not finite, or ``kwargs`` has what
-            is no argument of the constructor; or, with ``safe``, the file is not what ``save`` writes
+        :param device: see SB3
+        :param custom_objects: see SB3; not with ``safe``
+        :param print_system_info: see SB3
+        :param force_reset: see SB3
+        :param safe: ``False``: load as SB3 does, which runs any code that the author of the file has put into it. ``True``:
+            nothing is unpickled, and only JSON and tensors are read. Then arguments that JSON cannot hold (functions, and
+            classes of yours) have to be passed again, and ``tensorboard_log``, too
+        :param kwargs: arguments of the constructor that differ from the saved ones
+        :return: the agent
+        :raises ValueError: the zip is damaged or a model-free agent's, its weights are not finite, or ``kwargs`` contains what
+            is no argument of the constructor; with ``safe``, the file was not written by ``save``
         """
         _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
         if env is not None:
             env = maybe_make_env(env, verbose=0)
             check_env(env)
-        # The warning is the constructor's.
+        # The constructor issues the warning.
         check_device(device)
+        # Either of the two replaces the one in the file.
+        if kwargs.get("updates_per_transition") is not None:
+            kwargs = {"gradient_steps": -1, **kwargs}
+        elif "gradient_steps" in kwargs:
+            kwargs = {"updates_per_transition": None, **kwargs}
         if safe:
             if custom_objects is not None:
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
@@ -158,10 +168,10 @@ class Saving(OffPolicyAlgorithm):
                 "agent.set_parameters(path, exact_match=False)"
             )
         if kwargs.get("policy_kwargs") is not None and "use_sde" in (data.get("policy_kwargs") or {}):
-            # SB3 writes this into the dictionary it is given, and then wants an equal one; the caller's stayed as it was.
+            # SB3 adds this to the dictionary it is given, and compares with it. Our constructor does not change the caller's.
             kwargs["policy_kwargs"] = {"use_sde": data.get("use_sde", False), **kwargs["policy_kwargs"]}
         if "stats_window_size" in kwargs:
-            # SB3 keeps it under another name, and would not find it.
+            # SB3 stores it under another name.
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         try:
             agent = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
@@ -177,8 +187,11 @@ class Saving(OffPolicyAlgorithm):
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: th.device | str = "auto") -> None:
         """
-        See SB3. If a file is refused, the agent's parameters stay.
+        Set the parameters of the agent, see SB3. If a file is refused, they are unchanged.
 
+        :param load_path_or_dict: see SB3
+        :param exact_match: see SB3
+        :param device: see SB3
         :raises ValueError: the file is no zip-file, or a damaged one, or has weights that are not finite or do not fit
         """
         if isinstance(load_path_or_dict, dict):
@@ -197,9 +210,12 @@ class Saving(OffPolicyAlgorithm):
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """
-        See SB3; the zip has one member more than SB3's, the description that ``load(safe=True)`` reads.
+        Save the agent, see SB3. The zip also contains the description that ``load(safe=True)`` reads.
 
-        :raises OSError: it could not be written; a file of that name stays as it is
+        :param path: see SB3
+        :param exclude: see SB3
+        :param include: see SB3
+        :raises OSError: it could not be written; an existing file is unchanged
         """
         whole = io.BytesIO()
         super().save(whole, exclude, include)
@@ -215,10 +231,10 @@ class Saving(OffPolicyAlgorithm):
         return [*state_dicts, "dynamics", *optimizer, *learned], variables
 
     def _kept_refills(self) -> int:
-        """Refills that the model buffer keeps."""
+        """:return: number of model rollouts that the model buffer keeps"""
         if self.dynamics_window is None:
             return self.retained_rollouts
-        # What an older fit imagined rests on none of the newest transitions.
+        # Older fits have seen none of the newest transitions.
         return min(self.retained_rollouts, -(-self.dynamics_window // self.model_train_freq))
 
     def _make_replay_buffer(self) -> MixedReplayBuffer:
@@ -242,11 +258,11 @@ class Saving(OffPolicyAlgorithm):
         """
         The real and imagined transitions.
 
-        A plain ``ReplayBuffer`` of SB3 that is put in its place is taken over: the agent gets a ``MixedReplayBuffer`` with the
-        same transitions, which shares its arrays. ``None`` makes room.
+        If a plain ``ReplayBuffer`` of SB3 is assigned, the agent gets a ``MixedReplayBuffer`` with the same transitions, which
+        shares its arrays. ``None`` frees the memory.
 
-        :raises ValueError: on assignment: it is no replay buffer, or one of other envs; or it is a plain one, and has numbers
-            that are not finite. A ``MixedReplayBuffer`` is not searched for such numbers
+        :raises ValueError: on assignment: it is no replay buffer, or one for other envs, or a plain one with numbers that are
+            not finite. A ``MixedReplayBuffer`` is not searched for such numbers
         """
         return self.__dict__["replay_buffer"]  # type: ignore[no-any-return]
 
@@ -259,18 +275,18 @@ class Saving(OffPolicyAlgorithm):
             if not isinstance(buffer, MixedReplayBuffer):
                 plain, buffer = buffer, self._make_replay_buffer()
                 buffer.adopt(plain)
-        # SB3 puts it there, too, when it loads a zip.
+        # SB3 also stores it there when it loads a zip.
         self.__dict__["replay_buffer"] = buffer
 
     def save_replay_buffer(self, path: Any, imagined: bool = False, safe: bool = False) -> None:
         """
-        See SB3; the file is as large as what is filled, and has a checksum at its end.
+        Save the replay buffer, see SB3. The file contains only the filled part, and a checksum at its end.
 
-        :param path: see SB3; a name that ends in ``.pt`` means ``safe``
-        :param imagined: with the imagined transitions, too; without, a loaded agent imagines new ones before it trains
-        :param safe: tensors instead of a pickle: nobody who loads it has to trust you
+        :param path: see SB3; a name that ends in ``.pt`` implies ``safe``
+        :param imagined: also save the imagined transitions. Otherwise, a loaded agent imagines new ones before it trains
+        :param safe: save tensors instead of a pickle, so that nobody who loads the file has to trust you
         :raises ValueError: there is no buffer
-        :raises OSError: it could not be written; a file of that name stays as it is
+        :raises OSError: it could not be written; an existing file is unchanged
         """
         buffer: MixedReplayBuffer | None = self.replay_buffer
         if buffer is None:
@@ -290,17 +306,19 @@ class Saving(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True, safe: bool = False) -> None:
         """
-        See SB3; also takes the pickled replay buffer of a model-free agent. If the file is refused, the agent's buffer stays.
+        Load a replay buffer, see SB3. It may also be that of a model-free agent. If the file is refused, the agent's buffer is
+        unchanged.
 
         :param path: see SB3; a file whose name ends in ``.pt`` is never unpickled
-        :param safe: refuse a pickle, which would run whatever code its author has put into it
-        :raises ValueError: the file is not what ``save_replay_buffer`` of such an agent writes, was altered, or has numbers
+        :param truncate_last_traj: see SB3
+        :param safe: refuse a pickle, which runs any code that its author has put into it
+        :raises ValueError: the file was not written by ``save_replay_buffer`` of such an agent, was altered, or has numbers
             that are not finite
         """
         file = open_path(path, "r", suffix=SUFFIX if safe else "pkl")
         with nullcontext() if file is path else file:
             mine = self.replay_buffer
-            # It may have been thrown away to make room, or the agent moved to another device.
+            # It may be None, or on another device than the agent.
             target = mine if mine is not None and mine.device == self.device else self._make_replay_buffer()
             try:
                 if safe or means_tensors(file) or starts_as_zip(file):
@@ -313,7 +331,7 @@ class Saving(OffPolicyAlgorithm):
         self.replay_buffer = target
 
     def _unpickled(self, file: Any, truncate_last_traj: bool) -> MixedReplayBuffer:
-        """:return: what SB3 makes of a pickle, as a mixed buffer; the agent's own stays"""
+        """:return: the pickled buffer, as a mixed one; the agent's own buffer is unchanged"""
         check_checksum(file)
         mine = self.replay_buffer
         try:
@@ -331,13 +349,13 @@ class Saving(OffPolicyAlgorithm):
 
     def prefill(self, data: Any) -> None:
         """
-        Start from transitions that exist already: they go where real ones go, and so to the dynamics.
+        Add existing transitions to the real ones, from which the dynamics learns, too.
 
-        No env transition is counted: the rollout length and all that is due stay where they are. What is there already stays,
-        as far as ``buffer_size`` has room; at ``verbose=1`` a line says how many transitions were added to how many.
+        They are not counted as env transitions, so the rollout schedule and the next fit do not change. Earlier ones are kept
+        as far as ``buffer_size`` allows. With ``verbose=1``, the numbers of transitions are printed.
 
         :param data: a Minari dataset, a replay buffer of SB3, or arrays by name, see :func:`.offline_data.read_transitions`
-        :raises ValueError: what does not fit this agent's spaces
+        :raises ValueError: the data do not fit this agent's spaces
         """
         rows = rows_of_steps(read_transitions(data, self.codec), self.n_envs, self.codec)
         if len(rows["rewards"]) > self.replay_buffer.buffer_size:
@@ -353,14 +371,17 @@ class Saving(OffPolicyAlgorithm):
 
     def _model_free(self, policy: dict[str, th.Tensor] | None = None) -> Any:
         """
-        :param policy: what its policy's state dict is to be; ``None``: that of the agent's policy
-        :return: an agent of SB3's own class with the same arguments, networks, optimizers and counters, on the same env, and
-            an empty replay buffer. This agent and that one may learn by turns as long as both keep the env: each begins with
-            a reset after the other has learned. Two agents that were made of this one do not know of each other
+        Make an agent of SB3's own class with the same arguments, networks, optimizers, counters and env.
+
+        Both agents may learn alternately in the same env: it is reset if the other agent has learned in between. Two agents
+        that were made from this one do not notice each other.
+
+        :param policy: state dict of the new agent's policy; ``None``: that of this agent's policy
+        :return: the agent, with an empty replay buffer
         """
-        base: Any = next(kind for kind in type(self).__mro__ if not issubclass(kind, Saving))
-        assert issubclass(base, OffPolicyAlgorithm)
-        ours = {*inspect.signature(type(self)).parameters, *_COUNTERS} - {*inspect.signature(base).parameters}
+        algorithms = [kind for kind in type(self).__mro__ if issubclass(kind, OffPolicyAlgorithm)]
+        base: Any = next(kind for kind in algorithms if not issubclass(kind, Saving))
+        ours = {*inspect.signature(type(self)).parameters, *OURS, "termination"} - {*inspect.signature(base).parameters}
         excluded = {
             *ours,
             *self._excluded_save_params(),
@@ -384,15 +405,14 @@ class Saving(OffPolicyAlgorithm):
         return plain
 
     def _env_was_stepped(self) -> bool:
-        """Whether a model-free agent has learned in this env since this agent did. One that is gone may have done so."""
+        """:return: whether a model-free agent may have learned in this env since this agent did"""
         ours = [(one.agent(), one.began) for one in self._plain_agents if one.env() is self.env]
         return any(plain is None or plain.start_time != began for plain, began in ours)
 
     def _share_env(self) -> None:
         """
-        Called when ``learn`` begins. If a model-free agent has stepped the env since this agent did, the env is no longer at
-        this agent's last observation. This agent's steps do the same to the model-free agents. An agent without a last
-        observation resets the env first.
+        Called when ``learn`` begins. If a model-free agent has stepped the env, this agent's last observation is removed, so
+        that SB3 resets the env first. The same is done to the model-free agents, because this agent will step the env.
         """
         if not self._plain_agents:
             return
@@ -402,7 +422,7 @@ class Saving(OffPolicyAlgorithm):
         for one in self._plain_agents:
             plain, env = one.agent(), one.env()
             if env is not self.env:
-                # This agent may come back to it.
+                # This agent may get that env again.
                 kept += [] if env is None else [one]
             elif plain is not None and plain.env is env:
                 plain._last_obs = None
@@ -410,7 +430,7 @@ class Saving(OffPolicyAlgorithm):
         self._plain_agents = tuple(kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has an env of its own, which is where the shared env is now.
+        # A copy has its own env, in the state of the shared one.
         state = {name: value for name, value in vars(self).items() if name != "_plain_agents"}
         return state | ({"_last_obs": None} if self._env_was_stepped() else {})
 
@@ -419,12 +439,14 @@ class Saving(OffPolicyAlgorithm):
 
     def check_parameters(self) -> None:
         """
-        :raises ValueError: parameters of actor or critic are not finite: learning has diverged, and there is no way back
+        :raises ValueError: parameters of the policy are not finite, because learning has diverged
         """
         for name, value in self.policy.state_dict().items():
             if not value.isfinite().all():
+                which = "gradient_steps" if self.updates_per_transition is None else "updates_per_transition"
+                updates = f"{which}={getattr(self, which)}"
                 raise ValueError(
                     f"Learning has diverged: after {self.num_timesteps} steps and {self._n_updates} updates, the policy's "
-                    f"{name} is not finite. Lower learning_rate={shown(self.learning_rate)} or gradient_steps="
-                    f"{self.gradient_steps}, and go back to an agent or a checkpoint that was saved before"
+                    f"{name} is not finite. Lower learning_rate={shown(self.learning_rate)} or "
+                    f"{updates}, and go back to an agent or a checkpoint that was saved before"
                 )

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all, and that show whether a byte of them has changed."""
+"""Writes files completely or not at all, with a checksum that shows whether a byte has changed."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from stable_baselines3.common.save_util import open_path
 
-# Stands at the end of a file, before the SHA-256 of all that comes before it. A pickle and a zip end before it.
+# At the end of a file, followed by the SHA-256 of everything before it. A pickle or a zip ends before it.
 _MARK = b"sb3_mbpo sha256 "
 _SUM_LENGTH = len(_MARK) + hashlib.sha256().digest_size
 _BLOCK = 2**20
@@ -25,14 +25,15 @@ _BLOCK = 2**20
 @contextmanager
 def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
     """
-    Where to write a file, by the rules of SB3's ``open_path(path, "w", suffix=suffix)``.
+    Open a file for writing, by the rules of SB3's ``open_path(path, "w", suffix=suffix)``.
 
-    The content goes to a hidden file beside it, is flushed to the disk, and then gets the name. Whatever interrupts this, a
-    file that had the name stays as it is. The error says so; if only the flush of the folder fails, it says that instead.
+    The content is written to a hidden file in the same folder, flushed to the disk, and renamed. If this is interrupted, an
+    existing file of that name is unchanged. The error says so, or that only the flush of the folder failed.
 
-    :param path: a name; without a suffix, it gets ``suffix``; missing folders are made. Or an open file, which is written to
-        as it is and stays open
+    :param path: a name; without a suffix, it gets ``suffix``; missing folders are created. Or an open file, which is written
+        to directly and stays open
     :param suffix: without the dot
+    :return: the file to write to
     :raises OSError: the disk is full, or the folder or a file of that name cannot be written to; nothing is left behind
     """
     if not isinstance(path, str | Path):
@@ -44,8 +45,8 @@ def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
             yield file
         return
     if target.exists() and not os.access(target, os.W_OK):
-        # Renaming would ask for the permission of the folder only.
-        raise PermissionError(errno.EACCES, "the file is write-protected, and stays as it is", str(target))
+        # Renaming needs only the permission of the folder.
+        raise PermissionError(errno.EACCES, "the file is write-protected, and unchanged", str(target))
     unfinished = target.parent / f"{_unfinished_prefix(target)}{os.getpid()}-{threading.get_ident()}.part"
     _remove_leftovers(target)
     is_renamed = False
@@ -61,22 +62,22 @@ def written_whole(path: Any, suffix: str) -> Iterator[BinaryIO]:
     except BaseException as error:
         if unfinished.parent.is_dir():
             unfinished.unlink(missing_ok=True)
-        # torch has errors of its own for a full disk.
+        # PyTorch raises RuntimeError for a full disk.
         if isinstance(error, OSError | RuntimeError):
             what = "could not be written"
             if is_renamed:
-                what = "was written, but may not outlive a power failure: its folder could not be flushed to the disk"
+                what = "was written, but may be lost in a power failure: its folder could not be flushed to the disk"
             elif target.exists():
-                what += "; the file of that name is as it was"
+                what += "; the existing file is unchanged"
             number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
             text = f"{target} {what}: {reason} ({free_bytes(target.parent)} bytes are free there)"
-            # With its number, it is the subclass that SB3 would raise, such as PermissionError.
+            # With the number, OSError becomes the subclass that SB3 would raise, such as PermissionError.
             raise (OSError(text) if number is None else OSError(number, text)) from error
         raise
 
 
 def _target(path: Path, suffix: str) -> Path:
-    """The file that SB3 would open, with its warnings; behind links, the file that they lead to."""
+    """:return: the file that SB3 would open, with SB3's warnings; links are followed"""
     if path.suffix == "" and suffix:
         path = Path(f"{path}.{suffix}")
     if path.is_dir():
@@ -89,12 +90,12 @@ def _target(path: Path, suffix: str) -> Path:
 
 
 def _unfinished_prefix(target: Path) -> str:
-    # Of a process on another machine, which may share the folder, nobody here knows whether it is still running.
+    # With the machine: the folder may be shared, and whether a process on another machine is running is unknown.
     return f".{target.name[:100]}.{platform.node()}-"
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes have left behind of the same file."""
+    """Remove unfinished versions of the same file that killed processes have left behind."""
     pattern = re.escape(_unfinished_prefix(target)) + r"(\d+)-\d+\.part"
     for name in os.listdir(target.parent) if target.parent.is_dir() else ():
         match = re.fullmatch(pattern, name)
@@ -103,7 +104,10 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def free_bytes(folder: Path) -> str:
-    """:return: how many bytes are free in a folder, for an error message"""
+    """
+    :param folder: a folder
+    :return: number of bytes that are free there, for an error message
+    """
     try:
         return f"{shutil.disk_usage(folder).free:,}"
     except OSError:
@@ -111,7 +115,7 @@ def free_bytes(folder: Path) -> str:
 
 
 def flush(file: Any) -> None:
-    """:param file: what was written to it is on the disk afterwards"""
+    """:param file: its content is on the disk afterwards"""
     file.flush()
     os.fsync(file.fileno())
 
@@ -127,7 +131,10 @@ def flush_folder(path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """:return: whether there is a process of this number on this machine; ``True`` where that is not known"""
+    """
+    :param process: number of a process
+    :return: whether it is running on this machine; ``True`` if that is unknown
+    """
     if os.name != "posix":
         return True
     try:
@@ -140,7 +147,7 @@ def is_running(process: int) -> bool:
 
 
 class _Summing(io.RawIOBase):
-    """Hands what is written to it on to a file, and keeps its SHA-256."""
+    """Writes to a file, and computes the SHA-256 of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sum = file, hashlib.sha256()
@@ -157,8 +164,10 @@ class _Summing(io.RawIOBase):
 @contextmanager
 def with_checksum(file: BinaryIO) -> Iterator[io.BufferedWriter]:
     """
+    Add a checksum to the end of a file.
+
     :param file: open for writing
-    :return: where to write instead; at the end, the checksum is added to ``file``
+    :return: a file to write to instead
     """
     summing = _Summing(file)
     with io.BufferedWriter(summing) as writer:
@@ -169,9 +178,9 @@ def with_checksum(file: BinaryIO) -> Iterator[io.BufferedWriter]:
 
 def check_checksum(file: BinaryIO) -> bool:
     """
-    :param file: open for reading; is left where it was
+    :param file: open for reading; its position is kept
     :return: whether there is a checksum at its end; without one, the file may have been written by SB3
-    :raises ValueError: there is one, and the file from here to there has changed since it was written
+    :raises ValueError: there is one, and the file from its position to the checksum has changed since it was written
     """
     start = file.tell()
     try:
@@ -194,7 +203,7 @@ def check_checksum(file: BinaryIO) -> bool:
 
 
 def skip_checksum(file: BinaryIO) -> None:
-    """:param file: open for reading; if a checksum comes next, it is read past"""
+    """:param file: open for reading; a checksum at its position is skipped"""
     start = file.tell()
     if not file.read(_SUM_LENGTH).startswith(_MARK):
         file.seek(start)

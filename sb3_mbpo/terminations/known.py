@@ -8,12 +8,16 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import gymnasium as gym
 import torch as th
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+
+from sb3_mbpo.validation.env_outputs import CHECKED
+from sb3_mbpo.validation.registry import described
 
 # (obs, actions, next_obs) -> bool (B,): in the env's form, see Codec.decode; float32, on the agent's device.
 TerminationFn: TypeAlias = Callable[[Any, th.Tensor, Any], th.Tensor]
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class NeverTerminates:
     """Episodes end only by time limits. As in the env, a non-finite observation does not end an episode either."""
@@ -22,6 +26,7 @@ class NeverTerminates:
         return th.zeros(len(next_obs), dtype=th.bool, device=next_obs.device)
 
 
+@described()
 class HealthyRange(NamedTuple):
     """Entries ``first:stop`` of an observation, and their healthy range from ``low`` to ``high``."""
 
@@ -31,6 +36,7 @@ class HealthyRange(NamedTuple):
     high: float
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class LeavesHealthyRange:
     """
@@ -60,6 +66,7 @@ class LeavesHealthyRange:
         return ~healthy
 
 
+@described("termination_fn")
 @dataclass(frozen=True)
 class TipFalls:
     """
@@ -145,6 +152,7 @@ _PLAIN_ELSEWHERE = {
     ("stable_baselines3.common.monitor", "Monitor"),
     ("rl_zoo3.gym_patches", "PatchedTimeLimit"),
     ("sb3_mbpo.checkpoints.env_state", "RestorableEnv"),
+    ("sb3_mbpo.restarting_env", "RestartingEnv"),
 }
 
 
@@ -251,7 +259,7 @@ def known_termination(env: VecEnv) -> tuple[TerminationFn | None, str]:
         if _is_patched(env):
             return None, f"termination: learned, a method of this {kind.__name__} was replaced"
         env = env.venv
-    if type(env) not in (DummyVecEnv, SubprocVecEnv):
+    if type(env) not in (*CHECKED, *CHECKED.values()):
         return None, f"termination: learned, {type(env).__name__} is neither DummyVecEnv nor SubprocVecEnv"
     if _is_patched(env):
         return None, f"termination: learned, a method of this {type(env).__name__} was replaced"

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.layers import ROUNDING, Standardizer
 from sb3_mbpo.trust.disagreement import draw, geometric_jsd, information_fusion, information_loss, one_vs_rest_kl
+from sb3_mbpo.validation.registry import WORDS, described
 from sb3_mbpo.validation.rules import number, whole
 
 # Maximum number of real transitions that a rule computes its limits from.
@@ -70,6 +71,7 @@ class FilterResult(NamedTuple):
 Rule = Callable[[th.Tensor, th.Tensor, RolloutStep], FilterResult]
 
 
+@described("rollout_filter")
 @dataclass(frozen=True)
 class Macura:
     """
@@ -114,6 +116,7 @@ class Macura:
         return FilterResult(draw(mean, var, rollout_step.generator)[0], certain, certain)
 
 
+@described("rollout_filter")
 @dataclass(frozen=True)
 class Infoprop:
     """
@@ -161,6 +164,7 @@ class Infoprop:
         return FilterResult(fused_mean + gain * (value - fused_mean) + noise * conditional_var.sqrt(), certain, certain, total)
 
 
+@described("rollout_filter")
 @dataclass(frozen=True)
 class M2AC:
     """
@@ -192,6 +196,7 @@ class M2AC:
 
 #: The rules by their names in ``rollout_filter``.
 FILTERS: dict[str, type] = {"macura": Macura, "infoprop": Infoprop, "m2ac": M2AC}
+WORDS["rollout_filter"] = tuple(FILTERS)
 
 
 class RolloutFilter:

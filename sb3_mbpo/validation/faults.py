@@ -1,6 +1,6 @@
 """Finds invalid outputs of an env."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,17 @@ class InvalidTransition(ValueError):
 
     :param fault: What is wrong, and what to do about it
     :param env_index: Index of the parallel env, from 0
-    :param step: The agent's ``num_timesteps`` before the step
+    :param step: The agent's ``num_timesteps`` before the step; ``None`` outside of ``learn``
     """
 
-    def __init__(self, fault: str, env_index: int, step: int) -> None:
+    def __init__(self, fault: str, env_index: int, step: int | None = None) -> None:
         # Pass all three, so that the exception can be pickled.
         super().__init__(fault, env_index, step)
         self.fault, self.env_index, self.step = fault, env_index, step
 
     def __str__(self) -> str:
-        return f"env {self.env_index}, after {self.step} steps: {self.fault}"
+        when = "" if self.step is None else f", after {self.step} steps"
+        return f"env {self.env_index}{when}: {self.fault}"
 
 
 def observation_fault(obs: Any, shape: Any, dtype: Any) -> str:
@@ -63,10 +64,10 @@ def observation_fault(obs: Any, shape: Any, dtype: Any) -> str:
     with np.errstate(all="ignore"):
         wrong = ~np.isfinite(array.astype(np.float32))
         if wrong.any():
-            return f"is not finite in float32 in {named(wrong, array)}. Clip it, or end the episode before this happens"
+            return f"is not finite in float32 in {_named(wrong, array)}. Clip it, or end the episode before this happens"
         wrong = array.astype(dtype) != array if dtype.kind in "iu" else wrong
     if wrong.any():
-        return f"has dtype {array.dtype} and cannot be cast to {dtype} in {named(wrong, array)}. Declare a space of floats"
+        return f"has dtype {array.dtype} and cannot be cast to {dtype} in {_named(wrong, array)}. Declare a space of floats"
     return ""
 
 
@@ -96,14 +97,8 @@ def copied(obs: Any) -> Any:
     return {key: np.array(part) for key, part in obs.items()} if isinstance(obs, Mapping) else np.array(obs)
 
 
-def named(wrong: np.ndarray, array: np.ndarray) -> str:
-    """
-    Describe entries of an array.
-
-    :param wrong: bool, which entries of ``array`` to describe
-    :param array: the array
-    :return: for example ``2 of 11 dimensions: [0] = nan, [4] = inf``; at most six entries
-    """
+def _named(wrong: np.ndarray, array: np.ndarray) -> str:
+    """:return: the wrong entries, at most six, for example ``2 of 11 dimensions: [0] = nan, [4] = inf``"""
     places = np.argwhere(wrong).tolist()
     shown = ", ".join(f"{place} = {array[tuple(place)]}" for place in places[:6])
     return f"{len(places)} of {array.size} dimensions: {shown}" + (", ..." if len(places) > 6 else "")
@@ -147,42 +142,6 @@ def flag_fault(flag: Any) -> str:
     return "" if fine else f"must be true or false, but is {flag!r:.80}. Return a bool"
 
 
-def fault_of_arrays(
-    n_envs: int, space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos: Sequence[dict[str, Any]] = ()
-) -> tuple[str, int] | None:
-    """
-    Check the outputs of a VecEnv.
-
-    :param n_envs: number of envs
-    :param space: observation space of one env
-    :param obs: ``(n_envs, *obs_shape)``
-    :param rewards: ``(n_envs,)``; ``None`` after a reset
-    :param dones: ``(n_envs,)``; empty after a reset
-    :param infos: infos, with ``terminal_observation`` where an episode ended
-    :return: the first fault and the index of its env (0 if unknown); ``None`` if nothing is wrong
-    """
-    if rewards is not None and (np.shape(dones) != (n_envs,) or any(map(flag_fault, np.asarray(dones).tolist()))):
-        return f"dones must be true or false for each of {n_envs} envs, but are {dones!r:.80}", 0
-    ended = np.flatnonzero(dones).tolist()
-    for i in ended:
-        last = infos[i].get("terminal_observation")
-        if last is not None and (fault := fault_in_space(last, space)):
-            return f"the last observation {fault}", i
-    fault = fault_in_space(obs, space, (n_envs,))
-    if fault:
-        for i in range(n_envs) if isinstance(space, spaces.Box) and np.ndim(obs) and len(obs) == n_envs else ():
-            if of_one := fault_in_space(obs[i], space):
-                of_reset = " of reset()" if rewards is None or i in ended else ""
-                return f"the observation{of_reset} {of_one}", i
-        return f"the array of observations {fault}", 0
-    if rewards is not None and observation_fault(rewards, (n_envs,), np.dtype(np.float32)):
-        for i in range(n_envs) if np.ndim(rewards) and len(rewards) == n_envs else ():
-            if of_one := reward_fault(rewards[i]):
-                return f"the reward {of_one}", i
-        return f"the rewards must be one scalar for each of {n_envs} envs, but are {rewards!r:.80}", 0
-    return None
-
-
 def fault_of_api(error: Exception, api: str) -> str:
     """
     Find out whether an exception was raised by a wrapper because the env did not follow Gymnasium's API.
@@ -206,3 +165,38 @@ def fault_of_api(error: Exception, api: str) -> str:
     if api == STEP_API and raised_in.endswith(".monitor") and not isinstance(error, RuntimeError):
         return f"the reward must be a scalar ({error}). Return float(reward)"
     return ""
+
+
+def refuse(index: int, what: str, fault: str) -> None:
+    """
+    :param index: index of the env
+    :param what: the output that was checked
+    :param fault: what is wrong with it; empty if nothing is
+    :raises InvalidTransition: something is wrong
+    """
+    if fault:
+        raise InvalidTransition(f"{what} {fault}", index)
+
+
+def check_envs(space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos: Any = ()) -> None:
+    """
+    Check the outputs of a VecEnv.
+
+    :param space: observation space of one env
+    :param obs: observation of each env
+    :param rewards: reward of each env; ``None`` after a reset
+    :param dones: whether an episode has ended, for each env
+    :param infos: infos of each env, with ``terminal_observation`` where an episode has ended
+    :raises InvalidTransition: an output is invalid
+    """
+    for i, of_one in enumerate(obs):
+        ended = False
+        if rewards is not None:
+            refuse(i, "terminated or truncated", flag_fault(dones[i]))
+            refuse(i, "the reward", reward_fault(rewards[i]))
+            ended = bool(dones[i])
+        last = infos[i].get("terminal_observation") if ended else None
+        if last is not None:
+            refuse(i, "the last observation", fault_in_space(last, space))
+        what = "the observation of reset()" if ended or rewards is None else "the observation"
+        refuse(i, what, fault_in_space(of_one, space))

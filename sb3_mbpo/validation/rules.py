@@ -14,6 +14,8 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 # Maximum of counts: larger values are almost certainly typos, and would fill the memory or never end.
 MOST = 10**9
+# Maximum k of ``rollout_schedule="auto"``: the final k of the paper's schedule for Hopper.
+LONGEST_AUTO = 15
 # Maximum of numbers: the square of a larger one overflows float32, and Adam computes squares of gradients.
 LARGEST = 1e15
 
@@ -205,6 +207,7 @@ RULES: dict[str, ArgumentCheck] = {
     "seed": optional(whole(0, 2**32 - 1)),
     "verbose": ArgumentCheck(lambda value: is_whole(value, 0) or isinstance(value, bool), "0, 1 or 2"),
     "replay_buffer_kwargs": MAPPING,
+    "updates_per_transition": optional(POSITIVE),
     "real_ratio": unless("auto", RATIO),
     "model_train_freq": whole(1),
     **{name: whole(1, MOST) for name in ("rollout_batch_size", "retained_rollouts")},
@@ -217,9 +220,11 @@ RULES: dict[str, ArgumentCheck] = {
 # Arguments of SB3's policies. Not every policy takes all of them.
 _POLICY_RULES: dict[str, ArgumentCheck] = {
     "net_arch": ArgumentCheck(
-        lambda value: value is None
-        or (isinstance(value, list) and LAYERS.holds(value))
-        or (isinstance(value, dict) and value.keys() == {"pi", "qf"} and all(map(LAYERS.holds, value.values()))),
+        lambda value: (
+            value is None
+            or (isinstance(value, list) and LAYERS.holds(value))
+            or (isinstance(value, dict) and value.keys() == {"pi", "qf"} and all(map(LAYERS.holds, value.values())))
+        ),
         f'{LAYERS.expected}, or a mapping of such lists with the keys "pi" and "qf"',
     ),
     "n_critics": whole(1, 1000),
@@ -265,12 +270,15 @@ _LEARN_RULES: dict[str, ArgumentCheck] = {
     "tb_log_name": optional(ArgumentCheck(lambda value: isinstance(value, str), "a text")),
     "reset_num_timesteps": FLAG,
     "progress_bar": FLAG,
+    "background": FLAG,
     "callback": ArgumentCheck(
-        lambda value: value is None
-        or isinstance(value, BaseCallback)
-        or (isinstance(value, list) and all(isinstance(item, BaseCallback) for item in value))
-        # SB3 would call a callback class at every step without an error.
-        or (callable(value) and not isinstance(value, type)),
+        lambda value: (
+            value is None
+            or isinstance(value, BaseCallback)
+            or (isinstance(value, list) and all(isinstance(item, BaseCallback) for item in value))
+            # SB3 would call a callback class at every step without an error.
+            or (callable(value) and not isinstance(value, type))
+        ),
         "None, a BaseCallback, a list of them, or a function of (locals, globals)",
     ),
 }
@@ -318,18 +326,27 @@ def check_learn(**arguments: Any) -> None:
         _LEARN_RULES[name].check(f"learn: {name}", value)
 
 
-def updates_are_few(gradient_steps: int, n_envs: int) -> str:
+def updates_are_few(gradient_steps: int, train_freq: Any, n_envs: int) -> str | None:
     """
-    Warning for the default of ``gradient_steps`` with several envs.
+    Warning for the default of ``gradient_steps`` where it does not count per transition.
 
     :param gradient_steps: the default
-    :param n_envs: number of envs, at least 2
-    :return: the warning
+    :param train_freq: a valid value, see SB3
+    :param n_envs: number of envs
+    :return: the warning; ``None``: one rollout is one transition
     """
+    steps, unit = train_freq if isinstance(train_freq, tuple) else (train_freq, TrainFrequencyUnit.STEP)
+    if TrainFrequencyUnit(unit) is TrainFrequencyUnit.EPISODE:
+        few = f"{gradient_steps} updates per {'episode' if steps == 1 else f'{steps} episodes'}"
+    elif steps * n_envs == 1:
+        return None
+    else:
+        few = f"{gradient_steps / (steps * n_envs):.3g} updates per transition"
+    of_envs = f" and {n_envs} envs" if n_envs > 1 else ""
     return (
         f"gradient_steps is left at its default of {gradient_steps}, which counts per train_freq and not per transition: "
-        f"with {n_envs} envs, there are 1/{n_envs} of the updates per transition of a single env. Pass "
-        f"gradient_steps={gradient_steps * n_envs} for as many, or gradient_steps={gradient_steps} to silence this warning"
+        f"with train_freq={shown(train_freq)}{of_envs}, there are {few}. Pass updates_per_transition={gradient_steps} for "
+        f"{gradient_steps} per transition, or gradient_steps={gradient_steps} to silence this warning"
     )
 
 

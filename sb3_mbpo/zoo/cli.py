@@ -164,7 +164,7 @@ def prepare(
             experiment = partial(experiment, checkpoints=checkpoints)
     if command not in PLOTS and given.env.startswith("dm_control/"):
         if find_spec("dm_control") is None:
-            raise SystemExit(f'{given.env} needs the DeepMind control suite: {INSTALL.format("dm-control")}')
+            raise SystemExit(f"{given.env} needs the DeepMind control suite: {INSTALL.format('dm-control')}")
         # This import registers the envs. Not every command has the Zoo's --gym-packages.
         import shimmy  # noqa: F401
     stack.enter_context(replaced(rl_zoo3.train, "ExperimentManager", experiment))
@@ -232,7 +232,7 @@ def plot(name: str) -> None:
     try:
         from rl_zoo3 import plots
     except ModuleNotFoundError as error:
-        raise SystemExit(f'plots need the package {error.name}: {INSTALL.format("zoo")}') from None
+        raise SystemExit(f"plots need the package {error.name}: {INSTALL.format('zoo')}") from None
     getattr(plots, name)()
 
 

@@ -98,5 +98,5 @@ def test_unknown_keywords():
 
 @pytest.mark.parametrize("steps", [5, 5.0, "5", np.int32(5), np.float32(5)])
 def test_forms_of_total_timesteps(steps):
-    result = arguments.read_learn(steps, None, 4, None, True, False)
+    result = arguments.read_learn(steps, None, 4, None, True, False, False)
     assert result == 5 and type(result) is int

@@ -5,8 +5,10 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import ablations
 import evidence
 import gymnasium as gym
+import pages
 import pytest
 import yaml
 
@@ -136,28 +138,56 @@ def test_table_says_how_far_runs_came(tmp_path: Path) -> None:
     first, second, third = (run for run in evidence.runs(["sac"]) if run.env == "Hopper-v5")
     leave(first, tmp_path / "logs", 50_000, finished=True)
     leave(second, tmp_path / "logs", 50_000, finished=True, gain=2)
-    leave(third, tmp_path / "logs", 20_000, gain=3)
+    leave(third, tmp_path / "logs", 20_000, gain=0.1)
     evidence.collect(evidence.runs(), tmp_path / "logs", tmp_path)
     theirs = evidence.published(
-        [{"method": "sac", "task": "Hopper", "env_step": "20000", "mean_return": "700"}],
+        [{"method": "sac", "task": "Hopper", "env_step": "20000", "mean_return": "700", "minutes": "2", "seeds": "8"}],
     )
     text = evidence.table(evidence.read(tmp_path / "curves.csv"), evidence.read(tmp_path / "manifest.csv"), theirs)
     lines = text.splitlines()
-    start = lines.index("| **Hopper-v5** | | | | | | | | | |")
-    at = "20,000 | 40,000 | 45,000 (of 2) | 75,000 (of 2)"
-    # The last five: 46 to 50 thousand, twice as much, and three times 16 to 20 thousand.
-    assert lines[start + 1] == f"| SAC | 3 (2) | {at} | 66,000 | 46,000 | 50 | 0 |"
-    assert lines[start + 2] == "| SAC, published | |  | 700 |  |  | | | | |"
+    start = lines.index("| **Hopper** | | | | | | *3,000* | | |")
+    at = "10,333 | 20,667 | 45,000 (2) | 75,000 (2)"
+    # 3,000 after 3,000 and 2,000 steps, and not within 20,000; 0.05 CPU seconds a step.
+    assert lines[start + 1] == rf"| SAC | 3\* | {at} | 2,500 (2) | 2 (2) | 50 |"
+    assert lines[start + 2] == "| SAC† | 8 |  | 700 |  |  | > 20,000 |  |  |"
+
+
+def test_a_threshold_that_no_run_reaches(tmp_path: Path) -> None:
+    curves, minutes = [{0: 1.0, 1_000: 2.0}, {0: 1.0, 1_000: 5.0, 2_000: 4.0}], [{0: 0.0, 1_000: 1.0}, {0: 0.0, 2_000: 3.0}]
+    assert evidence.to_threshold(curves, minutes, 6.0) == ("> 2,000", "> 3")
+
+
+def test_the_tables_of_the_page_are_those_of_the_csv() -> None:
+    names = ("curves", "manifest", "published_curves")
+    rows, manifest, theirs = (evidence.read(evidence.DOCS / f"{name}.csv") for name in names)
+    expected = evidence.table(rows, manifest, evidence.published(theirs))
+    assert pages.table_in(pages.PAGE, "evidence") == expected, "run: python benchmarks/evidence.py draw"
+    if ablations.CSV.exists():
+        expected = ablations.table(evidence.read(ablations.CSV))
+        assert pages.table_in(pages.PAGE, "ablations") == expected, "run: python benchmarks/ablations.py collect"
+
+
+def test_a_table_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n\n<!-- begin one -->\n\nold\n\n<!-- end one -->\n\nb\n\n<!-- begin two -->\n\nc\n\n<!-- end two -->\n")
+    before = page.read_text()
+    pages.put_table(page, "one", "new \\1\nrow")
+    assert page.read_text() == before.replace("old", "new \\1\nrow")
+    assert pages.table_in(page, "one") == "new \\1\nrow"
+    with pytest.raises(ValueError, match="0 places for the table 'three'"):
+        pages.put_table(page, "three", "new")
 
 
 # Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_draws_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin evidence -->\n\nold\n\n<!-- end evidence -->\n")
     leave(RUN, tmp_path / "logs", 2_000)
     evidence.collect([RUN], tmp_path / "logs", tmp_path)
-    evidence.draw(tmp_path)
+    evidence.draw(tmp_path, page)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "Hopper-v5" in capsys.readouterr().out
+    assert pages.table_in(page, "evidence") == capsys.readouterr().out.strip().partition("\n")[2]
 
 
 def test_published_curves_name_source_and_license() -> None:
@@ -165,7 +195,8 @@ def test_published_curves_name_source_and_license() -> None:
     assert {(row["source"], row["license"]) for row in rows} == {("github.com/4kubo/erl_lib", "MIT")}
     curves = evidence.published(rows)
     assert {task for _, task in curves} == set(evidence.TASKS)
-    assert curves["DHMBPO, published", "Hopper-v5"][50_000] == 3470
+    hopper = curves["DHMBPO, published", "Hopper-v5"]
+    assert (hopper.seeds, hopper.returns[50_000], hopper.minutes[50_000]) == (8, 3470, 25)
 
 
 # Optional packages. Where the lock promises them, test_package.py fails for a missing one.

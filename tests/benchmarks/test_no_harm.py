@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pages
 import pandas as pd
 import pytest
 
@@ -150,6 +151,20 @@ def test_scores_and_table(study: Any) -> None:
     sac, mbpo = study.table(rows).splitlines()[2:]
     assert sac == "| Pendulum-v1 | SAC | 3 | -840 ± 10.0 |  | -790 ± 10.0 |  |  |  | 1.0 |"
     assert mbpo.startswith("| Pendulum-v1 | MBPO | 3 | -390 ± 10.0 | +450, ahead | -190 ± 10.0 | +600, ahead |")
+
+
+def test_the_tables_of_the_pages_are_those_of_the_csv(study: Any) -> None:
+    rows = pd.read_csv(Path(pages.BENCHMARKS, "no_harm", study.EVALUATIONS), dtype={"commit": str})
+    hint = "run: python benchmarks/no_harm.py --collect"
+    assert pages.table_in(pages.PAGE, "no_harm") == study.areas(rows), hint
+    assert pages.table_in(pages.BENCHMARKS / "notes" / "beside_sac.md", "no_harm") == study.table(rows), hint
+
+
+def test_areas(study: Any) -> None:
+    rows = made_up(study)
+    head, _, row = study.areas(rows[(rows["arm"] == "sac") | (rows["seed"] == 1)]).splitlines()
+    assert head == "| task | updates a step | SAC | MBPO |"
+    assert row == "| Pendulum-v1 | 5 | -840 ± 10.0 (3) | -390 (1) |"
 
 
 def test_figure(study: Any, tmp_path: Path) -> None:

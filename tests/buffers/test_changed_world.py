@@ -143,9 +143,11 @@ def test_what_leaves_and_what_stays():
     agent = MBPO("MlpPolicy", "Pendulum-v1", **SMALL, rollout_schedule="auto").learn(60)
     before, counters = agent.get_parameters(), (agent.num_timesteps, agent._n_updates, agent.lifetime_timesteps)
     agent.auto_rollout_length, agent.imagined_fraction, agent.filter_state = 7, 0.3, [1.0, 2.0]
+    assert agent.explained_at_fit
     agent.forget_transitions(keep=4)
     assert agent.replay_buffer.size() == 4 and len(agent.replay_buffer.model_buffer) == 0
     assert (agent.auto_rollout_length, agent.imagined_fraction, agent.filter_state) == (1, 1.0, [])
+    assert agent.explained_at_fit == []
     assert (agent.num_timesteps, agent._n_updates, agent.lifetime_timesteps) == counters
     after = agent.get_parameters()
     assert all(th.equal(before[part][key], after[part][key]) for part in ("policy", "dynamics") for key in before[part])

@@ -130,7 +130,7 @@ def test_another_format(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     path = write(tmp_path, *content(0), step=1).path
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"format 99.*reads format 2"):
+    with pytest.raises(CheckpointError, match=r"format 99.*reads format 3"):
         read(path)
 
 

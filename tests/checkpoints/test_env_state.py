@@ -287,7 +287,7 @@ class Broken(OwnState):
     [
         ("get_state", r"Broken\.get_state\(\) raised RuntimeError: no contact"),
         ("set_state", r"Broken\.set_state\(\) raised RuntimeError: no contact"),
-        ("plain", r"Broken holds what cannot be saved: .*position is a builtins.tuple_iterator"),
+        ("plain", r"Broken contains what cannot be saved: .*position is a builtins.tuple_iterator"),
     ],
 )
 @pytest.mark.parametrize("wrap", [None, RestorableEnv])

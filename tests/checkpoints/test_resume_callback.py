@@ -133,6 +133,7 @@ def pays(obs, actions, next_obs):
         {"use_sde": True, "sde_sample_freq": 3},
         {"train_freq": (1, "episode"), "gradient_steps": -1},
         {"train_freq": 7},
+        {"updates_per_transition": 0.3, "gradient_steps": -1, "train_freq": 7, "warmup_actions": 0.3},
         {"real_ratio": 1.0},
         {"fast_update": False, "termination_fn": "learned"},
         {"ent_coef": 0.1, "learning_rate": falling},
@@ -152,7 +153,8 @@ def pays(obs, actions, next_obs):
         {"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7, "buffer_size": 50, "rollout_filter": "macura"},
     ],
     ids=[
-        *"sde sde_often episodes seven_steps model_off slow fixed_entropy td3 noise small auto macura infoprop".split(),
+        *"sde sde_often episodes seven_steps per_transition model_off slow fixed_entropy td3 noise small".split(),
+        *"auto macura infoprop".split(),
         *"m2ac dhmbpo dhmbpo_small".split(),
     ],
 )
@@ -479,7 +481,7 @@ def test_other_arguments_are_warned_of(tmp_path):
     """The run goes on with them; a seed was for its beginning."""
     MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25, ResumeCallback(tmp_path))
     other = MBPO("MlpPolicy", "Pendulum-v1", **{**FAST, "batch_size": 8, "seed": 1})
-    with pytest.warns(UserWarning, match="values of batch_size, seed; it goes on with those of now, but its random"):
+    with pytest.warns(UserWarning, match="values of batch_size, seed; it continues with those of now, but its random"):
         other.learn(25, ResumeCallback(tmp_path))
     assert other.num_timesteps == 25 and other.batch_size == 8
 

@@ -75,6 +75,42 @@ def test_other_settings_are_passed_as_a_callback(tmp_path):
     assert resume(tmp_path / "run", "Pendulum-v1", [callback]).num_timesteps == 5
 
 
+def test_a_foreign_checkpoint_writes_no_logs_elsewhere(tmp_path):
+    """``tb_log_name`` of a run is a folder inside ``tensorboard_log``; other arguments of ``learn`` are not read."""
+    logs = str(tmp_path / "logs")
+    made(tensorboard_log=logs).learn(3, ResumeCallback(tmp_path / "run"), tb_log_name="group/x")
+    state, tensors = read(next(listed(tmp_path / "run")).path)
+    state["learn"] |= {"total_timesteps": 4, "reset_num_timesteps": True, "callback": None}
+    checkpoint.write(tmp_path / "run", state, tensors, 3)
+    assert resume(tmp_path / "run", "Pendulum-v1", tensorboard_log=logs).num_timesteps == 4
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["group"]
+    for name in ("../x", "a/../../x", "/x", "..", "C:x", "a\\..\\x", "a\0", 3, ["x"]):
+        state["learn"]["tb_log_name"] = name
+        written = checkpoint.write(tmp_path / "run", state, tensors, 3)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=f"{written.path.name}: tb_log_name=.* is no name of a folder inside tensor"):
+            resume(tmp_path / "run", "Pendulum-v1", tensorboard_log=logs)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_foreign_checkpoint_without_its_parts(tmp_path):
+    """Each part is needed, by the callback and by ``resume``, and an error names what is missing."""
+    made().learn(3, ResumeCallback(tmp_path))
+    state, tensors = read(next(listed(tmp_path)).path)
+    parts = [(state, name) for name in ("class", "stopped", "origin", "life", "left", "settings", "agent", "learn", "state")]
+    parts += [(state[part], name) for part in ("settings", "learn") for name in state[part]] + [(state["agent"], "arguments")]
+    for owner, name in parts:
+        kept = owner.pop(name)
+        for wrong in ({}, {name: "x" if not isinstance(kept, str) else 3}):
+            if name in ("class", "stopped", "origin", "life", "left", "settings", "agent", "learn", "state") or not wrong:
+                owner.update(wrong)
+                checkpoint.write(tmp_path, state, tensors, 3)
+                for go_on in (lambda: resume(tmp_path, "Pendulum-v1"), lambda: made().learn(5, ResumeCallback(tmp_path))):
+                    with pytest.raises(ValueError, match=rf"this is no checkpoint of a run: .*{name}"):
+                        go_on()
+        owner[name] = kept
+
+
 def test_a_callback_that_was_in_an_earlier_run(tmp_path):
     """SB3 leaves the callbacks of that run in its ``locals``."""
     callback = Ends(1000)
@@ -203,7 +239,7 @@ def test_two_agents_in_two_threads(tmp_path):
             return True
 
     made().learn(40, [ResumeCallback(tmp_path), Second()])
-    assert len(errors) == 1 and "is that of a run under way" in errors[0] and steps(tmp_path) == [40]
+    assert len(errors) == 1 and "is used by another run" in errors[0] and steps(tmp_path) == [40]
 
 
 def test_a_trained_agent_is_not_overwritten(tmp_path):

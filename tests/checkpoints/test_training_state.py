@@ -289,14 +289,15 @@ def test_a_foreign_checkpoint_replaces_nothing_of_the_agent():
     state, tensors = taken(take_training, agent, [])
     noise, names = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)), set(vars(agent))
     evil = {"learn": "evil", "predict": None, "tensorboard_log": "evil", "gradient_steps": 10**6, "actor": "evil"}
-    evil |= {"lifetime_timesteps": 3, "__class__": "evil", "_n_updates": 12345, "log_ent_coef": 1.0}
+    evil |= {"lifetime_timesteps": 3, "__class__": "evil", "_episode_num": "x", "log_ent_coef": 1.0}
     state["attributes"].update(evil)
     state["log"]["dir"], state["log"]["name_to_value"]["mine"] = {"a": 1}, 2.0
     state["variables"]["policy"] = None
+    state["state"]["_n_updates"] = 12345
     before = {name: vars(agent).get(name) for name in evil}
     put_training(agent, [], state, tensors)
     assert agent._n_updates == 12345 and agent.logger.name_to_value["mine"] == 2.0
-    assert all(vars(agent).get(name) is before[name] for name in evil if name != "_n_updates")
+    assert all(vars(agent).get(name) is before[name] for name in evil)
     assert set(vars(agent)) == names and agent.learn(5).num_timesteps == 5
     _put_noise(noise, {"own": {"reset": "evil", "noise_prev": np.ones(1)}, "several": []})
     assert callable(noise.reset) and noise.noise_prev == 1

@@ -125,5 +125,5 @@ def test_termination_counts():
     ends[:2, 1] = ends[2, 4] = True
     steps = segments(episodes, 1)
     samples = np.zeros((3, *steps.outcomes.shape))
-    found = Diagnosis(episodes, steps, samples, steps, samples, ends, None)
+    found = Diagnosis(episodes, steps, samples, steps, samples, ends, None, ["reward", "x"])
     assert found.termination() == (pytest.approx(2 / 3), pytest.approx(2 / 3))

@@ -26,7 +26,8 @@ def made(obs_dim: int = 3, n_steps: int = 40, horizon: int = 8) -> Diagnosis:
     for one in noise:
         one[..., -1] = 0.0
     samples = [np.nan_to_num(one.outcomes) + error for one, error in zip(pieces, noise, strict=True)]
-    return Diagnosis(episodes, pieces[0], samples[0], pieces[1], samples[1], np.zeros((19, n_steps), dtype=bool), None)
+    names = ["reward", *(f"obs {i}" for i in range(obs_dim))]
+    return Diagnosis(episodes, pieces[0], samples[0], pieces[1], samples[1], np.zeros((19, n_steps), dtype=bool), None, names)
 
 
 def label_of(axes) -> list[str]:
@@ -75,9 +76,10 @@ def test_where_the_error_depends_on_the_state():
 
 def test_returns_and_lengths():
     imagined = np.array([[1.0, 2.0], [np.nan, 4.0]])
-    axes = figures.returns([3.0, 5.0], imagined).axes[0]
+    axes = figures.returns([3.0, 5.0], imagined, [7.0, 8.0]).axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), imagined.ravel())
-    assert list(axes.lines[1].get_ydata()) == [3.0, 5.0]
+    assert [list(line.get_ydata()) for line in axes.lines[1:]] == [[3.0, 5.0], [7.0, 8.0]]
+    assert label_of(axes) == ["imagined, sampled actions", "real, sampled actions", "real, deterministic actions"]
     axes = figures.lengths(0.2, 0.9, 5, [0.4, 0.5]).axes[0]
     x, y = axes.lines[0].get_data()
     # 0.9^k 0.4 <= 0.2 from k = 7 on.

@@ -1,6 +1,7 @@
 """The command: a page for what can be looked at, one sentence for what cannot."""
 
 import copy
+import html
 import pickle
 import re
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 from tiny import FAST, TruePendulum
 
@@ -21,8 +23,8 @@ pytest.importorskip("pygame")
 
 from test_model_error_callback import same, state_of
 
-from sb3_mbpo import MBPO, MBTD3
-from sb3_mbpo.diagnostics.report import main, write_report
+from sb3_mbpo import DHMBPO, MBPO, MBTD3, write_report
+from sb3_mbpo.diagnostics.report import main
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +51,73 @@ def test_report(agents, tmp_path, capsys, safe):
     out = tmp_path / "page.html"
     options = [str(agents / "late.zip"), "--env", "Pendulum-v1", "--earlier", str(agents / "early.zip"), "--out", str(out)]
     main(["report", *options, "--episodes", "1", "--horizon", "10", *safe])
-    html = out.read_text()
+    page = out.read_text()
     assert capsys.readouterr().out.strip() == str(out)
-    assert "MBPO after 65 steps" in html and "1 new episode, 200 steps, seed 0" in html
-    assert "the optimal rollout length of Theorem 4.3 is k*" in html and "python -m sb3_mbpo report" in html
-    assert html.count("data:image/png") == 6 and html.count("data:image/webp") == 1
-    assert not re.search(r'(?:src|href)="(?!data:)', html)
-    assert len(html) < 3_000_000
+    assert "MBPO after 65 steps" in page and "1 new episode, 200 steps, seed 0" in page
+    assert "the optimal rollout length of Theorem 4.3 is k*" in page and "python -m sb3_mbpo report" in page
+    assert page.count("data:image/png") == 6 and page.count("data:image/webp") == 1
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert len(page) < 3_000_000
 
 
 def test_the_same_report_twice_and_another_agent(agents, tmp_path):
     found = []
     for _ in range(2):
         agent = MBTD3("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
-        found.append(write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3))
+        found.append(write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3).findings)
     assert found[0].diagnosis.numbers(3) == pytest.approx(found[1].diagnosis.numbers(3), nan_ok=True)
     np.testing.assert_array_equal(found[0].imagined_returns, found[1].imagined_returns)
     assert found[0].optimal is None
 
 
-def test_the_agent_is_only_looked_at(tmp_path):
+DOUBLE = {**FAST, "policy_kwargs": {"net_arch": [8]}, "gradient_steps": 1, "training_horizon": 2, "rollout_batch_size": 8}
+
+
+@pytest.mark.parametrize(("make", "settings"), [(MBPO, FAST), (DHMBPO, DOUBLE), (MBTD3, FAST)], ids=lambda part: "")
+def test_the_page_says_what_the_user_sees(tmp_path, make, settings):
+    """The return of evaluate_policy, and the numbers in the log; of a loaded agent, too."""
+    env = VecNormalize(make_vec_env("Pendulum-v1", 1))
+    agent = make("MlpPolicy", env, **settings, verbose=1).learn(60)
+    written = write_report(agent, tmp_path / "page.html", n_episodes=2, horizon=2, seed=7)
+    of_user = VecNormalize(make_vec_env("Pendulum-v1", 1), training=False, norm_reward=False)
+    of_user.obs_rms = env.obs_rms
+    of_user.seed(7)
+    # Monitor rounds returns.
+    returns, _ = evaluate_policy(agent, of_user, 2, return_episode_rewards=True)
+    assert written.findings.deterministic_returns == pytest.approx(returns, abs=1e-5)
+    assert written.findings.deterministic_returns != written.findings.sampled_returns
+    logged = agent.logger.name_to_value
+    explained = [logged[f"dynamics/explained_{of}"] for of in ("reward", "obs")]
+    page = (tmp_path / "page.html").read_text()
+    assert f"<code>dynamics/explained_obs</code> was {explained[1]:.3g} at the last fit" in page
+    assert ("average of the actor's weights" in page) == (make is DHMBPO)
+    agent.save(tmp_path / "agent.zip")
+    env.save(str(tmp_path / "statistics.pkl"))
+    again = ["--env", "Pendulum-v1", "--normalize", str(tmp_path / "statistics.pkl"), "--episodes", "1", "--horizon", "2"]
+    for safe in ([], ["--safe"]):
+        main(["report", str(tmp_path / "agent.zip"), *again, *safe])
+        assert f"<code>dynamics/explained_obs</code> was {explained[1]:.3g} at" in (tmp_path / "agent.html").read_text()
+
+
+def test_what_write_report_returns(tmp_path, monkeypatch):
+    """One short line in a terminal, the page in a notebook, and a path."""
+    # Without a display, MuJoCo's renderer leaves a warning behind.
+    monkeypatch.setattr("sb3_mbpo.diagnostics.report.video", lambda *args: b"frames")
+    agent = MBPO("MlpPolicy", "InvertedPendulum-v5", **FAST).learn(40)
+    written = write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=2)
+    assert "page.html" in repr(written) and len(repr(written)) < 200 and "\n" not in repr(written)
+    with open(written) as file:
+        page = file.read()
+    shown = re.fullmatch(r'<iframe srcdoc="([^"]*)"[^<>]*></iframe>', written._repr_html_())
+    assert shown is not None and html.unescape(shown[1]) == page
+    assert "<td>hinge velocity</td>" in page and "Imagined episodes end by the env's own rule" in page
+
+
+@pytest.mark.parametrize(("make", "settings"), [(MBPO, FAST), (DHMBPO, DOUBLE)], ids=lambda part: "")
+def test_the_agent_is_only_looked_at(tmp_path, make, settings):
     states = []
     for look in (True, False):
-        agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+        agent = make("MlpPolicy", "Pendulum-v1", **settings).learn(25)
         if look:
             write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3)
         states.append(state_of(agent))
@@ -81,10 +127,10 @@ def test_the_agent_is_only_looked_at(tmp_path):
 def test_the_true_simulator_returns_what_it_promises(tmp_path):
     """Imagined returns are those of other actions, so they agree in the mean only."""
     agent = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=TruePendulum, **{**FAST, "dynamics_kwargs": {}}).learn(25)
-    found = write_report(agent, tmp_path / "page.html", n_episodes=4, horizon=5)
+    found = write_report(agent, tmp_path / "page.html", n_episodes=4, horizon=5).findings
     real = np.mean([episode.rewards.sum() for episode in found.diagnosis.episodes])
     assert found.imagined_returns.mean() == pytest.approx(real, rel=0.15)
-    assert "explains 100.0 % of what changes" in (tmp_path / "page.html").read_text()
+    assert "compared with no change is 1.00." in (tmp_path / "page.html").read_text()
 
 
 def test_statistics_of_vec_normalize(tmp_path):
@@ -102,7 +148,8 @@ def test_env_without_a_spec_gets_no_video(tmp_path):
         spec = None
 
     agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
-    found = write_report(agent, tmp_path / "page.html", env=lambda: Bare(gym.make("Pendulum-v1")), n_episodes=1, horizon=2)
+    make = lambda: Bare(gym.make("Pendulum-v1"))  # noqa: E731
+    found = write_report(agent, tmp_path / "page.html", env=make, n_episodes=1, horizon=2).findings
     assert found.video == "it has no spec of Gymnasium's"
 
 
@@ -115,7 +162,7 @@ def test_imagined_returns_are_as_long_as_real_ones(tmp_path):
     settings = {**FAST, "dynamics_kwargs": {}}
     agent = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=TruePendulum, **settings).learn(25)
     limited = lambda: gym.wrappers.TimeLimit(Bare(gym.make("Pendulum-v1").unwrapped), 7)  # noqa: E731
-    found = write_report(agent, tmp_path / "page.html", env=limited, n_episodes=2, horizon=2)
+    found = write_report(agent, tmp_path / "page.html", env=limited, n_episodes=2, horizon=2).findings
     assert [len(episode.rewards) for episode in found.diagnosis.episodes] == [7, 7]
     assert found.imagined_returns.min() > 7 * -16.3 and found.imagined_returns.max() < 0
 

@@ -471,6 +471,7 @@ def test_the_gate_is_logged_and_saved(tmp_path, monkeypatch):
     loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
     assert loaded.imagined_fraction == pytest.approx(0.5) and loaded.real_ratio == 0.25
     assert loaded.forward_errors == model.forward_errors and len(loaded.forward_errors) == 4
+    assert loaded.explained_at_fit == [logged["dynamics/explained_reward"], 0.075]
 
 
 class NoPast(gym.Env):

@@ -103,7 +103,7 @@ def state(agent: Any) -> dict[str, Any]:
             "num_timesteps",
             "rollout_length",
         ),
-        *("forward_errors", "unused_fits"),
+        *("forward_errors", "explained_at_fit", "unused_fits"),
     ]
     return {
         "parameters": flat(agent.get_parameters()),

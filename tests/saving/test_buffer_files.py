@@ -1,4 +1,5 @@
 import io
+import json
 import pickle
 
 import gymnasium as gym
@@ -14,6 +15,7 @@ from tiny import FAST
 from sb3_mbpo import MBPO, MixedReplayBuffer
 from sb3_mbpo.buffers import replay_buffer
 from sb3_mbpo.buffers.replay_buffer import ROWS
+from sb3_mbpo.saving.serialization import decode, encode
 from sb3_mbpo.saving.whole_files import with_checksum
 
 
@@ -172,8 +174,21 @@ def content():
 
 
 def changed(content, change):
+    """The file with other contents of the buffer."""
     value = th.load(io.BytesIO(content), weights_only=True)
-    value = change(value) or value
+    contents, tensors = decode(json.loads(value["content"]), value["tensors"]), {}
+    contents = change(contents) or contents
+    encoded = encode(contents, tensors)
+    return file_of({**value, "content": json.dumps(encoded), "tensors": tensors})
+
+
+def changed_file(content, change):
+    """The file with other content of its own."""
+    value = th.load(io.BytesIO(content), weights_only=True)
+    return file_of(change(value) or value)
+
+
+def file_of(value):
     file = io.BytesIO()
     with with_checksum(file) as summed:
         th.save(value, summed)
@@ -181,37 +196,40 @@ def changed(content, change):
     return file
 
 
-def in_rows(name, tensor):
-    return lambda value: value["rows"].update({name: tensor})
+def in_rows(name, array):
+    return lambda value: value["rows"].update({name: array})
 
 
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: [1, 2], "no replay buffer"),
-        (lambda v: v.update(more=1), "no replay buffer"),
-        (lambda v: {key: v[key] for key in v if key != "pos"}, "no replay buffer"),
-        (lambda v: v.update(format=2), "format=2"),
+        (lambda v: [1, 2], "handle_timeout_termination must be"),
+        (lambda v: v.update(more=1), "contents of a replay buffer must be"),
+        (lambda v: {key: v[key] for key in v if key != "pos"}, "contents of a replay buffer must be"),
+        (lambda v: v.update(handle_timeout_termination=1), "handle_timeout_termination must be"),
         (lambda v: v.update(rows=[]), "rows must be"),
         (lambda v: v.update(rows={key: v["rows"][key] for key in ROWS[1:]}), "rows must be"),
-        (in_rows("rewards", th.zeros(41, 1)), "rewards has 41 steps, but others have 40"),
-        (in_rows("rewards", th.zeros(40, 2)), r"rewards has shape \(40, 2\)"),
-        (in_rows("rewards", th.zeros(40, 1).double()), "rewards must be a tensor of torch.float32"),
-        (in_rows("rewards", [0.0] * 40), "rewards must be a tensor"),
-        (in_rows("rewards", th.zeros(40, 1).to_sparse()), "rewards must be a tensor"),
-        (in_rows("observations", th.zeros(1, 1, 1).expand(10**9, 1, 3)), "observations must be a plain tensor"),
-        (in_rows("observations", th.zeros(40, 1, 4)), "observations has shape"),
-        (lambda v: v.update(pos=39), "do not go with 40 steps"),
-        (lambda v: v.update(pos=-1), "do not go with"),
-        (lambda v: v.update(pos=True), "do not go with"),
-        (lambda v: v.update(full=True), "do not go with"),
+        (in_rows("rewards", np.zeros((41, 1), np.float32)), "rows must have the same number of steps"),
+        (in_rows("rewards", np.zeros((40, 2), np.float32)), r"rewards has shape \(40, 2\)"),
+        (in_rows("rewards", np.zeros((40, 1))), "rewards must be an array of float32"),
+        (in_rows("rewards", [0.0] * 40), "rewards must be an array"),
+        (in_rows("rewards", np.float32(0)), "rewards must be an array"),
+        (in_rows("rewards", np.array(0, np.float32)), r"rewards has shape \(\)"),
+        (in_rows("observations", np.zeros((40, 1, 4), np.float32)), "observations has shape"),
+        (lambda v: v.update(pos=39), "do not fit 40 steps"),
+        (lambda v: v.update(pos=-1), "do not fit"),
+        (lambda v: v.update(pos=True), "do not fit"),
+        (lambda v: v.update(full=True), "do not fit"),
         (lambda v: v.update(full=1), "must be true or false"),
-        (lambda v: v.update(buffer_size=10), "do not go with"),
+        (lambda v: v.update(buffer_size=10), "do not fit"),
         (lambda v: v.update(imagined=th.zeros(30, 3)), "imagined must be"),
+        (lambda v: v.update(imagined=th.tensor(0.0)), "imagined must be"),
+        (lambda v: v.update(imagined=np.zeros((30, 9), np.float32)), "imagined must be"),
         (lambda v: v.update(refills=[31]), "refills must be"),
         (lambda v: v.update(refills=[-1, 31]), "refills must be"),
         (lambda v: v.update(refills=[10**12]), "refills must be"),
+        (lambda v: v.update(refills=None), "refills must be"),
     ],
 )
 def test_hostile_buffers(content, change, message, safe):
@@ -221,6 +239,29 @@ def test_hostile_buffers(content, change, message, safe):
     with pytest.raises(ValueError, match=f"^load_replay_buffer: .*{message}"):
         agent.load_replay_buffer(changed(content, change), safe=safe)
     assert agent.replay_buffer.size() == 5 and np.array_equal(agent.replay_buffer.observations[:5], before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: [1, 2], "no replay buffer"),
+        (lambda v: v.update(more=1), "no replay buffer"),
+        (lambda v: v.update(format=1), "format=1 is unknown; it must be 2"),
+        (lambda v: v.update(content=3), "no replay buffer"),
+        (lambda v: v.update(content="[" * 10_000), "too many levels"),
+        (lambda v: v.update(content="\ud800"), "JSON cannot be read"),
+        (lambda v: v.update(content='{"$class": "torch.nn.ReLU"}'), "unknown kind"),
+        (lambda v: v.update(tensors=[]), "no replay buffer"),
+        (lambda v: v.update(tensors={}), "no tensor"),
+        (lambda v: v["tensors"].update({".rows.observations": th.zeros(1, 1, 1).expand(10**9, 1, 3)}), "plain tensor"),
+        (lambda v: v["tensors"].update({".rows.observations": th.zeros(40, 1, 3).to_sparse()}), "plain tensor"),
+        (lambda v: v["tensors"].update({".rows.observations": th.zeros(40, 1, 3).double()}), "has a tensor of float64"),
+        (lambda v: v["tensors"].update({".rows.observations": th.zeros(40, 1, 2)}), "does not have 80 numbers"),
+    ],
+)
+def test_hostile_files(content, change, message):
+    with pytest.raises(ValueError, match=f"^load_replay_buffer: .*{message}"):
+        make().load_replay_buffer(changed_file(content, change), safe=True)
 
 
 def test_a_declared_size_costs_nothing(content):
@@ -427,9 +468,5 @@ def test_what_is_put_in_its_place_must_fit():
 
 def test_a_pickle_inside_the_zip(tmp_path, content):
     with pytest.raises(ValueError, match="something else than tensors"):
-        make().load_replay_buffer(changed(content, lambda v: v.update(pos=Payload(tmp_path / "marker"))))
+        make().load_replay_buffer(changed_file(content, lambda v: v.update(content=Payload(tmp_path / "marker"))))
     assert not (tmp_path / "marker").exists()
-
-
-def test_all_rows_are_there(content):
-    assert set(th.load(io.BytesIO(content), weights_only=True)["rows"]) == set(ROWS)

@@ -14,10 +14,11 @@ from stable_baselines3.sac.policies import SACPolicy
 from tiny import FAST
 
 from sb3_mbpo import MBPO, MBTD3, DynamicsModel, LinearRolloutSchedule
-from sb3_mbpo.saving.description import AGENTS, build, describe
-from sb3_mbpo.saving.plain_values import encode_box
+from sb3_mbpo.saving.description import build, describe
+from sb3_mbpo.saving.serialization import encode
 from sb3_mbpo.terminations.known import TipFalls
 from sb3_mbpo.trust.filters import M2AC, Infoprop, Macura
+from sb3_mbpo.validation.registry import AGENTS
 from sb3_mbpo.variants import MBTQC, MBCrossQ
 
 ALGORITHMS = [MBPO, MBTD3, MBTQC, MBCrossQ]
@@ -28,7 +29,9 @@ def described(agent):
 
 
 def make(cls=MBPO, env="Pendulum-v1", **kwargs):
-    return cls("MlpPolicy", env, **{**FAST, **kwargs})
+    # One of the two is given.
+    instead = {"gradient_steps": -1} if "updates_per_transition" in kwargs else {}
+    return cls("MlpPolicy", env, **{**FAST, **instead, **kwargs})
 
 
 @pytest.mark.parametrize("cls", ALGORITHMS)
@@ -54,6 +57,8 @@ VALUES: dict[str, list[Any]] = {
     "gamma": [0.9],
     "train_freq": [3, (2, "step"), (1, "episode")],
     "gradient_steps": [3, -1],
+    "updates_per_transition": [2, 0.5],
+    "warmup_actions": [0.3],
     "action_noise": [
         NormalActionNoise(np.zeros(1), np.ones(1)),
         OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)),
@@ -281,57 +286,57 @@ def argument(name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_in("format", to=2), "format=2 .*must be 1"),
+        (set_in("format", to=1), "format=1 .*must be 2"),
         (set_in("format", to=True), "format=True"),
         (set_in("more", to=1), r"unknown keys \['more'\]"),
-        (lambda d: d.pop("counters"), r"lacks \['counters'\]"),
+        (lambda d: d.pop("state"), r"lacks \['state'\]"),
         (set_in("class", to="os.system"), "'os.system' is not among DHMBPO, MBPO"),
         (set_in("class", to="__init__"), "is not among"),
         (set_in("class", to=["MBPO"]), "is not among"),
         (set_in("policy", to="os.system"), "must be one of MlpPolicy"),
-        (set_in("policy", to={":class:": "os.system"}), "not among the classes"),
+        (set_in("policy", to={"$class": "os.system"}), "not among the classes"),
         (set_in("arguments", to=[]), "must be a JSON object"),
-        (set_in("counters", to={}), "counters of the description must be"),
-        (set_in("counters", "num_timesteps", to=-1), "num_timesteps=-1 is no count"),
-        (set_in("counters", "num_timesteps", to=True), "is no count"),
-        (set_in("counters", "_n_updates", to="3"), "is no count"),
-        (set_in("counters", "_current_progress_remaining", to=None), "is no count"),
-        (set_in("counters", "filter_state", to=["os.system"]), "filter_state=.* is no count"),
-        (set_in("counters", "filter_state", to=3), "filter_state=3 is no count"),
-        (set_in("counters", "filter_state", to=[{":float:": "nan"}, 1]), "filter_state=.* is no count"),
+        (set_in("state", to={}), "state must have num_timesteps"),
+        (set_in("state", "num_timesteps", to=-1), "num_timesteps=-1 is out of range"),
+        (set_in("state", "num_timesteps", to=True), "is out of range"),
+        (set_in("state", "_n_updates", to="3"), "is out of range"),
+        (set_in("state", "_current_progress_remaining", to=None), "is out of range"),
+        (set_in("state", "filter_state", to=["os.system"]), "filter_state=.* is out of range"),
+        (set_in("state", "filter_state", to=3), "filter_state=3 is out of range"),
+        (set_in("state", "filter_state", to=[{"$float": "nan"}, 1]), "filter_state=.* is out of range"),
         (set_in("n_envs", to=0), "n_envs=0"),
         (set_in("n_envs", to=10**15), "n_envs"),
         (set_in("n_envs", to="1"), "n_envs"),
-        (set_in("observation_space", to=None), "observation_space must have"),
+        (set_in("observation_space", to=None), "observation_space=None must be a Box"),
         (set_in("action_space", "low", to=None), "action_space"),
         (set_in("termination", to="os.system"), "termination='os.system'"),
         (set_in("termination", to=None), "termination=None"),
-        (set_in("termination", to={":class:": "torch.nn.ReLU"}), "termination="),
+        (set_in("termination", to={"$class": "torch.nn.ReLU"}), "termination="),
         (argument("__class__", 1), "has no argument '__class__'"),
         (argument("policy", "MlpPolicy"), "has no argument 'policy'"),
         (argument("device", "cuda"), "has no argument 'device'"),
         (argument("learning_rate", "os.system"), "learning_rate="),
         (argument("learning_rate", "torch.hub.load"), "learning_rate="),
-        (argument("learning_rate", {":class:": "torch.nn.ReLU"}), "learning_rate="),
+        (argument("learning_rate", {"$class": "torch.nn.ReLU"}), "learning_rate="),
         (argument("rollout_schedule", "os.system"), "rollout_schedule="),
         (argument("rollout_schedule", [1]), "rollout_schedule="),
         (argument("termination_fn", "os.system"), "termination_fn="),
         (argument("termination_fn", "__import__"), "termination_fn="),
         (argument("reward_fn", "os.system"), "reward_fn="),
         (argument("rollout_filter", "os.system"), "rollout_filter="),
-        (argument("rollout_filter", {":class:": "torch.nn.ReLU"}), "rollout_filter="),
+        (argument("rollout_filter", {"$class": "torch.nn.ReLU"}), "rollout_filter="),
         (
-            argument("rollout_filter", {":object:": "sb3_mbpo.trust.filters.M2AC", "arguments": {"alpha": -1}}),
+            argument("rollout_filter", {"$object": ["sb3_mbpo.M2AC", {"alpha": -1}]}),
             "M2AC: alpha=-1",
         ),
         (argument("dynamics_class", "os.system"), "dynamics_class="),
-        (argument("dynamics_class", {":class:": "torch.nn.ReLU"}), "dynamics_class="),
+        (argument("dynamics_class", {"$class": "torch.nn.ReLU"}), "dynamics_class="),
         (argument("replay_buffer_class", "os.system"), "replay_buffer_class="),
         (argument("replay_buffer_kwargs", {"seed": 1}), "replay_buffer_kwargs"),
         (argument("policy_kwargs", {"activation_fn": "os.system"}), "policy_kwargs: activation_fn"),
         (argument("policy_kwargs", {"optimizer_class": "os.system"}), "policy_kwargs: optimizer_class"),
         (argument("policy_kwargs", {"features_extractor_class": "os.system"}), "policy_kwargs: features_extractor_class"),
-        (argument("policy_kwargs", {"activation_fn": {":class:": "torch.optim.Adam"}}), "cannot be built"),
+        (argument("policy_kwargs", {"activation_fn": {"$class": "torch.optim.Adam"}}), "cannot be built"),
         (argument("policy_kwargs", {"nonsense": 1}), "has no key 'nonsense'"),
         (argument("policy_kwargs", {"net_arch": "wide"}), "net_arch='wide' must be a list"),
         (argument("policy_kwargs", []), "policy_kwargs="),
@@ -344,9 +349,9 @@ def argument(name, value):
         (argument("use_sde", 1), "use_sde="),
         (argument("seed", -1), "seed|Seed"),
         (argument("seed", 1.5), "seed="),
-        (argument("action_noise", {":class:": "torch.nn.ReLU"}), "action_noise="),
+        (argument("action_noise", {"$class": "torch.nn.ReLU"}), "action_noise="),
         (argument("fast_update", "yes"), "fast_update="),
-        (argument("train_freq", {":tuple:": [1, "os.system"]}), "train_freq"),
+        (argument("train_freq", {"$tuple": [1, "os.system"]}), "train_freq"),
         (argument("real_ratio", 7), "real_ratio=7"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
@@ -367,7 +372,7 @@ def test_no_description_at_all(description):
 
 def test_spaces_that_mbpo_cannot_imagine_in(good):
     description = json.loads(good)
-    description["action_space"] = encode_box(spaces.Box(-np.inf, np.inf, (1,)))
+    description["action_space"] = encode(spaces.Box(-np.inf, np.inf, (1,)), objects=True)
     with pytest.raises(ValueError, match="unbounded"):
         build(description)
 

@@ -219,7 +219,7 @@ class OwnPolicy(SACPolicy):
 
 def test_a_policy_that_computes_something_else_is_refused(tmp_path):
     agent = MBPO(OwnPolicy, "Pendulum-v1", **FAST)
-    with pytest.raises(ValueError, match=r"would differ from those of predict by .* OwnPolicy computes them otherwise"):
+    with pytest.raises(ValueError, match=r"would differ from those of predict by .* OwnPolicy computes them in another way"):
         agent.export(tmp_path / "policy.pt")
     del agent.policy.actor.mu
     with pytest.raises(ValueError, match="the actor BoldActor has no features_extractor and mu"):

@@ -256,14 +256,14 @@ def test_no_pickle_can_be_reached():
         if module not in reached:
             reached.add(module)
             waiting += imported_modules(sources[module], module)
-    read = ("description", "plain_values", "checked_tensors", "safe_files", "save_load")
-    resumed = ("resume_callback", "checkpoint", "training_state", "callback_state", "env_state", "packing")
+    read = ("description", "serialization", "checked_tensors", "safe_files", "save_load", "agent_state")
+    resumed = ("resume_callback", "checkpoint", "training_state", "callback_state", "env_state")
     assert {"arguments.arguments", *(f"saving.{name}" for name in read)} <= reached
     assert {f"checkpoints.{name}" for name in resumed} <= reached
     assert {module: forbidden_names(sources[module]) for module in reached if forbidden_names(sources[module])} == {}
     # The one import by a name serves what the caller passes; a description's text never gets there, see test_description.py.
     assert [module for module in reached if "import_module" in sources[module]] == ["arguments.arguments"]
-    for name in ("plain_values", "safe_loading", "checked_tensors"):
+    for name in ("serialization", "safe_loading", "checked_tensors", "agent_state"):
         assert "resolve" not in sources[f"saving.{name}"]
 
 

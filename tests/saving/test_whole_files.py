@@ -75,7 +75,7 @@ def test_an_error_leaves_the_old_file(tmp_path, error):
         file.write(b"new")
         raise error("what happened")
     if expected is OSError:
-        assert "agent.zip could not be written; the file of that name is as it was: what happened (" in str(raised.value)
+        assert "agent.zip could not be written; the existing file is unchanged: what happened (" in str(raised.value)
     assert (tmp_path / "agent.zip").read_bytes() == b"old" and names(tmp_path) == ["agent.zip"]
 
 
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"agent.zip was written, but .*: Input/output error \(an unknown number") as raised:
         with written_whole(tmp_path / "agent", "zip") as file:
             file.write(b"new")
-    assert raised.value.errno == errno.EIO and "as it was" not in str(raised.value)
+    assert raised.value.errno == errno.EIO and "unchanged" not in str(raised.value)
     assert (tmp_path / "agent.zip").read_bytes() == b"new" and names(tmp_path) == ["agent.zip"]
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk(tmp_path, agent, name):
             try:
                 save(agent, path)
             except OSError as error:
-                os._exit(3 if f"{name} could not be written; the file of that name is as it was" in str(error) else 4)
+                os._exit(3 if f"{name} could not be written; the existing file is unchanged" in str(error) else 4)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
         assert path.read_bytes() == before and names(tmp_path) == [name]

@@ -52,7 +52,7 @@ def test_what_is():
 # Checked elsewhere: what is built, called, tried out or not supported.
 ELSEWHERE = {"policy", "env", "learning_rate", "policy_kwargs", "device", "replay_buffer_class", "n_steps"}
 ELSEWHERE |= {"optimize_memory_usage", "rollout_schedule", "termination_fn", "reward_fn", "dynamics_class", "fast_update"}
-ELSEWHERE |= {"rollout_filter"}
+ELSEWHERE |= {"rollout_filter", "warmup_actions"}
 
 
 @pytest.mark.parametrize("cls", [MBPO, MBTD3, MBTQC, MBCrossQ])
@@ -104,6 +104,11 @@ REFUSED = [
     (MBPO, {"policy_kwargs": {"n_critics": 0}}, "policy_kwargs: n_critics=0"),
     (MBPO, {"policy_kwargs": {"activation_fn": 3}}, "policy_kwargs: activation_fn=3 must be a class"),
     *((MBPO, {"replay_buffer_kwargs": value}, "replay_buffer_kwargs") for value in (3, [1], {"n_steps": 3})),
+    *(
+        (MBPO, {"updates_per_transition": value}, "updates_per_transition=.* must be None or a number above 0")
+        for value in (0, -1, NAN, INF, "many", True)
+    ),
+    *((MBPO, {"warmup_actions": value}, "warmup_actions=") for value in (0, 1.5, NAN, True, "half", [0.5], dict)),
     *((MBPO, {"real_ratio": value}, "real_ratio=.* between 0") for value in (-0.1, 1.1, NAN, "half", None, True)),
     *((MBPO, {"model_train_freq": value}, "model_train_freq=.* at least 1") for value in (0, NAN, 2.5, "n", None)),
     *((MBPO, {"rollout_batch_size": value}, "rollout_batch_size=.* at least 1") for value in (0, -5, NAN, 10**12, None)),

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 
 from sb3_mbpo import InvalidTransition
 from sb3_mbpo.validation.faults import (
@@ -13,7 +12,6 @@ from sb3_mbpo.validation.faults import (
     RESET_API,
     STEP_API,
     fault_of_api,
-    fault_of_arrays,
     flag_fault,
     observation_fault,
     reward_fault,
@@ -146,15 +144,6 @@ def test_what_is_neither_true_nor_false(flag):
     assert "must be true or false, but is " in flag_fault(flag) and "Return a bool" in flag_fault(flag)
 
 
-@pytest.mark.parametrize("dones", [None, [True], np.array([np.nan, 0]), np.array([None, False]), np.zeros((2, 1), bool), True])
-def test_dones_of_a_vectorised_env(dones):
-    space, obs, rewards = spaces.Box(-1, 1, (1,)), np.zeros((2, 1), np.float32), np.zeros(2)
-    for fine in (np.array([False, False]), [False, 0], np.zeros(2)):
-        assert fault_of_arrays(2, space, obs, rewards, fine, [{}, {}]) is None
-    fault = fault_of_arrays(2, space, obs, rewards, dones, [{}, {}])
-    assert fault is not None and "dones must be true or false for each of 2 envs" in fault[0]
-
-
 def test_error_says_where_and_survives_pickling():
     error = InvalidTransition("the reward is bad", 3, 120)
     again = pickle.loads(pickle.dumps(error))
@@ -162,6 +151,7 @@ def test_error_says_where_and_survives_pickling():
     for one in (error, again):
         assert (one.fault, one.env_index, one.step) == ("the reward is bad", 3, 120)
         assert str(one) == "env 3, after 120 steps: the reward is bad"
+    assert str(InvalidTransition("the reward is bad", 3)) == "env 3: the reward is bad"
 
 
 def raised_in(module: str, code: str) -> Exception:
