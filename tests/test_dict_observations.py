@@ -324,7 +324,7 @@ def test_the_dynamics_is_measured(tmp_path):
         agent = made(envs(1, KEYS), reward_fn=distance).learn(120, callback)
     numbers = callback.diagnosis.numbers(1)
     assert np.isfinite([numbers["error"], numbers["r2_mean"]]).all()
-    assert 0 < agent.logger.name_to_value.get("model_error/policy_shift_tv", 0.5) < 1 and len(callback.snapshots) == 3
+    assert 0 < agent.logger.name_to_value.get("model_error/policy_shift_tv", 0.5) < 1 and len(callback.snapshots) >= 3
     pytest.importorskip("matplotlib")
     from sb3_mbpo.diagnostics.report import write_report
 

@@ -7,12 +7,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
-from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.buffers.checks import check_finite, check_fits
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
+from sb3_mbpo.buffers.normalization import normalize_obs, normalize_rewards, to_device_async
 from sb3_mbpo.codec import Codec, Observation
 from sb3_mbpo.validation.episode_ends import Steps, lost_ends, reported_limit
 
@@ -20,58 +21,8 @@ from sb3_mbpo.validation.episode_ends import Steps, lost_ends, reported_limit
 BLOCK_NUMBERS = 2**20
 # Number of newest steps that are checked for time limits reported as terminations.
 ENDS_LOOKED_AT = 20_000
-# Number of rows that are checked together, so that no second copy of a large buffer is made.
-_ROWS_AT_ONCE = 10_000
 # SB3's storage arrays, one row per step: (buffer_size, n_envs, ...).
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
-
-
-def to_device_async(array: np.ndarray, device: th.device) -> th.Tensor:
-    """
-    Copy a small array to a device as float32, without waiting for the copy.
-
-    For a GPU, the memory is pinned first. PyTorch keeps pinned memory, so do not use this for large arrays.
-
-    :param array: the array, any shape
-    :param device: the device
-    :return: float32 tensor of the same shape
-    """
-    tensor = th.as_tensor(array, dtype=th.float32, device="cpu")
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def normalize_obs(obs: Observation, env: VecNormalize | None) -> Observation:
-    """
-    ``VecNormalize.normalize_obs`` for tensors, with its current statistics.
-
-    :param obs: raw observations ``(..., *obs_shape)``, or a dict of these, of which ``env.norm_obs_keys`` are normalized
-    :param env: the ``VecNormalize`` env; ``None``: nothing is normalized
-    :return: same shape, float32
-    """
-    if env is None or not env.norm_obs:
-        return obs
-    if isinstance(env.obs_rms, dict):
-        return obs | {key: _normalized(obs[key], rms, env) for key, rms in env.obs_rms.items()}
-    return _normalized(obs, env.obs_rms, env)
-
-
-def _normalized(obs: th.Tensor, rms: RunningMeanStd, env: VecNormalize) -> th.Tensor:
-    mean, std = (to_device_async(part, obs.device) for part in (rms.mean, np.sqrt(rms.var + env.epsilon)))
-    return ((obs - mean) / std).clamp(-env.clip_obs, env.clip_obs)
-
-
-def normalize_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor:
-    """
-    ``VecNormalize.normalize_reward`` for tensors, with its current statistics.
-
-    :param rewards: raw rewards, any shape
-    :param env: the ``VecNormalize`` env; ``None``: nothing is normalized
-    :return: same shape, float32
-    """
-    if env is None or not env.norm_reward:
-        return rewards
-    std = float(np.sqrt(env.ret_rms.var + env.epsilon))
-    return (rewards / std).clamp(-env.clip_reward, env.clip_reward)
 
 
 def balanced_ratio(updates: float) -> float:
@@ -85,47 +36,6 @@ def balanced_ratio(updates: float) -> float:
     :return: fraction of real rows, from 0.05 to 0.5
     """
     return min(max(1 / max(updates, 1e-9), 0.05), 0.5)
-
-
-def check_fits(buffer: ReplayBuffer, n_envs: int, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-    """
-    :param buffer: plain or mixed
-    :param n_envs: of the agent, as its spaces
-    :raises ValueError: the buffer was made for other envs, or without next observations
-    """
-    expected = {"n_envs": n_envs, "obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
-    for name, ours in {**expected, "optimize_memory_usage": False}.items():
-        theirs = getattr(buffer, name)
-        # Stored entries of a Dict have an order.
-        if theirs != ours or (isinstance(ours, dict) and list(theirs) != list(ours)):
-            raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
-
-
-def check_finite(rows: Mapping[str, np.ndarray], imagined: th.Tensor) -> None:
-    """
-    :param rows: filled parts of SB3's storage arrays, by name: ``(N, n_envs, ...)``, in any order
-    :param imagined: packed rows of a model buffer
-    :raises ValueError: a number that is not finite in float32, of which all weights would become NaN; names the first
-    """
-    for name, array in rows.items():
-        for start in range(0, len(array) if array.dtype.kind == "f" else 0, _ROWS_AT_ONCE):
-            block = array[start : start + _ROWS_AT_ONCE]
-            with np.errstate(over="ignore"):
-                wrong = ~np.isfinite(block.astype(np.float32, copy=False))
-            if wrong.any():
-                step, env, *place = (int(i) for i in np.argwhere(wrong)[0])
-                where = str(place) if place else ""
-                raise ValueError(
-                    f"the replay buffer has {name}{where}={block[step, env][tuple(place)]} (env {env}, step {start + step}). "
-                    "Learning from it would make the agent's weights NaN. Load an earlier replay buffer, or pass the finite "
-                    "transitions to prefill"
-                )
-    for start in range(0, len(imagined), _ROWS_AT_ONCE):
-        if not imagined[start : start + _ROWS_AT_ONCE].isfinite().all():
-            raise ValueError(
-                f"imagined transitions after number {start} are not finite. Learning from them would make the agent's weights "
-                "NaN. Save the buffer without imagined=True"
-            )
 
 
 def _with_room(filled: np.ndarray, buffer_size: int) -> np.ndarray:

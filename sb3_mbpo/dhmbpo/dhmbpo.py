@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import polyak_update
 from torch import nn
 from typing_extensions import Unpack
 
-from sb3_mbpo.buffers.replay_buffer import normalize_rewards
+from sb3_mbpo.buffers.normalization import normalize_rewards
 from sb3_mbpo.checkpoints.interrupts import Interrupted
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout

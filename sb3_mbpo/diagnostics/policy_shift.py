@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-from sb3_mbpo.buffers.replay_buffer import normalize_obs
+from sb3_mbpo.buffers.normalization import normalize_obs
 from sb3_mbpo.diagnostics.metrics import gaussian_total_variation
 
 # Number of draws to estimate a total variation, and maximum number of states to average it over.

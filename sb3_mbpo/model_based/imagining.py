@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.arguments.arguments import resolve
-from sb3_mbpo.buffers.replay_buffer import normalize_obs
+from sb3_mbpo.buffers.normalization import normalize_obs
 from sb3_mbpo.codec import Observation
 from sb3_mbpo.dynamics.base import DynamicsModel, KnownReward
 from sb3_mbpo.model_based.collecting import Collecting

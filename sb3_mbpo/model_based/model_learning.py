@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mbpo.buffers.replay_buffer import normalize_rewards
+from sb3_mbpo.buffers.normalization import normalize_rewards
 from sb3_mbpo.buffers.rollout_blocks import ROLLOUT_BLOCK, refill
 from sb3_mbpo.checkpoints.training_state import undone_on_error
 from sb3_mbpo.dynamics.base import Progress

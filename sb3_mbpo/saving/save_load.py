@@ -21,8 +21,9 @@ from stable_baselines3.common.save_util import open_path, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.arguments.user_functions import check_device
+from sb3_mbpo.buffers.checks import check_fits
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
-from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, check_fits
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
 from sb3_mbpo.codec import Codec
 from sb3_mbpo.saving.agent_state import OURS, AgentState
 from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip

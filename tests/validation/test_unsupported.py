@@ -85,7 +85,7 @@ def last_two(obs):
         (wrappers.ClipAction(Draws(BOX)), lambda env: env.env, "MlpPolicy"),
         (gym.make_vec("Pendulum-v1", num_envs=2), lambda env: make_vec_env("Pendulum-v1", 2), "MlpPolicy"),
     ],
-    ids=lambda part: str(getattr(part, "observation_space", ""))[:30],
+    ids=lambda part: "" if isinstance(part, type) else str(getattr(part, "observation_space", ""))[:30],
 )
 def test_remedies_work(env, remedy, policy):
     """Of each refusal, the way that its message names."""
