@@ -93,7 +93,7 @@ def sizes() -> dict[str, tuple[int, int]]:
 
 # From the bottom up: a folder, or a file beside the folders, imports only what is in a row below its own.
 ORDER = [
-    ["validation", "fast_sac", "theory", "restarting_env"],
+    ["codec", "validation", "fast_sac", "theory", "restarting_env"],
     ["buffers", "dynamics"],
     ["rewards", "terminations"],
     ["trust"],

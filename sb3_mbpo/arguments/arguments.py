@@ -180,7 +180,7 @@ def read_learn(total_timesteps: Any, *rest: Any) -> Any:
     return total_timesteps
 
 
-def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: bool) -> list[str]:
+def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: bool, takes_dict: bool) -> list[str]:
     """
     Read and check, in place, the arguments that SB3's constructor uses immediately.
 
@@ -188,6 +188,7 @@ def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: boo
     :param env: the second argument of the constructor; only ``load`` passes ``None``
     :param passed: all arguments by name
     :param default_steps: whether ``gradient_steps`` was left at its default
+    :param takes_dict: whether the algorithm has a policy for Dict observations
     :return: warnings
     :raises ValueError: an argument is invalid
     """
@@ -211,7 +212,7 @@ def read_first(policy: Any, env: Any, passed: dict[str, Any], default_steps: boo
     if env is not None:
         # Check the spaces before SB3, whose assertions do not say what to do instead.
         passed["env"] = env = maybe_make_env(env, passed.get("verbose", 0))
-        check_spaces(env.observation_space, env.action_space)
+        check_spaces(env.observation_space, env.action_space, takes_dict)
         n_envs = getattr(env, "num_envs", 1)
         # ``load`` reads gradient_steps from the file.
         if default_steps and "gradient_steps" in passed and passed.get("_init_setup_model", True):

@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from sb3_mbpo.codec import Codec
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.trust.filters import FILTERS, FilterResult, RolloutStep
 from sb3_mbpo.validation.rules import RATE, shown
@@ -50,7 +51,9 @@ def check_device(value: Any) -> str | None:
         device = th.device(value)
         if device.type == "cuda" and not th.cuda.is_available():
             return f"device={value!r}: PyTorch finds no GPU here, the agent uses the CPU. Pass device='cpu' or 'auto'"
-        th.zeros(1, device=device).item()
+        if device.type == "mps":
+            raise TypeError("MPS has no float64, which statistics of the data need; pass device='cpu'")
+        th.zeros(1, dtype=th.float64, device=device).item()
     except Exception as error:  # every backend has its own kind of exception
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -99,8 +102,7 @@ def _made_up(space: spaces.Box, n: int, generator: th.Generator, device: th.devi
 def dry_run(
     fn: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
     name: str,
-    observation_space: spaces.Box,
-    action_space: spaces.Box,
+    codec: Codec,
     device: th.device | str,
     returns: Literal["bool", "float"] = "bool",
 ) -> None:
@@ -109,8 +111,7 @@ def dry_run(
 
     :param fn: the function
     :param name: name of the argument, for the error
-    :param observation_space: the env's observation space
-    :param action_space: the env's action space
+    :param codec: of the env's spaces
     :param device: device of the transitions
     :param returns: expected dtype; a float may have any precision and must be finite
     :raises ValueError: the function raises, modifies its inputs, or does not return a tensor ``(B,)`` of that dtype on that
@@ -119,25 +120,33 @@ def dry_run(
     generator = th.Generator().manual_seed(0)
     # Also with a single row, as the last branch of a rollout has: ``squeeze()`` would remove its dimension.
     for n in (13, 1):
-        obs, next_obs = (_made_up(observation_space, n, generator, device) for _ in range(2))
-        transition = obs, _made_up(action_space, n, generator, device), next_obs
-        _dry_run_on(transition, fn, name, observation_space, returns)
+        obs, next_obs = (_made_up(codec.flat_space, n, generator, device) for _ in range(2))
+        transition = obs, _made_up(codec.action_space, n, generator, device), next_obs
+        _dry_run_on(transition, fn, name, codec, returns)
 
 
 def _dry_run_on(
     transition: tuple[th.Tensor, th.Tensor, th.Tensor],
     fn: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor],
     name: str,
-    observation_space: spaces.Box,
+    codec: Codec,
     returns: str,
 ) -> None:
+    """:param transition: observations are flat, actions in the env's units"""
     n, device = len(transition[0]), transition[0].device
     who = f"{name}={shown(fn)}"
-    expected = f"from (obs, actions, next_obs) it must return a {returns} tensor of shape (B,), here ({n},), on {device}"
+    keys = (
+        f", where obs and next_obs are dicts with the keys {list(codec.observation_space.spaces)},"
+        if isinstance(codec.observation_space, spaces.Dict)
+        else ""
+    )
+    expected = f"from (obs, actions, next_obs){keys} it must return a {returns} tensor of shape (B,), here ({n},), on {device}"
     before = [part.clone() for part in transition]
+    obs, actions, next_obs = transition
     try:
         with th.no_grad():
-            result = fn(*transition)
+            # These share memory with the flat observations.
+            result = fn(codec.unflatten(obs), actions, codec.unflatten(next_obs))
     except Exception as error:
         raise ValueError(f"{who} raised {type(error).__name__}: {error} in a dry run; {expected}") from error
     if not all(map(th.equal, before, transition)):
@@ -148,7 +157,7 @@ def _dry_run_on(
     if not fits or result.shape != (n,) or result.device != device:
         raise ValueError(f"{who} returned {result.dtype} of shape {tuple(result.shape)} on {result.device}; {expected}")
     # Made-up observations of an unbounded space may be outside the domain of the function.
-    bounded = bool(np.isfinite(observation_space.low).all() and np.isfinite(observation_space.high).all())
+    bounded = codec.flat_space.is_bounded()
     if bounded and not result.isfinite().all():
         raise ValueError(f"{who} returned non-finite values for observations and actions inside the spaces; {expected}")
 

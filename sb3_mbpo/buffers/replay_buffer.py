@@ -1,71 +1,28 @@
 """The replay buffer: it stores real transitions, and mixes them with the imagined ones of a ModelBuffer when sampled."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
-from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.buffers.checks import check_finite, check_fits
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
+from sb3_mbpo.buffers.normalization import normalize_obs, normalize_rewards, to_device_async
+from sb3_mbpo.codec import Codec, Observation
 from sb3_mbpo.validation.episode_ends import Steps, lost_ends, reported_limit
 
 # Maximum number of values drawn at once: enough to make the calls cheap, few enough for a CPU's caches.
 BLOCK_NUMBERS = 2**20
 # Number of newest steps that are checked for time limits reported as terminations.
 ENDS_LOOKED_AT = 20_000
-# Number of rows that are checked together, so that no second copy of a large buffer is made.
-_ROWS_AT_ONCE = 10_000
 # SB3's storage arrays, one row per step: (buffer_size, n_envs, ...).
 ROWS = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
-
-
-def to_device_async(array: np.ndarray, device: th.device) -> th.Tensor:
-    """
-    Copy a small array to a device as float32, without waiting for the copy.
-
-    For a GPU, the memory is pinned first. PyTorch keeps pinned memory, so do not use this for large arrays.
-
-    :param array: the array, any shape
-    :param device: the device
-    :return: float32 tensor of the same shape
-    """
-    tensor = th.as_tensor(array, dtype=th.float32, device="cpu")
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def normalize_obs(obs: th.Tensor, env: VecNormalize | None) -> th.Tensor:
-    """
-    ``VecNormalize.normalize_obs`` for tensors, with its current statistics.
-
-    :param obs: raw observations ``(B, *obs_shape)``
-    :param env: the ``VecNormalize`` env; ``None``: nothing is normalized
-    :return: same shape, float32
-    """
-    if env is None or not env.norm_obs:
-        return obs
-    assert isinstance(env.obs_rms, RunningMeanStd)
-    mean, std = (to_device_async(part, obs.device) for part in (env.obs_rms.mean, np.sqrt(env.obs_rms.var + env.epsilon)))
-    return ((obs - mean) / std).clamp(-env.clip_obs, env.clip_obs)
-
-
-def normalize_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor:
-    """
-    ``VecNormalize.normalize_reward`` for tensors, with its current statistics.
-
-    :param rewards: raw rewards, any shape
-    :param env: the ``VecNormalize`` env; ``None``: nothing is normalized
-    :return: same shape, float32
-    """
-    if env is None or not env.norm_reward:
-        return rewards
-    std = float(np.sqrt(env.ret_rms.var + env.epsilon))
-    return (rewards / std).clamp(-env.clip_reward, env.clip_reward)
 
 
 def balanced_ratio(updates: float) -> float:
@@ -81,44 +38,19 @@ def balanced_ratio(updates: float) -> float:
     return min(max(1 / max(updates, 1e-9), 0.05), 0.5)
 
 
-def check_fits(buffer: ReplayBuffer, n_envs: int, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-    """
-    :param buffer: plain or mixed
-    :param n_envs: of the agent, as its spaces
-    :raises ValueError: the buffer was made for other envs, or without next observations
-    """
-    expected = {"n_envs": n_envs, "obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
-    for name, ours in {**expected, "optimize_memory_usage": False}.items():
-        theirs = getattr(buffer, name)
-        if theirs != ours:
-            raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
+def _with_room(filled: np.ndarray, buffer_size: int) -> np.ndarray:
+    """:return: a storage array of ``buffer_size`` rows that begins with the filled ones"""
+    # Zeros that are never written take no memory.
+    rows = np.zeros((buffer_size, *filled.shape[1:]), dtype=filled.dtype)
+    rows[: len(filled)] = filled
+    return rows
 
 
-def check_finite(rows: Mapping[str, np.ndarray], imagined: th.Tensor) -> None:
-    """
-    :param rows: filled parts of SB3's storage arrays, by name: ``(N, n_envs, ...)``, in any order
-    :param imagined: packed rows of a model buffer
-    :raises ValueError: a number that is not finite in float32, of which all weights would become NaN; names the first
-    """
-    for name, array in rows.items():
-        for start in range(0, len(array) if array.dtype.kind == "f" else 0, _ROWS_AT_ONCE):
-            block = array[start : start + _ROWS_AT_ONCE]
-            with np.errstate(over="ignore"):
-                wrong = ~np.isfinite(block.astype(np.float32, copy=False))
-            if wrong.any():
-                step, env, *place = (int(i) for i in np.argwhere(wrong)[0])
-                where = str(place) if place else ""
-                raise ValueError(
-                    f"the replay buffer has {name}{where}={block[step, env][tuple(place)]} (env {env}, step {start + step}). "
-                    "Learning from it would make the agent's weights NaN. Load an earlier replay buffer, or pass the finite "
-                    "transitions to prefill"
-                )
-    for start in range(0, len(imagined), _ROWS_AT_ONCE):
-        if not imagined[start : start + _ROWS_AT_ONCE].isfinite().all():
-            raise ValueError(
-                f"imagined transitions after number {start} are not finite. Learning from them would make the agent's weights "
-                "NaN. Save the buffer without imagined=True"
-            )
+def _unbind(field: Observation) -> Iterable[Observation]:
+    """:return: the parts of a tensor, or of a dict of tensors, along the first dimension"""
+    if isinstance(field, th.Tensor):
+        return field.unbind()
+    return (dict(zip(field, parts, strict=True)) for parts in zip(*(part.unbind() for part in field.values()), strict=True))
 
 
 class MixedReplayBuffer(ReplayBuffer):
@@ -128,10 +60,11 @@ class MixedReplayBuffer(ReplayBuffer):
     The first ``int(batch_size * real_ratio)`` rows of a batch are real, the others imagined (the paper's 5 % of 256 is 12
     rows). Shuffle a batch before splitting it. As long as there are no imagined transitions, all rows are real. Both kinds are
     stored raw and normalized when sampled, in float32 (SB3 subtracts the mean in float64 first). A pickle contains only the
-    filled rows, not all allocated ones.
+    filled rows, not all allocated ones. Dict observations are stored as flat vectors; batches have dicts, as those of SB3's
+    ``DictReplayBuffer``.
 
     :param buffer_size: Maximum number of real transitions, over all envs
-    :param observation_space: A Box
+    :param observation_space: A Box, or a Dict of Boxes
     :param action_space: A Box
     :param device: Device of the batches and of the imagined transitions
     :param n_envs: Number of parallel environments
@@ -162,22 +95,24 @@ class MixedReplayBuffer(ReplayBuffer):
         model_buffer_size: int | None = None,
         seed: int | None = None,
     ) -> None:
+        self.codec = Codec(observation_space, action_space)
         super().__init__(
             buffer_size,
-            observation_space,
+            self.codec.stored_space,
             action_space,
             device,
             n_envs,
             optimize_memory_usage=optimize_memory_usage,
             handle_timeout_termination=handle_timeout_termination,
         )
+        self.observation_space, self.obs_shape = observation_space, get_obs_shape(observation_space)  # type: ignore
         self._set_up_mixing(real_ratio, retained_rollouts, model_buffer_size, seed)
 
     def adopt(self, buffer: ReplayBuffer) -> None:
         """
         Use the transitions of another replay buffer, SB3's or a mixed one. Imagined transitions of this buffer are removed.
 
-        :param buffer: the other buffer; its arrays are shared, not copied
+        :param buffer: the other buffer; its arrays are shared, except those of SB3's ``DictReplayBuffer``
         :raises ValueError: it was created for other envs, or without next observations, or has numbers that are not finite;
             then this buffer stays as it was
         """
@@ -186,9 +121,14 @@ class MixedReplayBuffer(ReplayBuffer):
         refills: list[int] = []
         if isinstance(buffer, MixedReplayBuffer):
             imagined, refills = buffer.model_buffer.contents()
-        check_finite({name: getattr(buffer, name)[: buffer.size()] for name in ROWS}, imagined)
-        own = ("real_ratio", "model_buffer", "generator", "device", "check", "copies_ends")
-        self.__dict__.update({key: value for key, value in buffer.__dict__.items() if key not in own})
+        taken = dict(buffer.__dict__)
+        for name in ("observations", "next_observations"):
+            if isinstance(taken[name], dict):
+                filled = self.codec.flatten({key: array[: buffer.size()] for key, array in taken[name].items()})
+                taken[name] = _with_room(filled, buffer.buffer_size)
+        check_finite({name: taken[name][: buffer.size()] for name in ROWS}, imagined)
+        own = ("real_ratio", "model_buffer", "generator", "device", "check", "copies_ends", "codec")
+        self.__dict__.update({key: value for key, value in taken.items() if key not in own})
         self.model_buffer.restore(imagined, refills)
 
     def contents(self, imagined: bool = True) -> dict[str, Any]:
@@ -256,8 +196,9 @@ class MixedReplayBuffer(ReplayBuffer):
         self, real_ratio: float, retained_rollouts: int, model_buffer_size: int | None, seed: int | None
     ) -> None:
         self.real_ratio = real_ratio
-        obs_dim, action_dim = int(np.prod(self.obs_shape)), get_action_dim(self.action_space)
-        self.model_buffer = ModelBuffer(obs_dim, action_dim, retained_rollouts, model_buffer_size, self.device)
+        self.model_buffer = ModelBuffer(
+            self.codec.obs_dim, self.codec.action_dim, retained_rollouts, model_buffer_size, self.device
+        )
         self.generator = th.Generator(self.device)
         self.seed(seed)
 
@@ -289,11 +230,7 @@ class MixedReplayBuffer(ReplayBuffer):
         mixing, imagined, (device, random_state) = (state.pop(f"_{name}") for name in ("mixing", "imagined", "generator"))
         self.__dict__.update(state)
         for name in ROWS:
-            filled = state[name]
-            # Zeros that are never written take no memory.
-            rows = np.zeros((self.buffer_size, *filled.shape[1:]), dtype=filled.dtype)
-            rows[: len(filled)] = filled
-            setattr(self, name, rows)
+            setattr(self, name, _with_room(state[name], self.buffer_size))
         self.device = th.device("cpu") if not th.cuda.is_available() else self.device
         self._set_up_mixing(**mixing)
         self.model_buffer.restore(*imagined)
@@ -362,9 +299,9 @@ class MixedReplayBuffer(ReplayBuffer):
             imagined = self.model_buffer.sample(drawn * (batch_size - n_real), self.generator)
             mixed = th.cat([real.unflatten(0, (drawn, n_real)), imagined.unflatten(0, (drawn, -1))], dim=1)
             obs, actions, next_obs, dones, rewards = mixed.split(widths, dim=2)
-            obs, next_obs = (normalize_obs(raw.unflatten(2, self.obs_shape), env) for raw in (obs, next_obs))
+            obs, next_obs = (normalize_obs(self.codec.unflatten(raw), env) for raw in (obs, next_obs))
             fields = (obs, actions, next_obs, dones, normalize_rewards(rewards, env))
-            for i, batch in enumerate(map(ReplayBufferSamples, *(field.unbind() for field in fields))):
+            for i, batch in enumerate(map(self._samples, *map(_unbind, fields))):
                 # A block may hold many updates' worth.
                 if i > 0:
                     self._check()
@@ -375,22 +312,38 @@ class MixedReplayBuffer(ReplayBuffer):
         if self.check is not None:
             self.check()
 
-    def add(self, *args: Any) -> None:
+    def _samples(self, *fields: Any) -> Any:
+        """:return: a batch, of the type that SB3 has for these observations"""
+        return (DictReplayBufferSamples if self.codec.is_dict else ReplayBufferSamples)(*fields)
+
+    def add(self, obs: Observation, next_obs: Observation, *args: Any) -> None:
         """See SB3. Time limits are always stored, because the dynamics and the termination need them."""
         place, infos = self.pos, args[-1]
-        super().add(*args)
+        if self.codec.is_dict:
+            obs, next_obs = self.codec.flatten(obs), self.codec.flatten(next_obs)
+        super().add(obs, next_obs, *args)
         if not self.handle_timeout_termination:
             self.timeouts[place] = [info.get("TimeLimit.truncated", False) for info in infos]
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        if self.handle_timeout_termination:
-            return super()._get_samples(batch_inds, env)
-        # SB3 would remove the stored time limits from ``dones`` even with handle_timeout_termination=False.
-        noted, self.timeouts = self.timeouts, np.broadcast_to(np.float32(0), self.timeouts.shape)
+        noted = self.timeouts
+        if not self.handle_timeout_termination:
+            # SB3 would remove the stored time limits from ``dones`` all the same.
+            self.timeouts = np.broadcast_to(np.float32(0), self.timeouts.shape)
         try:
-            return super()._get_samples(batch_inds, env)
+            return self._samples(*super()._get_samples(batch_inds, env))
         finally:
             self.timeouts = noted
+
+    def _normalize_obs(self, obs: np.ndarray, env: VecNormalize | None = None) -> Observation:  # type: ignore[override]
+        # SB3's ``_get_samples`` calls this for observations as they are stored.
+        return super()._normalize_obs(self.codec.unflatten(obs) if self.codec.is_dict else obs, env)
+
+    def to_torch(self, array: Observation, copy: bool = True) -> Observation:
+        """See SB3; also of a dict of arrays."""
+        if isinstance(array, dict):
+            return {key: super(MixedReplayBuffer, self).to_torch(part, copy) for key, part in array.items()}
+        return super().to_torch(array, copy)
 
     def insert(self, transitions: dict[str, np.ndarray]) -> None:
         """
@@ -464,7 +417,7 @@ class MixedReplayBuffer(ReplayBuffer):
         obs, next_obs, dones, limits = (
             getattr(self, name)[: self.size()][rows] for name in ("observations", "next_observations", "dones", "timeouts")
         )
-        obs, next_obs = (part.reshape(len(part), self.n_envs, -1) for part in (obs, next_obs))
+        obs, next_obs = (part.reshape(len(part), self.n_envs, self.codec.obs_dim) for part in (obs, next_obs))
         newest = (self.pos - 1) % self.size() if isinstance(rows, slice) else len(obs) - 1
         return Steps(obs, next_obs, dones > 0.5, limits > 0.5, newest)
 

@@ -378,17 +378,33 @@ def _put(layer: Any, state: dict[str, Any], tensors: Tensors) -> None:
             set_generator_state(generator, generator_state)
 
 
+def _has_parts(value: Any) -> bool:
+    """:return: whether it is a dict of objects in ``_PARTS``: statistics or stacks of Dict observations"""
+    return isinstance(value, dict) and any(_kind(item) in _PARTS for item in value.values())
+
+
 def _read(value: Any) -> Any:
+    if _has_parts(value):
+        return {key: _read(item) for key, item in value.items()}
     parts = _PARTS.get(_kind(value))
-    return value if parts is None else {part: getattr(value, part) for part in parts if hasattr(value, part)}
+    return value if parts is None else {part: _read(getattr(value, part)) for part in parts if hasattr(value, part)}
 
 
 def _write(owner: Any, key: str, value: Any) -> None:
-    present = getattr(owner, key)
-    if (parts := _PARTS.get(_kind(present))) is None:
-        setattr(owner, key, value)
+    present = getattr(owner, key, None)
+    if isinstance(present, dict) and _has_parts(present):
+        for name in present.keys() & value.keys():
+            _write_parts(present[name], value[name])
+    elif _kind(present) in _PARTS:
+        _write_parts(present, value)
     else:
-        vars(present).update({part: value[part] for part in parts if part in value})
+        setattr(owner, key, value)
+
+
+def _write_parts(thing: Any, values: dict[str, Any]) -> None:
+    for part in _PARTS[_kind(thing)]:
+        if part in values:
+            _write(thing, part, values[part])
 
 
 def _is_mujoco(data: Any) -> bool:

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import polyak_update
 from torch import nn
 from typing_extensions import Unpack
 
-from sb3_mbpo.buffers.replay_buffer import normalize_obs, normalize_rewards
+from sb3_mbpo.buffers.normalization import normalize_rewards
 from sb3_mbpo.checkpoints.interrupts import Interrupted
 from sb3_mbpo.dhmbpo.policies import BoundedCritic, DHMBPOPolicy
 from sb3_mbpo.dhmbpo.training_rollout import TrainingRollout, training_rollout
@@ -92,7 +92,10 @@ class DHMBPO(ModelBased, SAC):
         **kwargs: Unpack[SACArguments],
     ) -> None:
         if isinstance(policy, str) and policy not in self.policy_aliases:
-            raise ValueError(f"policy={shown(policy)} must be 'MlpPolicy' or a subclass of DHMBPOPolicy")
+            raise ValueError(
+                f"policy={shown(policy)} must be 'MlpPolicy' or a subclass of DHMBPOPolicy. Flatten Dict observations with "
+                "gymnasium.wrappers.FlattenObservation(env)"
+            )
         self.training_horizon = training_horizon
         self.distribution_freq = distribution_freq
         self.real_roots = real_roots
@@ -149,7 +152,8 @@ class DHMBPO(ModelBased, SAC):
     def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
         """Standardize what policy and critics see by all real observations, and note the range of the rewards."""
         rewards = normalize_rewards(transitions.rewards, self._vec_normalize_env)
-        self.policy.adapt(self._as_policy_sees(transitions.observations).flatten(1), rewards, trained=self._n_updates > 0)
+        obs = self.codec.flatten(self._as_policy_sees(transitions.observations))
+        self.policy.adapt(obs, rewards, trained=self._n_updates > 0)
 
     @property
     def expands_values(self) -> bool:
@@ -418,7 +422,3 @@ class DHMBPO(ModelBased, SAC):
     def _action_and_log_prob(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """:return: reparameterized actions in [-1, 1] at raw ``obs (B, obs_dim)``, and their log-probabilities ``(B,)``"""
         return self.actor.action_log_prob(self._as_policy_sees(obs))
-
-    def _as_policy_sees(self, obs: th.Tensor) -> th.Tensor:
-        """:return: raw, flat observations ``(B, obs_dim)`` in the env's shape, normalized if there is a VecNormalize"""
-        return normalize_obs(obs.reshape(len(obs), *self.observation_space.shape), self._vec_normalize_env)

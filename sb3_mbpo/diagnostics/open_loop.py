@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, is_vecenv_wrapped
 
+from sb3_mbpo.codec import Observation
 from sb3_mbpo.dynamics.base import DynamicsModel
 
 
@@ -143,26 +144,26 @@ def on_policy_episodes(agent: Any, env: Any, n_episodes: int, max_steps: int, de
     statistics = agent._vec_normalize_env
     with agent.imagining() as policy:
 
-        def act(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def act(obs: Observation) -> tuple[np.ndarray, np.ndarray]:
             """:return: the action in [-1, 1] ``(action_dim,)``, and in the env's units for ``step``"""
             if deterministic:
                 raw, _ = agent.predict(obs if statistics is None else statistics.normalize_obs(obs), deterministic=True)
-                return agent.policy.scale_action(raw).ravel(), raw
-            rows = th.as_tensor(obs.reshape(1, -1), dtype=th.float32, device=agent.device)
+                return agent.codec.encode_actions(raw).ravel(), raw
+            rows = th.as_tensor(agent.codec.flatten(obs), dtype=th.float32, device=agent.device)
             action = policy(rows).cpu().numpy()
-            return action[0], agent.policy.unscale_action(action.reshape(1, *agent.action_space.shape))
+            return action[0], agent.codec.decode_actions(action)
 
         now = env.reset()
         for _ in range(n_episodes):
-            obs, terminated, done = [np.array(now[0], dtype=float).ravel()], False, [False]
+            obs, terminated, done = [agent.codec.flatten(now)[0].astype(float)], False, [False]
             actions: list[np.ndarray] = []
             rewards: list[float] = []
             while len(rewards) < max_steps and not done[0]:
                 action, raw = act(now)
                 now, reward, done, infos = env.step(raw)
                 # After the end of an episode, a VecEnv returns the first observation of the next one.
-                last = infos[0]["terminal_observation"] if done[0] else now[0]
-                obs.append(np.array(last, dtype=float).ravel())
+                last = agent.codec.flatten(infos[0]["terminal_observation"] if done[0] else now)
+                obs.append(last.reshape(-1).astype(float))
                 actions.append(action)
                 rewards.append(float(reward[0]))
                 terminated = bool(done[0]) and not infos[0].get("TimeLimit.truncated", False)

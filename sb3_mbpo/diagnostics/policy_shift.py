@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-from sb3_mbpo.buffers.replay_buffer import normalize_obs
+from sb3_mbpo.buffers.normalization import normalize_obs
 from sb3_mbpo.diagnostics.metrics import gaussian_total_variation
 
 # Number of draws to estimate a total variation, and maximum number of states to average it over.
@@ -29,7 +29,10 @@ def snapshot(agent: Any) -> dict[str, Any] | None:
     env = agent._vec_normalize_env
     if env is None or not env.norm_obs:
         return {"weights": weights}
-    return {"weights": weights, "obs_mean": env.obs_rms.mean.copy(), "obs_var": env.obs_rms.var.copy()}
+    # For each entry of a Dict; a Box is a single one.
+    statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {"": env.obs_rms}
+    moments = {key: (rms.mean.copy(), rms.var.copy()) for key, rms in statistics.items()}
+    return {"weights": weights, "obs_moments": moments}
 
 
 @th.no_grad()
@@ -48,16 +51,21 @@ def gaussians(agent: Any, actor: Any, of: Mapping[str, Any], obs: np.ndarray) ->
         actor.load_state_dict(of["weights"])
     except RuntimeError as error:
         raise ValueError("an earlier policy has other networks than this one") from error
-    rows: th.Tensor = th.as_tensor(obs, dtype=th.float32, device=agent.device).reshape(-1, *agent.observation_space.shape)
-    if "obs_mean" in of:
-        rms = RunningMeanStd(shape=of["obs_mean"].shape)
-        rms.mean, rms.var = of["obs_mean"], of["obs_var"]
-        theirs = agent._vec_normalize_env
+    rows = agent.codec.unflatten(th.as_tensor(obs, dtype=th.float32, device=agent.device))
+    if "obs_moments" in of:
+        statistics = {key: _statistics(*moments) for key, moments in of["obs_moments"].items()}
+        theirs, rms = agent._vec_normalize_env, statistics if agent.codec.is_dict else statistics[""]
         env: Any = SimpleNamespace(norm_obs=True, obs_rms=rms, epsilon=theirs.epsilon, clip_obs=theirs.clip_obs)
         rows = normalize_obs(rows, env)
     mean, log_std, more = actor.get_action_dist_params(rows)
     normal = actor.action_dist.proba_distribution(mean, log_std, **more).distribution
     return normal.mean.double().cpu().numpy(), normal.stddev.double().cpu().numpy()
+
+
+def _statistics(mean: np.ndarray, var: np.ndarray) -> RunningMeanStd:
+    rms = RunningMeanStd(shape=mean.shape)
+    rms.mean, rms.var = mean, var
+    return rms
 
 
 def policy_shift(agent: Any, earlier: Sequence[Mapping[str, Any]], obs: np.ndarray) -> float:

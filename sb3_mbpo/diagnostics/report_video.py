@@ -67,7 +67,7 @@ def find_reading(env: gym.Env) -> tuple[Reading, int]:
     env.action_space.seed(0)
     obs, seen = env.reset(seed=0)[0], []
     # Some envs have no state before the first reset.
-    candidates = _candidates(inner)
+    candidates = _candidates(inner) if isinstance(env.observation_space, gym.spaces.Box) else []
     for _ in range(TRIED_STEPS if candidates else 0):
         seen.append((np.asarray(obs, dtype=float).ravel(), _truth(inner)))
         # Small actions, because Hopper clips observed velocities to 10.

@@ -8,11 +8,11 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mbpo.arguments.arguments import resolve
-from sb3_mbpo.buffers.replay_buffer import normalize_obs
+from sb3_mbpo.buffers.normalization import normalize_obs
+from sb3_mbpo.codec import Observation
 from sb3_mbpo.dynamics.base import DynamicsModel, KnownReward
 from sb3_mbpo.model_based.collecting import Collecting
 from sb3_mbpo.rewards.learned import LearnedReward, TransitionReward
-from sb3_mbpo.terminations.known import in_env_terms
 from sb3_mbpo.trust.filters import FILTERS, RolloutFilter, Rule
 
 
@@ -39,7 +39,7 @@ class Imagining(Collecting):
         if self.reward_fn is None or (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             return None
         reward_fn = resolve(self.reward_fn, "reward_fn")
-        return lambda *transition: reward_fn(*self._in_env_terms(transition))
+        return lambda *transition: reward_fn(*self.codec.decode(*transition))
 
     @property
     def imagined_dynamics(self) -> DynamicsModel:
@@ -122,11 +122,11 @@ class Imagining(Collecting):
         """
         if self.use_sde:
             self.actor.reset_noise(len(obs))  # type: ignore[operator]
-        policy_obs = normalize_obs(obs.reshape(len(obs), *self.observation_space.shape), self._vec_normalize_env)
-        return self.policy._predict(policy_obs, deterministic=False).reshape(len(obs), -1)
+        return self.policy._predict(self._as_policy_sees(obs), deterministic=False).reshape(len(obs), -1)  # type: ignore
 
-    def _in_env_terms(self, transition: tuple[th.Tensor, ...]) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        return in_env_terms(transition, self.observation_space, self.action_space)
+    def _as_policy_sees(self, obs: th.Tensor) -> Observation:
+        """:return: flat, raw observations ``(B, obs_dim)`` in the env's form, normalized if there is a VecNormalize"""
+        return normalize_obs(self.codec.unflatten(obs), self._vec_normalize_env)
 
     def terminates(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         """
@@ -137,5 +137,6 @@ class Imagining(Collecting):
         :param next_obs: raw observations ``(B, obs_dim)``
         :return: bool ``(B,)``
         """
-        function = self.learned_termination if isinstance(self.termination, str) else self.termination
-        return function(*self._in_env_terms((obs, actions, next_obs)))
+        if isinstance(self.termination, str):
+            return self.learned_termination(obs, self.codec.decode_actions(actions), next_obs)
+        return self.termination(*self.codec.decode(obs, actions, next_obs))

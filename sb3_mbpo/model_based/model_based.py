@@ -7,9 +7,8 @@ from contextlib import ExitStack, contextmanager
 from math import inf
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
@@ -25,6 +24,7 @@ from sb3_mbpo.arguments.arguments import (
 from sb3_mbpo.arguments.moving_statistics import moving_statistics
 from sb3_mbpo.arguments.user_functions import dry_run, dry_run_filter
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, balanced_ratio
+from sb3_mbpo.codec import Codec
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.model_based.beside_acting import BackgroundCallback
@@ -72,7 +72,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
     :param model_buffer_size: Maximum number of imagined transitions; ``None``: no limit beyond ``retained_rollouts``
     :param termination_fn: When imagined episodes end. ``None``: by the env's own rule if it is known, otherwise by a learned
         rule. ``"learned"``, ``"never"``, or a function (or its dotted name) ``(obs, actions, next_obs) -> bool (B,)``. Its
-        inputs are float32 tensors on the agent's device in the env's shapes: raw observations, and actions in the env's scale
+        inputs are float32 tensors on the agent's device in the env's shapes: raw observations, and actions in the env's scale.
+        If observations are dicts, it gets dicts of tensors
     :param reward_fn: Reward of imagined transitions. ``None``: learned as a function of the transition and of whether it ends
         the episode, unless a custom ``dynamics_class`` provides rewards. ``"joint"``: predicted by the dynamics together with
         the next observation, as in the paper. Or a function (or its dotted name) with the inputs of ``termination_fn`` that
@@ -132,7 +133,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
         kwargs |= {name: value for name, value in defaults.items() if name not in ours and name not in given}
         bound = signature.bind_partial(policy, env, *args, **kwargs)
         passed = bound.arguments
-        for warning in read_first(policy, env, passed, uses_default_gradient_steps):
+        takes_dict = "MultiInputPolicy" in self.policy_aliases
+        for warning in read_first(policy, env, passed, uses_default_gradient_steps, takes_dict):
             warnings.warn(warning, stacklevel=3)
 
         self.updates_per_transition = updates_per_transition
@@ -164,7 +166,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
         cls.__signature__ = joined_signature(cls, ModelBased, **cls.DEFAULTS)  # type: ignore[attr-defined]
 
     def _setup_model(self) -> None:
-        read_arguments(self, (ReplayBuffer, MixedReplayBuffer))
+        read_arguments(self, (ReplayBuffer, DictReplayBuffer, MixedReplayBuffer))
+        self.codec = Codec(self.observation_space, self.action_space)
         self._read_warmup_actions()
         if self.updates_per_transition is not None and self.gradient_steps != -1:
             raise ValueError(
@@ -185,7 +188,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
                 "dynamics_window", self.dynamics_window, ", the fewest the dynamics needs"
             )
         self.learned_termination = LearnedTermination(
-            self.observation_space.shape, self.action_space.shape, seed=self.seed, device=self.device
+            (self.codec.obs_dim,), self.action_space.shape, seed=self.seed, device=self.device
         )
         self.learned_reward = LearnedReward(
             self.dynamics.obs_dim, self.dynamics.action_dim, seed=self.seed, device=self.device
@@ -197,7 +200,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
         self._warned_of = []
         if self.reward_fn is not None and not (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
             reward_fn = resolve(self.reward_fn, "reward_fn")
-            dry_run(reward_fn, "reward_fn", self.observation_space, self.action_space, self.device, returns="float")
+            dry_run(reward_fn, "reward_fn", self.codec, self.device, returns="float")
         if self.rollout_filter is not None:
             dry_run_filter(self.make_rollout_filter, self.rollout_filter, self.dynamics)
         if self.verbose >= 1:
@@ -216,10 +219,9 @@ class ModelBased(Pretraining, Resuming, Exporting):
         is_class = isinstance(make, type) and issubclass(make, DynamicsModel) and not inspect.isabstract(make)
         if not is_class and (isinstance(make, type) or not callable(make)):
             raise ValueError(f"dynamics_class={self.dynamics_class!r} must be a subclass of sb3_mbpo.DynamicsModel")
-        obs_dim, action_dim = (int(np.prod(space.shape)) for space in (self.observation_space, self.action_space))
         kwargs = check_keywords(self.dynamics_kwargs or {}, make, "dynamics_kwargs")
         try:
-            dynamics = make(obs_dim, action_dim, seed=self.seed, device=self.device, **kwargs)
+            dynamics = make(self.codec.obs_dim, self.codec.action_dim, seed=self.seed, device=self.device, **kwargs)
         except TypeError as error:
             raise ValueError(
                 f"dynamics_class={self.dynamics_class!r} cannot be called as a DynamicsModel is: {error}"
@@ -245,7 +247,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
         if isinstance(self.termination_fn, str) and self.termination_fn == "never":
             return NeverTerminates()
         termination = resolve(self.termination_fn, "termination_fn")
-        dry_run(termination, "termination_fn", self.observation_space, self.action_space, self.device)
+        dry_run(termination, "termination_fn", self.codec, self.device)
         return termination
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mbpo.buffers.replay_buffer import normalize_obs, normalize_rewards
+from sb3_mbpo.buffers.normalization import normalize_rewards
 from sb3_mbpo.buffers.rollout_blocks import ROLLOUT_BLOCK, refill
 from sb3_mbpo.checkpoints.training_state import undone_on_error
 from sb3_mbpo.dynamics.base import Progress
@@ -230,7 +230,9 @@ class ModelLearning(Imagining):
         """
         terminated = transitions.dones.squeeze(1) > 0.5
         if isinstance(self.termination, str):
-            metrics = self.learned_termination.fit(*self._in_env_terms(transitions[:3]), terminated)
+            actions = self.codec.decode_actions(transitions.actions)
+            parts = transitions.observations, actions, transitions.next_observations
+            metrics = self.learned_termination.fit(*parts, terminated)
             return {**metrics, "termination": "learned"}
         predicted = self.terminates(*transitions[:3])
         warning = disagreement(predicted, terminated)
@@ -303,20 +305,20 @@ class ModelLearning(Imagining):
         :param transitions: all real transitions
         :return: metrics to log under ``dynamics/``: ``q_mean``, ``q_max`` and, if gamma is below 1, ``q_bound``
         """
-        buffer, env = self.replay_buffer.model_buffer, self._vec_normalize_env
+        buffer = self.replay_buffer.model_buffer
         n_real = len(transitions.rewards)
         places = th.arange(min(n_real, VALUED_ROWS), device=self.device) * n_real // min(n_real, VALUED_ROWS)
         imagined = buffer.evenly_spaced(VALUED_ROWS)
         real = th.cat([transitions.observations[places], transitions.actions[places]], dim=1)
         obs, actions = th.cat([real, imagined[:, : real.shape[1]]]).split(buffer.widths[:2], dim=1)
-        obs = normalize_obs(obs.reshape(-1, *self.observation_space.shape), env)
-        values = q_values(self.critic, obs, actions)
+        policy_obs = self._as_policy_sees(obs)
+        values = q_values(self.critic, policy_obs, actions)
         # Learned imagined rewards may be wrong, so only those of a known function count.
         both = self.known_reward is not None and self.imagined_rewards_count
         rewards = th.cat([transitions.rewards, buffer.rewards()]) if both else transitions.rewards
-        least, most = normalize_rewards(th.stack(rewards.aminmax()), env).tolist()
+        least, most = normalize_rewards(th.stack(rewards.aminmax()), self._vec_normalize_env).tolist()
         bounds = return_bounds(least, most, self.gamma, entropy_bonus(self))
-        size = th.cat([obs.flatten(1), actions], dim=1).norm(dim=1).max().item()
+        size = th.cat([self.codec.flatten(policy_obs), actions], dim=1).norm(dim=1).max().item()
         for of, warning in (
             ("values", breach(values.max().item(), bounds, size)),
             ("rewards", odd_scale(least, most, n_real)),

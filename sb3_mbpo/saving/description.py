@@ -60,17 +60,44 @@ def describe(agent: Any) -> dict[str, Any]:
         "class": type(agent).__name__,
         "policy": aliases[0] if aliases else encode(agent.policy_class, objects=True),
         "arguments": {name: _argument(agent, name) for name in _argument_names(type(agent))},
-        "observation_space": _encode_box(agent.observation_space),
-        "action_space": _encode_box(agent.action_space),
+        "observation_space": _encode_space(agent.observation_space),
+        "action_space": _encode_space(agent.action_space),
         "n_envs": int(agent.n_envs),
         "termination": encode(agent.termination, objects=True),
         "state": encode_state(agent),
     }
 
 
-def _encode_box(box: spaces.Box) -> Any:
+def _encode_space(space: spaces.Space) -> Any:
+    """:return: a Box, or names and Boxes of a Dict in their order"""
+    if isinstance(space, spaces.Dict):
+        return [[name, _encode_space(part)] for name, part in space.items()]
+    assert isinstance(space, spaces.Box)
     # Not as a subclass, which a file cannot name.
-    return encode(spaces.Box(box.low, box.high, dtype=box.dtype.type), objects=True)  # type: ignore[arg-type]
+    return encode(spaces.Box(space.low, space.high, dtype=space.dtype.type), objects=True)  # type: ignore[arg-type]
+
+
+def _decode_space(encoded: Any, where: str) -> spaces.Space:
+    """
+    :param encoded: the result of :func:`_encode_space`, read from JSON; anyone may have written it
+    :param where: name of the space, for the errors
+    :raises ValueError: it is no Box, and no Dict of Boxes
+    """
+    if isinstance(encoded, list):
+        if not all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in encoded):
+            raise ValueError(f"{where} must be a list of names and spaces")
+        names = [name for name, _ in encoded]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{where} must not have two entries of one name")
+        return spaces.Dict([(name, _decode_box(part, f"{where}: {name[:50]}")) for name, part in encoded])
+    return _decode_box(encoded, where)
+
+
+def _decode_box(encoded: Any, where: str) -> spaces.Box:
+    box = decode(encoded, where=where, objects=True)
+    if not isinstance(box, spaces.Box):
+        raise ValueError(f"{where}={shown(box)} must be a Box")
+    return box
 
 
 def _argument_names(cls: type) -> list[str]:
@@ -116,21 +143,18 @@ def build(
     """
     _check_description(description)
     kind = _class(description["class"], cls)
-    boxes = {name: decode(description[name], where=name, objects=True) for name in ("observation_space", "action_space")}
-    for name, box in boxes.items():
-        if not isinstance(box, spaces.Box):
-            raise ValueError(f"{name}={shown(box)} must be a Box")
-    check_spaces(boxes["observation_space"], boxes["action_space"])
+    spaces_of = {name: _decode_space(description[name], name) for name in ("observation_space", "action_space")}
+    check_spaces(spaces_of["observation_space"], spaces_of["action_space"])
     policy = overrides.pop("policy", None) or _policy(description["policy"], kind)
     arguments = _arguments(description["arguments"], kind, overrides)
     state = decode_state(description["state"])
     termination = _termination(description["termination"])
     if env is not None:
         env = kind._wrap_env(maybe_make_env(env, arguments["verbose"]), int(arguments["verbose"]))
-        check_for_correct_spaces(env, boxes["observation_space"], boxes["action_space"])
+        check_for_correct_spaces(env, spaces_of["observation_space"], spaces_of["action_space"])
     try:
         agent = kind(policy, env, device=device, _init_setup_model=False, **arguments)
-        vars(agent).update(**boxes, **state, termination=termination)
+        vars(agent).update(**spaces_of, **state, termination=termination)
         agent.n_envs = description["n_envs"] if env is None else env.num_envs
         _fit_noise(agent)
         agent._setup_model()

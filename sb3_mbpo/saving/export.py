@@ -230,13 +230,18 @@ class Exporting(Saving):
 
         :param path: a name that ends in ``.onnx``, or in ``.pt`` for TorchScript
         :param vec_normalize: the statistics; ``None``: those of the agent's env, if it has any
-        :raises ValueError: the name has another ending, observations are images, statistics are missing, the policy cannot be
-            copied, or parameters are not finite
+        :raises ValueError: the name has another ending, observations are dicts or images, statistics are missing, the policy
+            cannot be copied, or parameters are not finite
         :raises ImportError: the packages of the extra ``export`` are missing, which ONNX needs
         """
         path = Path(path)
         if path.suffix not in (".onnx", ".pt"):
             raise ValueError(f"export: path={shown(str(path))} must end in .onnx, or in .pt for TorchScript")
+        if self.codec.is_dict:
+            raise ValueError(
+                "export: Dict observations are not supported. Learn with gymnasium.wrappers.FlattenObservation(env) and "
+                "policy='MlpPolicy'"
+            )
         if is_image_space(self.observation_space):
             raise ValueError(f"export: images are not supported: the observation space is {self.observation_space}")
         self.check_parameters()

@@ -21,8 +21,10 @@ from stable_baselines3.common.save_util import open_path, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.arguments.user_functions import check_device
+from sb3_mbpo.buffers.checks import check_fits
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
-from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer, check_fits
+from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
+from sb3_mbpo.codec import Codec
 from sb3_mbpo.saving.agent_state import OURS, AgentState
 from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.saving.checked_tensors import check_weights
@@ -93,8 +95,10 @@ class _Plain(NamedTuple):
 class Saving(AgentState, OffPolicyAlgorithm):
     """The part of :class:`ModelBased` that saves and loads agents and replay buffers."""
 
-    observation_space: spaces.Box
+    observation_space: spaces.Box | spaces.Dict
     action_space: spaces.Box
+    #: Converts observations and actions of the env to flat vectors, and back.
+    codec: Codec
     dynamics: Any
     dynamics_window: int | None
     model_train_freq: int
@@ -354,8 +358,7 @@ class Saving(AgentState, OffPolicyAlgorithm):
         :param data: a Minari dataset, a replay buffer of SB3, or arrays by name, see :func:`.offline_data.read_transitions`
         :raises ValueError: the data do not fit this agent's spaces
         """
-        transitions = read_transitions(data, self.observation_space, self.action_space)
-        rows = rows_of_steps(transitions, self.n_envs, self.policy.scale_action)
+        rows = rows_of_steps(read_transitions(data, self.codec), self.n_envs, self.codec)
         if len(rows["rewards"]) > self.replay_buffer.buffer_size:
             room = self.replay_buffer.buffer_size * self.n_envs
             given = rows["rewards"].size
@@ -392,7 +395,7 @@ class Saving(AgentState, OffPolicyAlgorithm):
         file = io.BytesIO()
         save_to_zip_file(
             file,
-            data | {"replay_buffer_class": ReplayBuffer},
+            data | {"replay_buffer_class": None},
             parameters,
             {name: getattr(self, name) for name in variables},
         )
@@ -433,7 +436,7 @@ class Saving(AgentState, OffPolicyAlgorithm):
         return state | ({"_last_obs": None} if self._env_was_stepped() else {})
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_plain_agents"]
+        return [*super()._excluded_save_params(), "_plain_agents", "codec"]
 
     def check_parameters(self) -> None:
         """

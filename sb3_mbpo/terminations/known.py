@@ -8,14 +8,13 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import gymnasium as gym
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_mbpo.validation.env_outputs import CHECKED
 from sb3_mbpo.validation.registry import described
 
-# (obs, actions, next_obs) -> bool (B,): raw observations, actions in the env's own scale, float32, on the agent's device.
-TerminationFn: TypeAlias = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+# (obs, actions, next_obs) -> bool (B,): in the env's form, see Codec.decode; float32, on the agent's device.
+TerminationFn: TypeAlias = Callable[[Any, th.Tensor, Any], th.Tensor]
 
 
 @described("termination_fn")
@@ -268,23 +267,6 @@ def known_termination(env: VecEnv) -> tuple[TerminationFn | None, str]:
     if any(known != found[0][0] for known, _ in found):
         return None, f"termination: learned, the {env.num_envs} environments do not share one rule"
     return found[0]
-
-
-def in_env_terms(
-    transition: tuple[th.Tensor, ...], observation_space: spaces.Box, action_space: spaces.Box
-) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-    """
-    Convert flat transitions with actions in [-1, 1] to the inputs of a ``termination_fn``.
-
-    :param transition: obs ``(B, obs_dim)``, actions in [-1, 1] ``(B, action_dim)``, next_obs ``(B, obs_dim)``
-    :param observation_space: the env's observation space
-    :param action_space: the env's action space
-    :return: obs ``(B, *obs_shape)``, actions in the env's scale ``(B, *action_shape)``, next_obs ``(B, *obs_shape)``
-    """
-    obs, actions, next_obs = transition
-    low, high = (th.as_tensor(bound, dtype=th.float32, device=obs.device) for bound in (action_space.low, action_space.high))
-    scaled = low + 0.5 * (actions.reshape(-1, *low.shape) + 1) * (high - low)
-    return obs.reshape(-1, *observation_space.shape), scaled, next_obs.reshape(-1, *observation_space.shape)
 
 
 def disagreement(predicted: th.Tensor, terminated: th.Tensor) -> str | None:

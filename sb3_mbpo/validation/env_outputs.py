@@ -6,7 +6,7 @@ It checks the answer of each env, before ``VecNormalize`` adds it to its statist
 wrappers are checked by :class:`CheckedArrays`, which is passed to ``collect_rollouts`` in place of the env.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -23,15 +23,17 @@ from stable_baselines3.common.vec_env import (
     unwrap_vec_normalize,
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs
 
 from sb3_mbpo.validation.faults import (
     RESET_API,
     STEP_API,
     InvalidTransition,
     check_envs,
+    copied,
+    fault_in_space,
     fault_of_api,
     flag_fault,
-    observation_fault,
     refuse,
     reward_fault,
 )
@@ -46,18 +48,18 @@ class CheckedDummyVecEnv(DummyVecEnv):
     """
 
     def step_wait(self) -> VecEnvStepReturn:
-        shape, dtype, infos = self.observation_space.shape, self.observation_space.dtype, self.buf_infos
+        space, infos = self.observation_space, self.buf_infos
         for i, env in enumerate(self.envs):
             obs, reward, terminated, truncated, infos[i] = self._values(i, STEP_API, env.step, self.actions[i])
             refuse(i, "terminated", flag_fault(terminated))
             refuse(i, "truncated", flag_fault(truncated))
             self.buf_dones[i] = ended = bool(terminated or truncated)
-            refuse(i, "the last observation" if ended else "the observation", observation_fault(obs, shape, dtype))
+            refuse(i, "the last observation" if ended else "the observation", fault_in_space(obs, space))
             refuse(i, "the reward", reward_fault(reward))
             self.buf_rews[i] = reward
             infos[i]["TimeLimit.truncated"] = truncated and not terminated
             if ended:
-                infos[i]["terminal_observation"] = np.array(obs)
+                infos[i]["terminal_observation"] = copied(obs)
                 self._reset_one(i)
             else:
                 self._save_obs(i, obs)
@@ -72,8 +74,7 @@ class CheckedDummyVecEnv(DummyVecEnv):
 
     def _reset_one(self, i: int, **kwargs: Any) -> None:
         obs, self.reset_infos[i] = self._values(i, RESET_API, self.envs[i].reset, **kwargs)
-        fault = observation_fault(obs, self.observation_space.shape, self.observation_space.dtype)
-        refuse(i, "the observation of reset()", fault)
+        refuse(i, "the observation of reset()", fault_in_space(obs, self.observation_space))
         self._save_obs(i, obs)
 
     def _values(self, i: int, api: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +96,7 @@ class CheckedSubprocVecEnv(SubprocVecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos, self.reset_infos = zip(*self._answers(), strict=True)  # type: ignore[assignment]
         check_envs(self.observation_space, obs, rewards, dones, infos)
-        return np.stack(obs), np.stack(rewards), np.stack(dones), infos  # type: ignore[return-value]
+        return _stack_obs(obs, self.observation_space), np.stack(rewards), np.stack(dones), infos  # type: ignore[return-value]
 
     def reset(self) -> VecEnvObs:
         for remote, *data in zip(self.remotes, self._seeds, self._options, strict=True):
@@ -104,7 +105,7 @@ class CheckedSubprocVecEnv(SubprocVecEnv):
         self._reset_seeds()
         self._reset_options()
         check_envs(self.observation_space, obs)
-        return np.stack(obs)
+        return _stack_obs(obs, self.observation_space)
 
     def _answers(self) -> Iterator[Any]:
         """:return: the answer of each env. All are received before one is checked: the next call must find none of them"""
@@ -160,21 +161,27 @@ class CheckedArrays(VecEnvWrapper):
                 vars(part).update(then)
             raise
 
-    def _check(self, normalizer: VecNormalize | None, obs: Any, *rest: Any) -> np.ndarray:
+    def _check(self, normalizer: VecNormalize | None, obs: Any, *rest: Any) -> VecEnvObs:
         # VecNormalize clips infinite numbers and spreads NaN over all envs, so its inputs are checked first.
-        if normalizer is not None and isinstance(normalizer.venv.observation_space, spaces.Box):
+        if normalizer is not None and isinstance(normalizer.venv.observation_space, CHECKED_SPACES):
             raw: Any = (normalizer.old_reward, rest[1], [{}] * self.num_envs) if rest else ()
             self._check_arrays(normalizer.venv.observation_space, normalizer.old_obs, *raw)
         self._check_arrays(self.observation_space, obs, *rest)
-        return np.array(obs)
+        return copied(obs)
 
     def _check_arrays(self, space: spaces.Space, *arrays: Any) -> None:
         for name, array in zip(("observations", "rewards", "dones"), arrays, strict=False):
-            if np.shape(array)[:1] != (self.num_envs,):
+            parts = list(array.values()) if isinstance(array, Mapping) else [array]
+            if any(np.shape(part)[:1] != (self.num_envs,) for part in parts):
                 raise InvalidTransition(f"the {name} must be one for each of {self.num_envs} envs, but are {array!r:.80}", 0)
-        check_envs(space, *arrays)
+        obs, *rest = arrays
+        if isinstance(obs, Mapping):
+            obs = [{key: part[i] for key, part in obs.items()} for i in range(self.num_envs)]
+        check_envs(space, obs, *rest)
 
 
+# Spaces of observations that are checked. A wrapper may make one of these out of another.
+CHECKED_SPACES = (spaces.Box, spaces.Dict)
 # The classes of SB3 that get one of ours.
 CHECKED: dict[type, type] = {DummyVecEnv: CheckedDummyVecEnv, SubprocVecEnv: CheckedSubprocVecEnv}
 
@@ -191,7 +198,7 @@ def add_checks(env: VecEnv) -> bool:
     while isinstance(layers[-1], VecEnvWrapper):
         layers.append(layers[-1].venv)
     base = layers.pop()
-    if isinstance(base.observation_space, spaces.Box):
+    if isinstance(base.observation_space, CHECKED_SPACES):
         base.__class__ = CHECKED.get(type(base), type(base))
     own = all(type(wrapper).__module__.startswith("stable_baselines3.common.vec_env.") for wrapper in layers)
     return own and type(base) in CHECKED.values()

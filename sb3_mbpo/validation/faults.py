@@ -1,8 +1,10 @@
 """Finds invalid outputs of an env."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 
 # The networks compute in float32, where larger numbers are infinite.
 LIMIT = float(np.finfo(np.float32).max)
@@ -67,6 +69,32 @@ def observation_fault(obs: Any, shape: Any, dtype: Any) -> str:
     if wrong.any():
         return f"has dtype {array.dtype} and cannot be cast to {dtype} in {_named(wrong, array)}. Declare a space of floats"
     return ""
+
+
+def fault_in_space(obs: Any, space: Any, batch: tuple[int, ...] = ()) -> str:
+    """
+    Check an observation of a Box, or of a Dict of Boxes. Other spaces, which a wrapper may remove, are not checked.
+
+    :param obs: the observation that the env returned
+    :param space: the observation space
+    :param batch: sizes in front of the shape of one observation
+    :return: what is wrong; empty if nothing is
+    """
+    if isinstance(space, spaces.Box):
+        return observation_fault(obs, (*batch, *space.shape), space.dtype)
+    if not isinstance(space, spaces.Dict):
+        return ""
+    if not isinstance(obs, Mapping) or not space.spaces.keys() <= obs.keys():
+        return f"must be a dict with the keys {list(space)}, but is {obs!r:.80}"
+    for key, part in space.items():
+        if fault := fault_in_space(obs[key], part, batch):
+            return f"at {key!r} {fault}"
+    return ""
+
+
+def copied(obs: Any) -> Any:
+    """:return: a copy of an observation, or of a dict of these"""
+    return {key: np.array(part) for key, part in obs.items()} if isinstance(obs, Mapping) else np.array(obs)
 
 
 def _named(wrong: np.ndarray, array: np.ndarray) -> str:
@@ -169,6 +197,6 @@ def check_envs(space: Any, obs: Any, rewards: Any = None, dones: Any = (), infos
             ended = bool(dones[i])
         last = infos[i].get("terminal_observation") if ended else None
         if last is not None:
-            refuse(i, "the last observation", observation_fault(last, space.shape, space.dtype))
+            refuse(i, "the last observation", fault_in_space(last, space))
         what = "the observation of reset()" if ended or rewards is None else "the observation"
-        refuse(i, what, observation_fault(of_one, space.shape, space.dtype))
+        refuse(i, what, fault_in_space(of_one, space))

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 
 from sb3_mbpo.arguments.user_functions import check_device, check_learning_rate, check_noise, dry_run, dry_run_filter
+from sb3_mbpo.codec import Codec
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
 from sb3_mbpo.terminations.known import NeverTerminates
@@ -30,7 +31,7 @@ def test_dry_run_hands_out_what_the_spaces_allow() -> None:
 
     OBS.seed(3)
     before, space_before = th.get_rng_state(), copy.deepcopy(OBS)
-    dry_run(fn, "termination_fn", OBS, ACTION, "cpu")
+    dry_run(fn, "termination_fn", Codec(OBS, ACTION), "cpu")
     obs, actions, next_obs = seen[:3]
     assert [len(part) for part in seen] == [13] * 3 + [1] * 3
     assert obs.shape == next_obs.shape == (len(obs), 3) and actions.shape == (len(obs), 2)
@@ -62,7 +63,7 @@ def test_dry_run_hands_out_what_the_spaces_allow() -> None:
 def test_dry_run_refuses(fn: Any, returns: Any, words: str) -> None:
     name = "termination_fn" if returns == "bool" else "reward_fn"
     with pytest.raises(ValueError) as error:
-        dry_run(fn, name, OBS, ACTION, "cpu", returns)
+        dry_run(fn, name, Codec(OBS, ACTION), "cpu", returns)
     message = str(error.value)
     assert message.startswith(f"{name}=test_dry_run") or message.startswith(f"{name}=<lambda>")
     assert words in message and f"must return a {returns} tensor of shape (B,)" in message
@@ -76,16 +77,16 @@ def test_dry_run_and_non_finite_values() -> None:
         return (obs[:, 0] - 2).log()
 
     with pytest.raises(ValueError, match="non-finite"):
-        dry_run(log_of_room, "reward_fn", spaces.Box(-1, 1, (3,)), ACTION, "cpu", "float")
-    dry_run(log_of_room, "reward_fn", OBS, ACTION, "cpu", "float")
+        dry_run(log_of_room, "reward_fn", Codec(spaces.Box(-1, 1, (3,)), ACTION), "cpu", "float")
+    dry_run(log_of_room, "reward_fn", Codec(OBS, ACTION), "cpu", "float")
 
 
 def test_dry_run_accepts() -> None:
-    dry_run(NeverTerminates(), "termination_fn", OBS, ACTION, "cpu")
-    dry_run(lambda o, a, n: a[:, 0] > n[:, 0], "termination_fn", OBS, ACTION, "cpu", "bool")
-    dry_run(lambda o, a, n: o[:, 0].double(), "reward_fn", OBS, ACTION, "cpu", "float")
+    dry_run(NeverTerminates(), "termination_fn", Codec(OBS, ACTION), "cpu")
+    dry_run(lambda o, a, n: a[:, 0] > n[:, 0], "termination_fn", Codec(OBS, ACTION), "cpu", "bool")
+    dry_run(lambda o, a, n: o[:, 0].double(), "reward_fn", Codec(OBS, ACTION), "cpu", "float")
     huge = spaces.Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (3,))
-    dry_run(lambda o, a, n: o.square().sum(1), "reward_fn", huge, ACTION, "cpu", "float")
+    dry_run(lambda o, a, n: o.square().sum(1), "reward_fn", Codec(huge, ACTION), "cpu", "float")
 
 
 # ---------------------------------------------------------------- learning rates
@@ -233,6 +234,12 @@ def test_no_devices(device):
     with pytest.raises(ValueError) as error:
         check_device(device)
     assert f"device={device!r} must be" in str(error.value) and '"auto", "cpu", "cuda"' in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["mps", th.device("mps")])
+def test_a_device_without_float64(device):
+    with pytest.raises(ValueError, match=r"MPS has no float64.*pass device='cpu'"):
+        check_device(device)
 
 
 @pytest.mark.skipif(th.cuda.is_available(), reason="there is a GPU, and so it is taken")

@@ -9,7 +9,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo.buffers.replay_buffer import ROWS, MixedReplayBuffer, balanced_ratio, normalize_obs, normalize_rewards
+from sb3_mbpo.buffers.normalization import normalize_obs, normalize_rewards
+from sb3_mbpo.buffers.replay_buffer import ROWS, MixedReplayBuffer, balanced_ratio
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float64)
 ACT = spaces.Box(-2, 2, (2,), np.float32)

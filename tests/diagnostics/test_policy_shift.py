@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tiny import FAST
 
 from sb3_mbpo import MBPO, MBTD3
-from sb3_mbpo.buffers.replay_buffer import normalize_obs
+from sb3_mbpo.buffers.normalization import normalize_obs
 from sb3_mbpo.diagnostics.policy_shift import gaussians, policy_shift, snapshot
 
 OBS = np.random.default_rng(0).normal(size=(700, 3))

@@ -8,10 +8,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from tiny import FAST
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.codec import Codec
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
 
 OBS = spaces.Box(-np.inf, np.inf, (2, 3), np.float64)
 ACT = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 10.0], np.float32))
+CODEC = Codec(OBS, ACT)
 
 
 def arrays(n=20):
@@ -33,10 +35,10 @@ def same(a, b):
 
 def test_arrays_pass_through():
     data = arrays()
-    read = read_transitions(data, OBS, ACT)
+    read = read_transitions(data, CODEC)
     assert same(read, data) and read["terminations"].dtype == bool
     del data["truncations"]
-    assert not read_transitions(data, OBS, ACT)["truncations"].any()
+    assert not read_transitions(data, CODEC)["truncations"].any()
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -44,12 +46,12 @@ def test_arrays_pass_through():
 def test_there_and_back_through_a_replay_buffer(n_envs, n_steps):
     """Oldest first, each env's own story in one piece, actions in the env's scale; also when the ring has turned over."""
     data = arrays(n_steps * n_envs)
-    rows = rows_of_steps(data, n_envs, lambda actions: 2 * (actions - ACT.low) / (ACT.high - ACT.low) - 1)
+    rows = rows_of_steps(data, n_envs, CODEC)
     buffer = ReplayBuffer(12 * n_envs, OBS, ACT, device="cpu", n_envs=n_envs)
     for i in range(n_steps):
         values = [rows[name][i] for name in ("observations", "next_observations", "actions", "rewards", "dones")]
         buffer.add(*values, [{"TimeLimit.truncated": bool(late)} for late in rows["timeouts"][i]])
-    read = read_transitions(buffer, OBS, ACT)
+    read = read_transitions(buffer, CODEC)
     expected = {}
     for name, array in data.items():
         stories = array.reshape(n_envs, n_steps, *array.shape[1:])[:, -12:]
@@ -60,7 +62,7 @@ def test_there_and_back_through_a_replay_buffer(n_envs, n_steps):
 
 
 def test_what_does_not_fill_a_step_of_all_envs_is_left_out():
-    rows = rows_of_steps(arrays(20), 3, lambda actions: actions)
+    rows = rows_of_steps(arrays(20), 3, CODEC)
     assert rows["observations"].shape == (6, 3, 2, 3) and rows["actions"].shape == (6, 3, 2) and rows["dones"].shape == (6, 3)
 
 
@@ -83,14 +85,14 @@ def test_episodes():
     data = arrays()
     data["next_observations"][:-1] = data["observations"][1:]
     data["next_observations"][7] = -1.0
-    assert same(read_transitions(Dataset(Episode(data, 0, 8), Episode(data, 8, 20)), OBS, ACT), data)
+    assert same(read_transitions(Dataset(Episode(data, 0, 8), Episode(data, 8, 20)), CODEC), data)
 
 
 def test_episodes_of_mappings():
     episode = Episode(arrays(), 0, 8)
     episode.observations = {"position": episode.observations}
     with pytest.raises(ValueError, match="observations of this dataset are no arrays"):
-        read_transitions(Dataset(episode), OBS, ACT)
+        read_transitions(Dataset(episode), CODEC)
 
 
 def test_a_dataset_of_minari(tmp_path, monkeypatch):
@@ -135,21 +137,21 @@ def test_a_dataset_of_minari(tmp_path, monkeypatch):
 )
 def test_refused(change, message):
     with pytest.raises(ValueError, match=f"prefill: .*{message}"):
-        read_transitions({**arrays(), **change}, OBS, ACT)
+        read_transitions({**arrays(), **change}, CODEC)
 
 
 def test_refused_altogether():
     with pytest.raises(ValueError, match="not int"):
-        read_transitions(3, OBS, ACT)
+        read_transitions(3, CODEC)
     with pytest.raises(ValueError, match=r"missing: \['rewards'"):
-        read_transitions({name: array for name, array in arrays().items() if name != "rewards"}, OBS, ACT)
+        read_transitions({name: array for name, array in arrays().items() if name != "rewards"}, CODEC)
     compact = ReplayBuffer(10, OBS, ACT, optimize_memory_usage=True, handle_timeout_termination=False)
     with pytest.raises(ValueError, match="optimize_memory_usage"):
-        read_transitions(compact, OBS, ACT)
+        read_transitions(compact, CODEC)
     empty = {name: array[:0] for name, array in arrays().items()}
     for nothing in (empty, ReplayBuffer(10, OBS, ACT), Dataset()):
         with pytest.raises(ValueError, match="prefill: there are no transitions"):
-            read_transitions(nothing, OBS, ACT)
+            read_transitions(nothing, CODEC)
 
 
 TINY = FAST | {

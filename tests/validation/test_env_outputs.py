@@ -315,7 +315,7 @@ def test_dict_observations_that_a_wrapper_takes_apart():
             return {"a": self.values.pop()}, 1.0, False, False, {}
 
     stepped(VecExtractDictObs(DummyVecEnv([lambda: Dicts([FINE] * 3)]), "a"))
-    with pytest.raises(InvalidTransition, match="env 0: the observation is not finite"):
+    with pytest.raises(InvalidTransition, match="env 0: the observation at 'a' is not finite"):
         stepped(VecExtractDictObs(DummyVecEnv([lambda: Dicts([FINE, NAN, FINE])]), "a"))
 
 

@@ -171,6 +171,7 @@ IN_PLACE: dict[str, tuple[Callable[[], Any], float]] = {
     "an array of its own": (lambda: OwnVecEnv("one array"), 1),
     "own under VecNormalize": (lambda: VecNormalize(OwnVecEnv("one array")), 1),
     "own, copied": (lambda: OwnVecEnv("copied"), 1),
+    "a Dict": (lambda: VecExtractDictObs(DummyVecEnv([Dicts]), "a"), 1),
 }
 
 
@@ -195,7 +196,6 @@ def test_frames_of_observations_written_in_place() -> None:
 
 LOSING: dict[str, Callable[[], Any]] = {
     "SubprocVecEnv": lambda: SubprocVecEnv([Walk, partial(Walk, seed=1)], start_method="fork"),
-    "a Dict": lambda: VecExtractDictObs(DummyVecEnv([Dicts]), "a"),
     "view": lambda: OwnVecEnv("view"),
     "missing": lambda: OwnVecEnv("missing"),
     "missing, always the same start": lambda: OwnVecEnv("missing", kind=SameStart),

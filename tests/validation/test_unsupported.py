@@ -3,25 +3,31 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium import spaces
+from gymnasium import spaces, wrappers
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from tiny import FAST
 
+from sb3_mbpo import MBPO
 from sb3_mbpo.validation import unsupported
 
 BOX = spaces.Box(-1, 1, (3,), np.float32)
+IMAGE = spaces.Box(0, 255, (36, 36, 3), np.uint8)
+UNBOUNDED = spaces.Box(-np.inf, np.inf, (2,))
 
 
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "message"),
     [
-        (spaces.Dict({"a": BOX}), BOX, "Dict.*FlattenObservation"),
-        (spaces.Discrete(3), BOX, "observation space Discrete"),
-        (spaces.MultiBinary(3), BOX, "observation space MultiBinary"),
-        (spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, "not an image"),
+        (spaces.Discrete(3), BOX, "observation space Discrete.*needs a Box or a Dict of Boxes.*FlattenObservation"),
+        (spaces.MultiBinary(3), BOX, "observation space MultiBinary.*FlattenObservation"),
+        (IMAGE, BOX, "vectors, not images. Use SAC or another model-free algorithm$"),
+        (spaces.Dict(a=BOX, camera=IMAGE), BOX, r"vectors, not images.*FilterObservation\(env, \['a'\]\)"),
+        (spaces.Dict(a=spaces.Sequence(BOX)), BOX, "no fixed size.*TransformObservation"),
         (BOX, spaces.Discrete(2), "action space Discrete.*use DQN or PPO"),
         (BOX, spaces.MultiDiscrete([2, 3]), "action space MultiDiscrete"),
-        (BOX, spaces.Box(-np.inf, np.inf, (2,)), "unbounded.*finite low and high"),
+        (BOX, UNBOUNDED, r"unbounded.*ClipAction.*TransformAction.*Box\(-1, 1, \(2,\)\)"),
         (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, np.inf], np.float32)), "unbounded"),
         (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, 0], np.float32)), "low = high.*TransformAction"),
     ],
@@ -34,6 +40,68 @@ def test_refused_spaces(observation_space, action_space, message):
 def test_accepted_spaces():
     unsupported.check_spaces(spaces.Box(-np.inf, np.inf, (2, 3), np.float64), spaces.Box(-2, 5, (2, 2)))
     unsupported.check_spaces(spaces.Box(0, 9, (4,), np.int64), BOX)
+    unsupported.check_spaces(spaces.Dict(a=BOX, b=spaces.Box(0, 9, (), np.int64)), BOX)
+
+
+class Draws(gym.Env):
+    """Observations are drawn from their space."""
+
+    def __init__(self, observation_space, action_space=BOX):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, np.float32))
+        return self.observation_space.sample(), float(action[0]), False, False, {}
+
+
+def last_two(obs):
+    return np.concatenate([np.zeros((2, 3), np.float32), *(part[None] for part in obs["a"])])[-2:]
+
+
+@pytest.mark.parametrize(
+    ("env", "remedy", "policy"),
+    [
+        (Draws(spaces.Discrete(3)), wrappers.FlattenObservation, "MlpPolicy"),
+        (Draws(spaces.MultiDiscrete([3, 2])), wrappers.FlattenObservation, "MlpPolicy"),
+        (Draws(spaces.MultiBinary(4)), wrappers.FlattenObservation, "MlpPolicy"),
+        (Draws(spaces.Dict(a=BOX, b=spaces.Discrete(3))), wrappers.FlattenObservation, "MlpPolicy"),
+        (Draws(spaces.Dict(a=spaces.Dict(b=BOX))), wrappers.FlattenObservation, "MlpPolicy"),
+        (Draws(spaces.Tuple([BOX, spaces.Discrete(2)])), wrappers.FlattenObservation, "MlpPolicy"),
+        (
+            Draws(spaces.Dict(a=spaces.Sequence(BOX))),
+            lambda env: wrappers.TransformObservation(env, last_two, spaces.Box(-1, 1, (2, 3))),
+            "MlpPolicy",
+        ),
+        (Draws(spaces.Dict(a=BOX, b=IMAGE)), lambda env: wrappers.FilterObservation(env, ["a"]), "MultiInputPolicy"),
+        (
+            Draws(BOX, UNBOUNDED),
+            lambda env: wrappers.TransformAction(env, lambda action: action, spaces.Box(-1, 1, (2,))),
+            "MlpPolicy",
+        ),
+        (wrappers.ClipAction(Draws(BOX)), lambda env: env.env, "MlpPolicy"),
+        (gym.make_vec("Pendulum-v1", num_envs=2), lambda env: make_vec_env("Pendulum-v1", 2), "MlpPolicy"),
+    ],
+    ids=lambda part: "" if isinstance(part, type) else str(getattr(part, "observation_space", ""))[:30],
+)
+def test_remedies_work(env, remedy, policy):
+    """Of each refusal, the way that its message names."""
+    with pytest.raises(ValueError, match=r"^env") as refused:
+        MBPO(policy, env)
+    names = (
+        "FlattenObservation",
+        "TransformObservation",
+        "FilterObservation",
+        "TransformAction",
+        "ClipAction",
+        "make_vec_env",
+    )
+    assert any(name in str(refused.value) for name in names)
+    agent = MBPO(policy, remedy(env), **FAST).learn(30)
+    assert len(agent.replay_buffer.model_buffer) > 0
 
 
 def options(**changed):
