@@ -39,6 +39,11 @@ class Codec:
         self.obs_dim, self.action_dim = sum(self._sizes), prod(action_space.shape)
 
     @property
+    def entries(self) -> list[list[Any]]:
+        """Name and shape of each entry of an observation, in their order; a Box is one entry without a name."""
+        return [[name, list(box.shape)] for name, box in self._boxes.items()]
+
+    @property
     def flat_space(self) -> spaces.Box:
         """The space of flat observations ``(obs_dim,)``, with a dtype that holds the values of all entries."""
         dtype = np.result_type(*(box.dtype for box in self._boxes.values()))

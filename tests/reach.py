@@ -11,7 +11,11 @@ class Reach(gym.Env):
 
     def __init__(self) -> None:
         place = spaces.Box(-2, 2, (2,), np.float64)
-        parts = {"observation": spaces.Box(-2, 2, (2, 2)), "achieved_goal": place, "desired_goal": place}
+        parts: dict[str, spaces.Space] = {
+            "observation": spaces.Box(-2, 2, (2, 2)),
+            "achieved_goal": place,
+            "desired_goal": place,
+        }
         self.observation_space = spaces.Dict(parts)
         self.action_space = spaces.Box(np.array([-0.4, -0.2], np.float32), np.array([0.4, 0.6], np.float32))
 

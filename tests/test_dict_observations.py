@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from reach import Reach, distance, reach
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer
@@ -317,6 +318,20 @@ def test_last_observations_are_copied():
 # ---------------------------------------------------------------------- measurements, and what is not supported
 
 
+def test_warm_up_actions_of_a_function():
+    seen = []
+
+    def acts(obs):
+        seen.append({key: array.shape for key, array in obs.items()})
+        return np.zeros((2, *agent.action_space.shape))
+
+    agent = made(envs(2), warmup_actions=acts, learning_starts=20)
+    agent.learn(10)
+    shapes = {key: (2, *box.shape) for key, box in agent.observation_space.items()}
+    assert seen == [shapes] * 5
+    np.testing.assert_allclose(agent.codec.decode_actions(agent.replay_buffer.actions[:5]), 0, atol=1e-6)
+
+
 def test_the_dynamics_is_measured(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ModelErrorCallback")
@@ -344,3 +359,39 @@ def test_algorithms_without_a_policy_for_them(cls):
     cls("MlpPolicy", gym.wrappers.FlattenObservation(reach()), **FAST).learn(25)
     with pytest.raises(ValueError, match=r"FlattenObservation\(env\)"):
         cls("MultiInputPolicy", reach())
+
+
+# ---------------------------------------------------------------------- buffers of envs with other entries
+
+
+class Entries(gym.Env):
+    """A Dict of two vectors, of 3 numbers in all."""
+
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, a, b):
+        self.observation_space = spaces.Dict({"a": spaces.Box(-9, 9, (a,)), "b": spaces.Box(-9, 9, (b,))})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {key: np.ones(box.shape, np.float32) for key, box in self.observation_space.items()}, {}
+
+    def step(self, action):
+        return self.reset()[0], 0.0, False, True, {}
+
+
+def test_rows_of_other_entries_are_refused(tmp_path):
+    """Flat rows have the same size."""
+    agent, other = (made(Entries(*sizes), learning_starts=100) for sizes in ((2, 1), (1, 2)))
+    agent.learn(20)
+    agent.save_replay_buffer(tmp_path / "buffer.pt", safe=True)
+    with pytest.raises(
+        ValueError, match=r"entries \[\['a', \[2\]\], \['b', \[1\]\]\], but this agent's have \[\['a', \[1\]\]"
+    ):
+        other.load_replay_buffer(tmp_path / "buffer.pt", safe=True)
+    with pytest.raises(ValueError, match=r"prefill: .*entries"):
+        other.prefill(agent.replay_buffer)
+    flat = MBPO("MlpPolicy", gym.wrappers.FlattenObservation(Entries(2, 1)), **FAST)
+    with pytest.raises(ValueError, match="entries"):
+        flat.load_replay_buffer(tmp_path / "buffer.pt", safe=True)
+    assert other.replay_buffer.size() == flat.replay_buffer.size() == 0

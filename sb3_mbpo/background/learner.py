@@ -89,8 +89,10 @@ class Learner:
         agent.resume_callback = self.inbox
         self.decide = agent.rollout_callback_class()
         self.decide.init_callback(agent)
+        # Updates that are owed from before come before the first step.
+        self.decide.on_resume()
         #: Updates that are due; and those that were due and are made, or were left out.
-        self.owed, self.settled = agent.updates_owed, 0
+        self.owed, self.settled, self.forgets = agent.updates_owed, 0, 0
         self.finishes = False
         self.warnings: list[tuple[str, type[Warning]]] = []
         self._policy_at = self._state_at = 0.0
@@ -107,7 +109,7 @@ class Learner:
         except Exception as error:
             self._send(pack("error", (repr(error), traceback.format_exc())))
         self._send_news()
-        self._send(pack("final", packed_learning(self.agent, self.settled, imagined=True)))
+        self._send(pack("final", packed_learning(self.agent, self.settled, self.forgets, imagined=True)))
 
     def work(self) -> None:
         """One turn: new transitions, a fit and a model rollout if they are due, a few updates, the policy."""
@@ -126,7 +128,7 @@ class Learner:
         if is_fitted or (n and (self.owed == 0 or now - self._policy_at > POLICY_SECONDS)):
             self.agent.check_parameters()
             if is_fitted or now - self._state_at > STATE_SECONDS:
-                self._send(pack("state", packed_learning(self.agent, self.settled, imagined=False)))
+                self._send(pack("state", packed_learning(self.agent, self.settled, self.forgets, imagined=False)))
                 self._state_at = now
             self._send_news()
             self._policy_at = now
@@ -136,19 +138,25 @@ class Learner:
         agent = self.agent
         if kind == "step":
             agent.replay_buffer.insert(content["rows"])
-            agent.num_timesteps, agent._current_progress_remaining = content["num_timesteps"], content["progress"]
             for name, statistics in content["statistics"].items():
                 setattr(agent._vec_normalize_env, name, statistics)
-            if agent.num_timesteps > agent.learning_starts:
-                self.owed += agent.updates_of(agent.n_envs)
+            self._count(content)
             return 1
         if kind == "cut":
             agent.replay_buffer.cut()
+            self._count(content)
         elif kind == "forget":
             agent.forget_transitions(content)
+            self.forgets += 1
         elif kind == "finish":
             self.finishes = True
         return 0
+
+    def _count(self, content: Any) -> None:
+        agent = self.agent
+        agent.num_timesteps, agent._current_progress_remaining = content["num_timesteps"], content["progress"]
+        if agent.num_timesteps > agent.learning_starts:
+            self.owed += agent.updates_of(agent.n_envs)
 
     def _send_news(self) -> None:
         agent = self.agent

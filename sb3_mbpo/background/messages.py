@@ -59,18 +59,20 @@ def put_weights(policy: Any, weights: dict[str, np.ndarray]) -> None:
         own[name].copy_(th.as_tensor(value))
 
 
-def packed_learning(agent: Any, settled: int, imagined: bool) -> bytes:
+def packed_learning(agent: Any, settled: int, forgets: int, imagined: bool) -> bytes:
     """
     All that learning has changed.
 
     :param agent: the learner's
     :param settled: number of updates that were due and are made, or were left out
+    :param forgets: number of calls of ``forget_transitions`` that it knows of
     :param imagined: with the imagined transitions
     :return: for :func:`put_learning`
     """
     _, variables = agent._get_torch_save_params()
     state = {
         "settled": settled,
+        "forgets": forgets,
         "parameters": agent.get_parameters(),
         "variables": {name: reach(agent, name) for name in variables},
         "state": {name: getattr(agent, name) for name in HINTS if name not in _OF_ACTING},
@@ -84,12 +86,14 @@ def packed_learning(agent: Any, settled: int, imagined: bool) -> bytes:
     return file.getvalue()
 
 
-def put_learning(agent: Any, packed: bytes) -> int:
+def put_learning(agent: Any, packed: bytes, forgets: int) -> int:
     """
     Continue with what was learned.
 
     :param agent: the acting process's
     :param packed: from :func:`packed_learning`, of this machine's own learner
+    :param forgets: number of calls of ``forget_transitions``. If the learner did not know of all, its measurements and
+        imagined transitions are of forgotten ones, and are left out
     :return: its ``settled``
     """
     state = th.load(io.BytesIO(packed), map_location=agent.device, weights_only=False)
@@ -97,6 +101,8 @@ def put_learning(agent: Any, packed: bytes) -> int:
     for name, value in state["variables"].items():
         if value is not None:
             reach(agent, name).data.copy_(value)
+    if state["forgets"] < forgets:
+        return int(state["settled"])
     vars(agent).update(state["state"] | state["attributes"])
     if "imagined" in state:
         agent.replay_buffer.model_buffer.restore(*state["imagined"])

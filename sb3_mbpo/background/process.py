@@ -36,6 +36,8 @@ class LearnerProcess:
         self._weights: dict[str, Any] | None = None
         # Updates that were due since it was started, and those that are settled, see ``Learner``.
         self._due, self._settled = agent.updates_owed, 0
+        # Updates that the agent's copy of what was learned contains, and calls of forget_transitions.
+        self._copied, self._forgets = 0, 0
         self._warned_of_pace = False
         try:
             self._process.start()
@@ -90,10 +92,27 @@ class LearnerProcess:
 
     def send(self, kind: str, content: Any = None) -> None:
         """
-        :param kind: ``"cut"``, ``"forget"``, see ``Learner``
+        :param kind: ``"forget"`` or ``"finish"``, see ``Learner``
         :param content: what belongs to it
         """
+        self._forgets += kind == "forget"
         self._outbox.put(pack(kind, content))
+
+    def send_cut(self, agent: Any) -> None:
+        """
+        Tell the learner that a step was lost. It is counted, so updates belong to it.
+
+        :param agent: right after its replay buffer was cut
+        """
+        self.send("cut", {"num_timesteps": agent.num_timesteps, "progress": agent._current_progress_remaining})
+        self._count_updates(agent)
+
+    def _count_updates(self, agent: Any) -> None:
+        if agent.num_timesteps > agent.learning_starts:
+            self._due += agent.updates_of(agent.n_envs)
+        self._receive(agent)
+        self._check()
+        self._check_pace(agent)
 
     def send_step(self, agent: Any) -> None:
         """
@@ -103,11 +122,7 @@ class LearnerProcess:
         :raises RuntimeError: the learner has failed
         """
         self.send("step", newest_step(agent))
-        if agent.num_timesteps > agent.learning_starts:
-            self._due += agent.updates_of(agent.n_envs)
-        self._receive(agent)
-        self._check()
-        self._check_pace(agent)
+        self._count_updates(agent)
 
     def _receive(self, agent: Any) -> None:
         news = self._take("news")
@@ -157,9 +172,10 @@ class LearnerProcess:
         """Give the agent the newest copy of all that was learned, and the newest policy."""
         state = self._take("state")
         if state is not None:
-            agent.updates_owed = self._due - put_learning(agent, state)
+            self._copied = put_learning(agent, state, self._forgets)
             if self._weights is not None:
                 put_weights(agent.policy, self._weights)
+        agent.updates_owed = self._due - self._copied
 
     def finish(self, agent: Any, is_interrupted: Any) -> None:
         """
@@ -169,10 +185,10 @@ class LearnerProcess:
         :param is_interrupted: called now and then; true: do not wait any longer
         :raises RuntimeError: the learner has failed
         """
-        self.send("finish")
-        while not self._wait_for("final") and not is_interrupted():
-            pass
         try:
+            self.send("finish")
+            while not self._wait_for("final") and not is_interrupted():
+                pass
             self._check()
         finally:
             self.stop(agent)
@@ -193,7 +209,7 @@ class LearnerProcess:
             if final is None:
                 self.catch_up(agent)
             else:
-                agent.updates_owed = self._due - put_learning(agent, final)
+                agent.updates_owed = self._due - put_learning(agent, final, self._forgets)
         finally:
             self._end()
 

@@ -140,6 +140,8 @@ class MixedReplayBuffer(ReplayBuffer):
         return {
             "rows": {name: getattr(self, name)[: self.size()] for name in ROWS},
             **{name: getattr(self, name) for name in ("buffer_size", "pos", "full")},
+            # Flat rows do not say where an entry of a Dict ends.
+            "entries": self.codec.entries,
             **{"imagined": rows, "refills": refills},
         }
 
@@ -165,10 +167,12 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def _check_contents(self, contents: Mapping[str, Any]) -> int:
         """:return: number of filled rows; raises ``ValueError`` as :meth:`restore` does"""
-        names = ("rows", "buffer_size", "pos", "full", "imagined", "refills")
+        names = ("rows", "buffer_size", "pos", "full", "entries", "imagined", "refills")
         if not isinstance(contents, Mapping) or set(contents) != set(names):
             raise ValueError(f"the contents of a replay buffer must be {', '.join(names)}")
-        rows, size, pos, full, imagined, refills = (contents[name] for name in names)
+        rows, size, pos, full, entries, imagined, refills = (contents[name] for name in names)
+        if entries != self.codec.entries:
+            raise ValueError(f"its observations have the entries {entries!r:.200}, but this agent's have {self.codec.entries}")
         if not isinstance(rows, Mapping) or set(rows) != set(ROWS):
             raise ValueError(f"rows must be {', '.join(ROWS)}")
         for name, array in rows.items():

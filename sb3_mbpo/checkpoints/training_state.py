@@ -213,10 +213,11 @@ def reach(agent: Any, name: str) -> Any:
 
 def _not_of_the_run(agent: Any) -> set[str]:
     """
-    :return: names of attributes that are never in ``attributes`` of a checkpoint: arguments of the constructor, those of the
-        process, and those of :class:`.AgentState`, which have a place of their own
+    :return: names of attributes that are never in ``attributes`` of a checkpoint: arguments of the constructor, those that are
+        not saved with the agent or belong to the process, and those of :class:`.AgentState`, which have a place of their own
     """
-    return set(inspect.signature(type(agent)).parameters) | _OF_THE_PROCESS | set(HINTS)
+    not_saved = set(agent._excluded_save_params())
+    return set(inspect.signature(type(agent)).parameters) | not_saved | _OF_THE_PROCESS | set(HINTS)
 
 
 def plain_attributes(agent: Any) -> Iterator[tuple[str, Any]]:

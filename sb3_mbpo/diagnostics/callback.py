@@ -105,12 +105,15 @@ class ModelErrorCallback(BaseCallback):
         # This runs after the agent's own callback, and so after its fit.
         agent = self.model
         steps = agent.lifetime_timesteps
-        fitted = agent.dynamics_fitted_at is not None and agent.dynamics.usable
         if self.diagnosed_at is not None and steps < self.diagnosed_at:
             # Fewer steps than before, so this is another agent with other policies.
             self.diagnosed_at = None
             self.snapshots.clear()
-        if not fitted or (self.diagnosed_at is not None and steps // self.every <= self.diagnosed_at // self.every):
+        if self.diagnosed_at is not None and steps // self.every <= self.diagnosed_at // self.every:
+            return
+        # The dynamics may be fitted in another process.
+        agent.catch_up()
+        if agent.dynamics_fitted_at is None or not agent.dynamics.usable:
             return
         self.diagnosed_at = steps
         with untouched(agent):

@@ -40,19 +40,21 @@ def observation_names(env: VecEnv) -> list[str]:
 def _given(env: gym.Env) -> list[str]:
     try:
         return [str(name) for name in env.get_wrapper_attr("observation_names")]
-    except AttributeError:
+    except (AttributeError, TypeError):
+        # There are none, or what has this name is no list.
         return []
 
 
 def _of_dict(env: gym.Env) -> list[str]:
-    """:return: keys of the ``Dict`` that ``FlattenObservation`` flattens, numbered if they have several entries"""
-    while isinstance(env, gym.Wrapper):
+    """:return: keys of the env's ``Dict``, or of one that was flattened, numbered if they have several entries"""
+    space = env.observation_space
+    while isinstance(env, gym.Wrapper) and not isinstance(space, spaces.Dict):
         env, wrapper = env.env, env
-        space = env.observation_space
-        if isinstance(wrapper, FlattenObservation) and isinstance(space, spaces.Dict):
-            sizes = {key: flatdim(part) for key, part in space.spaces.items()}
-            return [key if n == 1 else f"{key} {i}" for key, n in sizes.items() for i in range(n)]
-    return []
+        space = env.observation_space if isinstance(wrapper, FlattenObservation) else space
+    if not isinstance(space, spaces.Dict):
+        return []
+    sizes = {key: flatdim(part) for key, part in space.spaces.items()}
+    return [key if n == 1 else f"{key} {i}" for key, n in sizes.items() for i in range(n)]
 
 
 def _of_joints(env: Any) -> list[str]:

@@ -9,6 +9,7 @@ from stable_baselines3.common.noise import ActionNoise
 from sb3_mbpo.arguments.arguments import resolve
 from sb3_mbpo.model_based.counting import Counting
 from sb3_mbpo.restarting_env import LOST_STEP
+from sb3_mbpo.validation.faults import copied
 from sb3_mbpo.validation.rules import is_number, shown
 
 
@@ -56,13 +57,13 @@ class Acting(Counting):
             return (middle + self.warmup_actions * (drawn - middle)).astype(drawn.dtype)
         obs = self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
         # It may write into what it is given.
-        obs, acts = np.array(obs), self.warmup_actions
+        obs, acts = copied(obs), self.warmup_actions
         actions = np.asarray(acts.predict(obs)[0] if hasattr(acts, "predict") else acts(obs))
         shape = (n_envs, *self.action_space.shape)
         if actions.shape != shape or actions.dtype.kind not in "fiu" or not np.isfinite(actions).all():
             raise ValueError(
                 f"warmup_actions={shown(acts)} returned {shown(actions)}, and must return finite actions of shape {shape} "
-                f"for observations of shape {obs.shape}"
+                f"for {n_envs} observations"
             )
         return np.clip(actions, low, high).astype(self.action_space.dtype)
 

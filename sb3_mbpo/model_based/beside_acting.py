@@ -47,15 +47,21 @@ class BesideActing(Collecting):
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """See SB3. With ``background=True``, the learner is started before the first one."""
         if self.learns_in_background and self._learner is None:
-            self._learner = LearnerProcess(self)
+            self._start_learner()
         return super().collect_rollouts(*args, **kwargs)
+
+    def _start_learner(self) -> None:
+        if self.replay_buffer.size() == 0:
+            # The agent was loaded without its transitions.
+            self.updates_owed = 0
+        self._learner = LearnerProcess(self)
 
     def _store_transition(self, replay_buffer: Any, *args: Any, **kwargs: Any) -> None:
         before = replay_buffer.pos
         super()._store_transition(replay_buffer, *args, **kwargs)
         if self._learner is not None:
             if replay_buffer.pos == before:
-                self._learner.send("cut")
+                self._learner.send_cut(self)
             else:
                 self._learner.send_step(self)
 
@@ -80,10 +86,17 @@ class BesideActing(Collecting):
 
     def finish_learner(self) -> None:
         """Wait until all updates that are due are made, and end the learner. A signal that ends the run ends the wait."""
+        callback = self.resume_callback
+
+        def is_interrupted() -> bool:
+            return callback is not None and callback.interrupted is not None
+
+        if self._learner is None and self.updates_owed > 0 and not is_interrupted():
+            # It was stopped for a checkpoint, or an ended run was begun again.
+            self._start_learner()
         if self._learner is not None:
             learner, self._learner = self._learner, None
-            callback = self.resume_callback
-            learner.finish(self, lambda: callback is not None and callback.interrupted is not None)
+            learner.finish(self, is_interrupted)
 
     def stop_learner(self) -> None:
         """End the learner, and get what it has learned."""

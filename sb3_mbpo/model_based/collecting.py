@@ -20,7 +20,7 @@ class Collecting(Acting):
 
     # Not saved, see _excluded_save_params: checks an env whose VecEnv or wrappers are not SB3's own.
     _arrays: CheckedArrays | None = None
-    # ``num_timesteps`` before the last step of the env.
+    # ``num_timesteps`` before the last step of the env; ``None`` once its transitions are stored.
     _stepped_at: int | None = None
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -63,6 +63,7 @@ class Collecting(Acting):
             )
         self._share_env()
         env, resets = self._checked(self.env), reset_num_timesteps or self._last_obs is None
+        self._note_copies(env)
         try:
             with env.checking() if resets and isinstance(env, CheckedArrays) else nullcontext() as check:
                 if resets:
@@ -86,20 +87,29 @@ class Collecting(Acting):
         :raises ValueError: learning has diverged, see :meth:`check_parameters`
         """
         checked, self._stepped_at = self._checked(env), None
-        self.replay_buffer.copies_ends = checked is env and isinstance(env.unwrapped, CheckedDummyVecEnv)
+        self._note_copies(checked)
         try:
             return super().collect_rollouts(checked, *args, **kwargs)
-        except ValueError as error:
+        except BaseException as error:
+            if self._stepped_at is not None:
+                # Raised by an env or a callback after the envs have moved on from _last_obs: the next transition would be
+                # false. Without it, SB3 resets the envs.
+                self._last_obs = None
             if isinstance(error, InvalidTransition):
                 error.step = self.num_timesteps
-            # PyTorch's distributions and some envs raise ValueError for NaN. Check whether the parameters are the cause.
-            self.check_parameters()
+            if isinstance(error, ValueError):
+                # PyTorch's distributions and some envs raise it for NaN. Check whether the parameters are the cause.
+                self.check_parameters()
             raise
-        finally:
-            if self._stepped_at == self.num_timesteps:
-                # The step was not completed: the envs have moved on from _last_obs, so the next transition would be false.
-                # Without it, SB3 resets the envs.
-                self._last_obs = None
+
+    def _store_transition(self, *args: Any, **kwargs: Any) -> None:
+        super()._store_transition(*args, **kwargs)
+        self._stepped_at = None
+
+    def _note_copies(self, checked: VecEnv) -> None:
+        """Note in the replay buffer whether the last observations of episodes are copied, so that they are never lost."""
+        is_copying = not isinstance(checked, CheckedArrays) and isinstance(checked.unwrapped, CheckedDummyVecEnv)
+        self.replay_buffer.copies_ends = is_copying
 
     def _sample_action(self, *args: Any, **kwargs: Any) -> Any:
         actions = super()._sample_action(*args, **kwargs)

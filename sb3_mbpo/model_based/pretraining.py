@@ -46,6 +46,7 @@ class Pretraining(ModelLearning):
                     self.generate_rollouts()
                 self.replay_buffer.real_ratio = self.real_share_of_batches
                 self.train(gradient_steps=min(every, gradient_steps - done), batch_size=self.batch_size)
+        self.pretraining_updates += gradient_steps
         self.check_parameters()
         self.logger.dump(self.num_timesteps)
         return self

@@ -109,7 +109,7 @@ class RolloutCallback(BaseCallback):
         )
         trained_for = agent.lifetime_timesteps - agent.learning_starts
         if trained_for > 0:
-            self._log({"updates_per_transition": agent._n_updates / trained_for})
+            self._log({"updates_per_transition": (agent._n_updates - agent.pretraining_updates) / trained_for})
 
     def _say(self, what: str) -> None:
         """

@@ -53,6 +53,8 @@ class AgentState(SB3State):
     normalized_observations: bool
     #: Updates that the learner of ``learn(background=True)`` had not made when it ended; the next one begins with them.
     updates_owed: int
+    #: Updates of ``pretrain``, which belong to no env transition of this agent.
+    pretraining_updates: int
     #: Names of warnings that were issued and are not repeated. A loaded agent repeats them.
     _warned_of: list[str]
 
@@ -72,6 +74,7 @@ DERIVED = {
     "_rollout_block": "found again when memory runs out",
     "_printed_threads": "printed at most once more",
     "_arrays": "made anew by each learn",
+    "_stepped_at": "set by each step, and used within it",
     "resume_callback": "of the learn under way",
     "_plain_agents": "of this process",
 }

@@ -70,6 +70,9 @@ def _of_buffer(buffer: ReplayBuffer, codec: Codec) -> Transitions:
 
     if buffer.optimize_memory_usage:
         raise ValueError("prefill: a buffer with optimize_memory_usage=True lacks the last observations of its episodes")
+    theirs = getattr(buffer, "codec", None)
+    if theirs is not None and theirs.entries != codec.entries:
+        raise ValueError(f"prefill: the observations have the entries {theirs.entries}, but this agent's have {codec.entries}")
     return {
         "observations": rows_of_obs(buffer.observations),
         "actions": codec.decode_actions(rows(buffer.actions)),

@@ -149,7 +149,7 @@ class _Encoder:
         if kind is np.ndarray and value.dtype.str in _DTYPES:
             return {"$array": self._array(value, name)}
         if isinstance(value, th.Tensor) and self.tensors is not None:
-            return {"$tensor": [self._stored(value.detach().cpu(), name), str(value.device)]}
+            return {"$tensor": [self._stored(value.detach().cpu().contiguous(), name), str(value.device)]}
         if kind in (dict, OrderedDict, Counter, defaultdict):
             return self._dict(value, name, depth)
         if kind in (list, tuple, set, frozenset, deque):

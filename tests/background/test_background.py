@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tiny import FAST
 
 from sb3_mbpo import DHMBPO, MBPO, ResumeCallback
+from sb3_mbpo.background.process import LearnerProcess
 
 # On a busy machine it is: it has the lower priority.
 pytestmark = pytest.mark.filterwarnings("ignore:The learner is behind")
@@ -141,3 +142,50 @@ def test_no_late_step_of_a_thousand_at_20_hz(algorithm):
     row = measured(algorithm, "beside acting", 20, updates_per_transition=1)
     assert row["steps"] == 1000 and row["late"] == 0, row
     assert np.isclose(row["updates"], 1005 + 1, atol=2)
+
+
+def test_ctrl_c_while_it_waits_for_the_last_updates(monkeypatch):
+    """What was learned comes back, and the process ends."""
+    waits = LearnerProcess._wait_for
+
+    def wait_for(self, kind, seconds=0.2):
+        if kind == "final" and not waiting:
+            waiting.append(kind)
+            raise KeyboardInterrupt
+        return waits(self, kind, seconds)
+
+    waiting = []
+    monkeypatch.setattr(LearnerProcess, "_wait_for", wait_for)
+    agent = made()
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(60, At(50), background=True)
+    assert waiting and active_children() == [] and agent._learner is None
+    assert agent.dynamics_fitted_at is not None and agent._n_updates + agent.updates_owed == 2 * 40
+
+
+def test_owed_updates_are_made_by_the_next_learn_that_only_waits(tmp_path):
+    agent = made().learn(40)
+    agent.updates_owed, before = 30, agent._n_updates
+    agent.learn(0, background=True, reset_num_timesteps=False)
+    assert agent.updates_owed == 0 and agent._n_updates == before + 30
+
+
+def test_owed_updates_without_transitions(tmp_path):
+    agent = made().learn(40)
+    agent.updates_owed = 30
+    agent.save(tmp_path / "agent")
+    with pytest.warns(UserWarning, match="replay buffer"):
+        loaded = MBPO.load(tmp_path / "agent", "Pendulum-v1")
+        loaded.learn(30, background=True)
+    assert loaded.updates_owed == 0
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_does_not_choose_who_learns(background, tmp_path):
+    made().learn(30, ResumeCallback(tmp_path), background=background)
+    seen = []
+    watch = At(35, lambda agent: seen.append((agent.learns_in_background, agent._learner is not None)))
+    watch.pace = 0.0
+    agent = made()
+    agent.learn(45, [watch, ResumeCallback(tmp_path)], background=not background)
+    assert seen == [(not background, not background)]

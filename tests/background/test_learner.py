@@ -16,6 +16,7 @@ from tiny import FAST
 from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.background.learner import Learner
 from sb3_mbpo.background.messages import newest_step, pack, packed_agent, put_learning, put_weights, unpack
+from sb3_mbpo.buffers.replay_buffer import ROWS
 
 
 class Talk:
@@ -39,7 +40,7 @@ class Talk:
         start, agent = agent_rows(self.agent), self.agent
         collected.learn(n * agent.n_envs)
         for row in range(n):
-            rows = {name: getattr(collected.replay_buffer, name)[row : row + 1] for name in agent_rows.names}
+            rows = {name: getattr(collected.replay_buffer, name)[row : row + 1] for name in ROWS}
             agent.replay_buffer.insert(rows)
             agent.num_timesteps += agent.n_envs
             self.send("step", newest_step(agent))
@@ -57,9 +58,6 @@ class Talk:
 
 def agent_rows(agent):
     return agent.replay_buffer.size()
-
-
-agent_rows.names = ("observations", "actions", "next_observations", "dones", "rewards", "timeouts")
 
 
 @contextmanager
@@ -91,7 +89,7 @@ def test_as_many_updates_as_stated_and_the_results_come_back(cls, n_envs):
     new = np.ones(3, np.float32)
     after = one.agent.predict(new, deterministic=True)[0]
     assert after != before and after == learner.predict(new, deterministic=True)[0]
-    put_learning(one.agent, final)
+    put_learning(one.agent, final, forgets=0)
     ours, theirs = one.agent.get_parameters(), learner.get_parameters()
     assert all(th.equal(ours["policy"][name], theirs["policy"][name]) for name in theirs["policy"])
     assert one.agent.dynamics_fitted_at == learner.dynamics_fitted_at and one.agent.num_timesteps == 30 * n_envs
@@ -142,21 +140,54 @@ def test_an_error_comes_with_its_trace_and_all_that_was_learned_before():
         one.act(25)
         error, trace = one.wait("error")
         assert "no such sensor" in error and "in pays" in trace
-        put_learning(one.agent, one.wait("final"))
+        put_learning(one.agent, one.wait("final"), forgets=0)
 
 
 def test_statistics_of_vec_normalize_and_lost_steps_and_a_changed_world():
     with talk(env=VecNormalize(make_vec_env("Pendulum-v1", 1))) as one:
         one.act(25)
-        one.send("cut")
+        # A lost step is counted, and updates belong to it.
+        one.send("cut", {"num_timesteps": 26, "progress": 0.5})
         one.send("finish")
         one.wait("final")
+        assert one.learner.agent.num_timesteps == 26 and one.learner.agent._n_updates == 3 * 6
         theirs, ours = one.learner.agent, one.agent
         assert np.allclose(theirs._vec_normalize_env.obs_rms.mean, ours.env.obs_rms.mean)
         assert theirs.replay_buffer.dones[24] == theirs.replay_buffer.timeouts[24] == 1 and theirs.replay_buffer.size() == 25
     with talk() as one:
         one.act(25)
+        one.send("finish")
+        final = one.wait("final")
+        # What was measured before the call is not put back after it; the networks are.
+        one.agent.forget_transitions(5)
+        put_learning(one.agent, final, forgets=1)
+        assert one.agent.forgot_transitions and one.agent.dynamics_fitted_at is None
+        assert not len(one.agent.replay_buffer.model_buffer)
+        assert th.equal(one.agent.actor.mu.weight, one.learner.agent.actor.mu.weight)
+        put_learning(one.agent, final, forgets=0)
+        assert one.agent.dynamics_fitted_at == 25
+    with talk() as one:
+        one.act(25)
         one.send("forget", 5)
         one.send("finish")
         one.wait("final")
-        assert one.learner.agent.replay_buffer.size() == 5
+        assert one.learner.agent.replay_buffer.size() == 5 and one.learner.forgets == 1
+
+
+def test_the_learner_knows_that_last_observations_are_copied():
+    """Otherwise it takes episodes that all end where they start for lost ones."""
+    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST)
+    agent.learn(0)
+    assert pickle.loads(packed_agent(agent)).replay_buffer.copies_ends
+
+
+def test_updates_that_are_owed_wait_for_the_gate():
+    with talk() as one:
+        one.act(25)
+        one.send("finish")
+        put_learning(one.agent, one.wait("final"), forgets=0)
+    one.agent.updates_owed, one.agent.imagined_fraction = 3, 0.0
+    ours, theirs = Pipe()
+    learner = Learner(pickle.loads(packed_agent(one.agent)), theirs)
+    assert learner.agent.replay_buffer.real_ratio == 1
+    ours.close()

@@ -25,6 +25,8 @@ def names(env: gym.Env) -> list[str]:
 def test_given_names():
     assert names(gym.wrappers.TimeLimit(Robot(names=("arm", "grip")), 5)) == ["arm", "grip"]
     assert names(Robot(names=["arm"])) == names(Robot()) == ["obs 0", "obs 1"]
+    # Something else of this name is no list of names.
+    assert names(Robot(names=lambda: ["arm", "grip"])) == ["obs 0", "obs 1"]
     stacked = VecFrameStack(DummyVecEnv([lambda: Robot(names=["arm", "grip"])]), 2)
     assert observation_names(stacked) == ["obs 0", "obs 1", "obs 2", "obs 3"]
 
@@ -61,6 +63,11 @@ def test_joints_of_mujoco(task):
         assert obs[found.index("root z")] == data.qpos[2] and obs[found.index("root rotation w")] == data.qpos[3]
         np.testing.assert_array_equal([obs[found.index(f"root {axis} velocity")] for axis in "xyz"], data.qvel[:3])
         assert obs[found.index("root rotation z velocity")] == data.qvel[5]
+
+
+def test_keys_of_a_dict_that_is_not_flattened():
+    parts = spaces.Dict({"b": spaces.Box(-1, 1, (2,)), "a": spaces.Box(-1, 1, (1,))})
+    assert names(gym.wrappers.TimeLimit(Robot(parts), 5)) == names(gym.wrappers.FlattenObservation(Robot(parts)))
 
 
 def test_tasks_that_do_not_say_what_they_observe():

@@ -117,6 +117,25 @@ def test_transitions_after_an_env_raised_are_real(cls):
     assert one_further.all() == (cls is MBPO)
 
 
+@pytest.mark.parametrize("cls", [MBPO, SAC])
+def test_transitions_after_a_callback_raised_are_real(cls):
+    """The step is counted and not stored. SAC stores a transition from the state before it to the state after the next."""
+
+    class Raises(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 8:
+                raise KeyboardInterrupt
+            return True
+
+    model = agent(Failing()) if cls is MBPO else SAC("MlpPolicy", Failing(), learning_starts=100)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100, Raises())
+    model.learn(12, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    one_further = buffer.next_observations[: buffer.pos, :, 0] - buffer.observations[: buffer.pos, :, 0] == 1
+    assert one_further.all() == (cls is MBPO)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_bad_reset(n):
     """The first one, and one in the middle of learning: that comes with the last step of an episode."""
@@ -168,15 +187,15 @@ def test_a_callback_that_stops_and_one_that_raises():
     env = DummyVecEnv([Failing])
     model = agent(env).learn(30, callback=lambda locals_, globals_: model_steps.append(1) or len(model_steps) < 7)
     assert model.num_timesteps == 7 and untouched(env)
-    before = model._last_obs.copy()
+    assert model._last_obs is not None
 
     def fail(locals_, globals_):
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
         model.learn(30, callback=fail, reset_num_timesteps=False)
-    # That is no matter of the env, which stands where it stood for SB3.
-    assert np.array_equal(model._last_obs, before) and untouched(env)
+    # The step that the env has made was not stored, so the next `learn` resets the env.
+    assert model._last_obs is None and untouched(env)
 
 
 def test_another_env_is_watched_too():

@@ -187,7 +187,7 @@ def test_refused_arguments(kwargs, message):
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "named"),
     [
-        (spaces.Dict({"a": spaces.Box(-1, 1, (2,))}), spaces.Box(-1, 1, (1,)), "observation space Dict"),
+        (spaces.Dict({"a": spaces.Discrete(3)}), spaces.Box(-1, 1, (1,)), "observation space Dict"),
         (spaces.Box(0, 255, (36, 36, 3), np.uint8), spaces.Box(-1, 1, (1,)), "observation space Box"),
         (spaces.Discrete(4), spaces.Box(-1, 1, (1,)), "observation space Discrete"),
         (spaces.Box(-1, 1, (2,)), spaces.Discrete(2), "action space Discrete"),

@@ -34,6 +34,8 @@ def test_learned_before_the_first_step(cls, data):
     agent.fit_dynamics = lambda progress=None: fitted.append(agent.num_timesteps) or fit(progress)
     agent.learn(12)
     assert fitted == [10] and agent._n_updates == 50 + 2 * 12
+    # Updates of pretrain belong to no transition.
+    assert agent.logger.name_to_value["dynamics/updates_per_transition"] <= 2
 
 
 def test_rollouts_are_made_anew_as_often_as_in_learn(data):

@@ -69,13 +69,13 @@ class Counts(MBPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.n_trains, self.dynamics.n_trains = 0, 0
+        self.n_trains, self.dynamics.n_trains = 0, 0  # type: ignore[assignment]
         self.details = {"trains": [0]}
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         super().train(*args, **kwargs)
         self.n_trains += 1
-        self.dynamics.n_trains += 1
+        self.dynamics.n_trains += 1  # type: ignore[assignment, operator]
         self.details["trains"][0] += 1
 
 

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from tiny import FAST
 
 from sb3_mbpo import MBPO, MixedReplayBuffer
-from sb3_mbpo.buffers import replay_buffer
+from sb3_mbpo.buffers import checks
 from sb3_mbpo.buffers.replay_buffer import ROWS
 from sb3_mbpo.saving.serialization import decode, encode
 from sb3_mbpo.saving.whole_files import with_checksum
@@ -375,7 +375,7 @@ def test_numbers_that_are_not_finite(tmp_path, safe, name, place, value, message
 
 def test_far_into_a_large_file(monkeypatch, learned):
     """The rows are looked at in blocks."""
-    monkeypatch.setattr(replay_buffer, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(checks, "_ROWS_AT_ONCE", 7)
     file, agent = io.BytesIO(), make().learn(40)
     agent.replay_buffer.observations[33, 0, 2] = np.nan
     agent.save_replay_buffer(file)

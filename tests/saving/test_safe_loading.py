@@ -255,7 +255,8 @@ def test_no_pickle_can_be_reached():
         module = waiting.pop()
         if module not in reached:
             reached.add(module)
-            waiting += imported_modules(sources[module], module)
+            # The two processes of one agent send each other pickles; no file gets there.
+            waiting += [name for name in imported_modules(sources[module], module) if not name.startswith("background.")]
     read = ("description", "serialization", "checked_tensors", "safe_files", "save_load", "agent_state")
     resumed = ("resume_callback", "checkpoint", "training_state", "callback_state", "env_state")
     assert {"arguments.arguments", *(f"saving.{name}" for name in read)} <= reached

@@ -275,7 +275,7 @@ def test_files_grow_with_what_is_filled(tmp_path):
         agent.save_replay_buffer(tmp_path / f"{size}")
         agent.save(tmp_path / f"agent{size}")
     small, large = ((tmp_path / f"{size}.pkl").stat().st_size for size in (1_000, 1_000_000))
-    assert large < small + 100 < 10_000
+    assert large < small + 100 < 11_000
     small, large = ((tmp_path / f"agent{size}.zip").stat().st_size for size in (1_000, 1_000_000))
     assert abs(large - small) < 1_000
 

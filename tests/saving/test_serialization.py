@@ -263,9 +263,9 @@ TIP = "sb3_mbpo.TipFalls"
             {"$class": name}
             for name in ("os.system", "torch.hub.load", "torch.nn.__class__", "builtins.eval", "", None, ["x"])
         ),
-        *({"$object": [name, {}]} for name in ("subprocess.Popen", "sb3_mbpo.terminations.known.partial", 1, {}, None, [[]])),
+        *({"$object": [name, {}]} for name in ("subprocess.Popen", "sb3_mbpo.terminations.known.partial", 1, {}, None, [[]])),  # type: ignore[var-annotated]
         *({"$object": [TIP, {"height": height, "link": 0.6}]} for height in ("1", True, None, [1.0])),
-        *({"$object": [TIP, fields]} for fields in ({"height": 1.0}, {"height": 1.0, "link": 1.0, "__class__": 1}, [], None)),
+        *({"$object": [TIP, fields]} for fields in ({"height": 1.0}, {"height": 1.0, "link": 1.0, "__class__": 1}, [], None)),  # type: ignore[var-annotated]
         *({"$object": content} for content in (TIP, [TIP], [TIP, {}, {}], None, 3)),
         {"$object": ["sb3_mbpo.LeavesHealthyRange", {"ranges": [], "closed": True, "finite": True}]},
         {"$object": ["sb3_mbpo.LeavesHealthyRange", {"ranges": {"$tuple": [1]}, "closed": True, "finite": True}]},
@@ -281,7 +281,7 @@ TIP = "sb3_mbpo.TipFalls"
         *({"$array": {"dtype": "<f4", "shape": shape, "base64": "AAAAAA=="}} for shape in ([-1], [True], 1, [2], [1] * 40)),
         *({"$array": {"dtype": "<f4", "shape": [1], "base64": text}} for text in ("AAAA", "not base64!", 3, None)),
         {"$array": {"dtype": "<f4", "shape": [2**39, 2**39], "base64": ""}},
-        *({"$array": {"dtype": dtype, "shape": [1], "base64": "AAAAAA=="}} for dtype in ("object", "|O", "<U1", None, [])),
+        *({"$array": {"dtype": dtype, "shape": [1], "base64": "AAAAAA=="}} for dtype in ("object", "|O", "<U1", None, [])),  # type: ignore[var-annotated]
         *({"$generator": content} for content in (3, ["PCG64", {}], ["os", {}], ["Random", 3], ["Generator", None])),
         {"$generator": [["PCG64"], {}]},
         *(2**64, -(2**63), float("nan"), float("inf"), b"bytes", {1, 2}),
@@ -385,3 +385,10 @@ def box(low, high, dtype="<f4"):
 def test_what_is_no_space(hostile):
     with pytest.raises(ValueError, match=r"^space"):
         decode(through_json(hostile), where="space", objects=True)
+
+
+def test_a_transposed_tensor():
+    """Parameters of a user's network may be one."""
+    tensors: dict[str, th.Tensor] = {}
+    encoded = encode(th.arange(6.0).view(3, 2).t(), tensors, "weight")
+    assert th.equal(decode(encoded, tensors), th.arange(6.0).view(3, 2).t())
