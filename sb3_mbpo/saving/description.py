@@ -1,4 +1,4 @@
-"""An agent without its tensors, described in JSON, and an agent made from that, whoever wrote it."""
+"""Describe an agent without its tensors as JSON, and build an agent from a description that is not trusted."""
 
 import inspect
 from typing import Any

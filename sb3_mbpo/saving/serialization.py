@@ -41,7 +41,13 @@ class CannotEncodeError(TypeError):
 
 
 def is_a(value: Any, kinds: tuple[type, ...]) -> bool:
-    """:return: ``isinstance``, but ``True`` is no number, and a number of NumPy is one"""
+    """
+    Like ``isinstance``, with two differences: a bool does not count as an int, and NumPy scalars count as Python numbers.
+
+    :param value: any value
+    :param kinds: the accepted classes
+    :return: whether the value is of one of them
+    """
     value = value.item() if isinstance(value, np.generic) else value
     return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
 
@@ -260,12 +266,12 @@ class _Decoder:
 
     def _int(self, content: Any, where: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,160}", content):
-            raise ValueError(f"{where}: {content[:50]!r} is no number")
+            raise ValueError(f"{where}: {content[:50]!r} is not a number")
         return int(content)
 
     def _float(self, content: Any, where: str) -> float:
         if content not in ("inf", "-inf", "nan"):
-            raise ValueError(f"{where}: {str(content)[:50]!r} is no number")
+            raise ValueError(f"{where}: {str(content)[:50]!r} is not a number")
         return float(content)
 
     def _bytes(self, content: Any, where: str) -> bytes:
@@ -275,7 +281,7 @@ class _Decoder:
         dtype, value = content
         value = self.decode(value, where)
         if type(value) not in (bool, int, float):
-            raise ValueError(f"{where}: {str(value)[:50]!r} is no number")
+            raise ValueError(f"{where}: {str(value)[:50]!r} is not a number")
         return _dtype(dtype).type(value)
 
     def _stored(self, name: Any, where: str) -> th.Tensor:

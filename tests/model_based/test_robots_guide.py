@@ -17,7 +17,8 @@ SMALLER = {"5_000": "10", "2_000": "60", "1_000": "60", "600": "60", "500": "20"
 @pytest.mark.parametrize(("title", "program"), PROGRAMS, ids=[title for title, _ in PROGRAMS])
 def test_it_runs(title, program, monkeypatch):
     if "background=True" in program:
-        pytest.skip("test_background.py")
+        # It starts a second process, which takes seconds. test_background.py makes the same calls and checks their results.
+        pytest.skip("test_background.py makes the same calls")
     quick = {name: FAST[name] for name in ("policy_kwargs", "batch_size", "rollout_batch_size", "dynamics_kwargs")}
 
     class Quick(sb3_mbpo.MBPO):
