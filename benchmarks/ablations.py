@@ -1,7 +1,7 @@
 """
 What the parts of DHMBPO are worth: one difference from the packaged settings at a time.
 
-    python benchmarks/ablations.py make --arms default critics_2 --envs Hopper-v5 --workers 2
+    python benchmarks/ablations.py make --arms default critics_5 --envs Hopper-v5 --workers 2
     python benchmarks/ablations.py collect
 
 make trains what is not finished yet; each run is one process with one thread, as in sb3_mbpo compare. collect writes
@@ -37,7 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "horizon_1": {"training_horizon": 1},
     "horizon_3": {"training_horizon": 3},
     "no_distribution_rollouts": {"real_roots": 1.0},
-    "critics_2": {"policy_kwargs": "dict(n_critics=2)"},
+    "critics_5": {"policy_kwargs": "dict(n_critics=5)"},
     "widest_value_bounds": {"value_quantiles": [0.0, 1.0]},
     "no_layer_norm": {"policy_kwargs": "dict(layer_norm=False)"},
     "relu": {"policy_kwargs": "dict(activation_fn=nn.ReLU)"},

@@ -176,7 +176,7 @@ class BoundedCritic(ContinuousCritic):
 
 class DHMBPOPolicy(SACPolicy):
     """
-    SAC's policy with SiLU, standardized observations, five critics with layer normalization, and values within bounds.
+    SAC's policy with SiLU, standardized observations, critics with layer normalization, and values within bounds.
 
     What differs from ``SACPolicy`` are defaults, the features extractor and
 
@@ -205,7 +205,7 @@ class DHMBPOPolicy(SACPolicy):
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
-        n_critics: int = 5,
+        n_critics: int = 2,
         share_features_extractor: bool = False,
         layer_norm: bool = True,
         average_actor: bool = False,

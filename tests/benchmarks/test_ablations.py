@@ -17,26 +17,26 @@ def test_arms_are_settings_of_the_algorithm(arm: str) -> None:
     for name, value in given.items():
         expected = tuple(value) if isinstance(value, list) else value
         assert getattr(agent, name) == expected or name in ("policy_kwargs", "dynamics_kwargs")
-    assert len(agent.critic.q_networks) == (2 if arm == "critics_2" else 5)
+    assert len(agent.critic.q_networks) == (5 if arm == "critics_5" else 2)
 
 
 def test_collect_and_table(tmp_path) -> None:
     path, logs = tmp_path / "ablations.csv", tmp_path / "logs"
-    first, cut = ablations.runs(["default", "critics_2"], ["Hopper-v5"], [0], 15_000)
+    first, cut = ablations.runs(["default", "critics_5"], ["Hopper-v5"], [0], 15_000)
     leave(first, logs, 15_000, finished=True)
     leave(cut, logs, 4_000)
     rows = ablations.collect([first, cut], logs, path)
     assert [(row["arm"], row["step"]) for row in rows if row["step"] in ("15000", "4000")] == [
         ("default", "4000"),
         ("default", "15000"),
-        ("critics_2", "4000"),
+        ("critics_5", "4000"),
     ]
     last = next(row for row in rows if row["step"] == "15000")
     # The means of three episodes; seconds without those of the evaluations.
     assert (last["return"], last["length"], last["cpu_seconds"], last["commit"]) == ("15000", "10", "750", "1a2b")
     default, other = ablations.table(rows).splitlines()[2:]
     assert default == "| Hopper-v5, default | 1 | 5,000 | 10,000 | 15,000 | 13,000 | 11,000 | 50 |"
-    assert other.startswith("| Hopper-v5, critics_2 | 1 |  |  |  | 2,000 | 0 |")
+    assert other.startswith("| Hopper-v5, critics_5 | 1 |  |  |  | 2,000 | 0 |")
     # A shorter log does not replace what was collected; other runs stay.
     leave(first, logs, 2_000)
     assert ablations.collect([first], logs, path) == rows == evidence.read(path)
