@@ -26,11 +26,11 @@ from sb3_mbpo.rollouts import branched_rollout
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.validation.rules import is_number, number, shown, whole
 
-# Target critics that a value is the least of.
+# Number of target critics whose minimum is the target value.
 TARGET_CRITICS = 2
-# Values of the critics follow the bounds at this rate of an update.
+# Interpolation factor of the bounds of the values in each update.
 BOUNDS_RATE = 3e-4
-# Part of the updates so far that the average of the actor's weights spans, until ``actor_tau`` is the larger rate.
+# The average of the actor's weights spans this fraction of the updates so far, until actor_tau is the larger rate.
 AVERAGED_PART = 0.1
 
 
@@ -40,24 +40,25 @@ class DHMBPO(ModelBased, SAC):
 
     Paper: https://arxiv.org/abs/2512.15439
 
-    Two imagined horizons. *Distribution rollouts* of ``rollout_schedule`` steps follow the present policy from real states
-    and leave their states in the model buffer. *Training rollouts* of ``training_horizon`` steps start there; the critic's
-    target is their discounted sum of rewards, and the actor climbs it along the gradient that passes through dynamics,
-    actions and states. So a value travels that many steps in an update; the default is one update a step.
+    It uses two imagined horizons. *Distribution rollouts* have ``rollout_schedule`` steps. They start at real states, follow the
+    current policy, and store their states in the model buffer. *Training rollouts* have ``training_horizon`` steps and start
+    at these states. Their discounted sum of rewards, plus the value of the last state, is the target of the critics. The actor
+    maximizes the same sum, with gradients through dynamics, actions and states. A value therefore travels several steps in one
+    update, and one update per env step is enough.
 
-    While the dynamics has not earned trust (see ``min_explained_variance``), updates are SAC's own on real transitions.
+    As long as the dynamics explains too little (``min_explained_variance``), updates are SAC's own on real transitions.
 
     Arguments: those of ``stable_baselines3.SAC`` (other defaults: ``gamma`` .995, ``ent_coef`` "auto_0.1", ``gradient_steps``
     1, ``batch_size`` 128), then those of :class:`.ModelBased` (other defaults: ``model_train_freq`` 500, ``rollout_schedule``
     20, ``rollout_batch_size`` 256, ``retained_rollouts`` 10; ``real_ratio`` is 0, or 1 for SAC without a model), then
 
-    :param training_horizon: H, steps of the training rollouts
-    :param distribution_freq: updates from one distribution rollout to the next
-    :param real_roots: share of the training rollouts that start at real states instead of imagined ones
-    :param value_quantiles: quantiles of the soft rewards that bound the values, see :func:`.value_expansion.value_bounds`
-    :param actor_tau: deterministic actions come from an average of the actor's weights. In each update it moves by this rate
-        towards the weights, and faster at first: by 10 / updates until that is less. 1: the actor itself. After you set the
-        actor's weights yourself, call ``policy.average(1.0)``
+    :param training_horizon: Number of steps of the training rollouts (H in the paper)
+    :param distribution_freq: Number of updates between two distribution rollouts
+    :param real_roots: Fraction of the training rollouts that start at real states instead of imagined ones
+    :param value_quantiles: Quantiles of the soft rewards that bound the values, see :func:`.value_expansion.value_bounds`
+    :param actor_tau: Deterministic actions come from an average of the actor's weights. In each update, the average moves
+        towards the weights by this factor, or by 10 / updates if that is larger. 1: use the actor itself. If you set the
+        actor's weights yourself, call ``policy.average(1.0)`` afterwards
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": DHMBPOPolicy}
@@ -66,11 +67,11 @@ class DHMBPO(ModelBased, SAC):
         **{"rollout_schedule": 20, "rollout_batch_size": 256, "retained_rollouts": 10, "real_ratio": 0.0},
     }
 
-    # Imagined rows serve as states only, and an update uses the dynamics wholly or not at all.
+    # Only the states of imagined rows are used, and an update uses the dynamics fully or not at all.
     imagined_rewards_count = False
     uses_partial_trust = False
 
-    # Made of ``prediction_bounds``, which are next to it.
+    # Bounds made from prediction_bounds, and the list that they were made from.
     _bounds: tuple[list[float], PredictionBounds] | None = None
     actor: Any
     policy: DHMBPOPolicy
@@ -137,36 +138,36 @@ class DHMBPO(ModelBased, SAC):
             raise ValueError("use_sde=True must be False: training rollouts need an independent action in each state")
 
     def fit_dynamics(self, progress: Progress | None = None) -> dict[str, Any]:
-        """See ``ModelLearning.fit_dynamics``. Also stores the bounds of ``prediction_clip_margin``."""
+        """See ``ModelLearning.fit_dynamics``. Also sets ``prediction_bounds``, see ``prediction_clip_margin``."""
         metrics = super().fit_dynamics(progress)
         transitions = self.replay_buffer.real_transitions(self.dynamics_window)
         self.prediction_bounds = PredictionBounds(transitions, self.prediction_clip_margin).numbers()
         return metrics
 
     def forget_transitions(self, keep: int = 0) -> None:
-        """See ``ModelBased.forget_transitions``; bounds of values are found anew, too."""
+        """See ``ModelBased.forget_transitions``. The bounds of the values are also set anew."""
         super().forget_transitions(keep)
         for critic in (self.critic, self.critic_target):
             critic.bounds_known.zero_()
 
     def adapt_networks(self, transitions: ReplayBufferSamples) -> None:
-        """Standardize what policy and critics see by all real observations, and note the range of the rewards."""
+        """Set the statistics of the policy from all real transitions, see ``DHMBPOPolicy.adapt``."""
         rewards = normalize_rewards(transitions.rewards, self._vec_normalize_env)
         obs = self.codec.flatten(self._as_policy_sees(transitions.observations))
         self.policy.adapt(obs, rewards, trained=self._n_updates > 0)
 
     @property
     def expands_values(self) -> bool:
-        """True if updates use the dynamics, which needs an open gate; otherwise SAC's update runs on real transitions."""
+        """Whether updates use the dynamics. Otherwise they are SAC's own on real transitions."""
         trusted = self.real_ratio < 1 and self.imagined_fraction == 1 and self.dynamics_fitted_at is not None
         if not (trusted and self.dynamics.usable and self.prediction_bounds):
             return False
-        # An agent that was loaded without its buffer collects first.
+        # An agent loaded without its replay buffer has to collect transitions first.
         return self.replay_buffer.size() * self.n_envs >= self.rows_before_fit
 
     @property
     def real_share_of_batches(self) -> float:
-        """See ``ModelLearning.real_share_of_batches``: imagined rows have no rewards that SAC could learn from."""
+        """See ``ModelLearning.real_share_of_batches``. SAC's own updates use real rows only."""
         return self.real_ratio if self.expands_values else 1.0
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -190,7 +191,7 @@ class DHMBPO(ModelBased, SAC):
                     self.roll_distribution()
                 logged.append(self._update(self._roots(batch_size)))
                 self._average_actor(update, 1)
-                # Counted in each call, as SB3 does.
+                # Counted from the start of each call, as in SB3.
                 if (update - self._n_updates) % self.target_update_interval == 0:
                     self._move_targets()
         self._n_updates += gradient_steps
@@ -200,19 +201,19 @@ class DHMBPO(ModelBased, SAC):
 
     def _average_actor(self, before: int, updates: int) -> None:
         """
-        Move the average of the actor's weights, see ``actor_tau``; at first it spans about the last tenth of the updates.
+        Move the average of the actor's weights, see ``actor_tau``.
 
-        :param before: updates before these
-        :param updates: how many there were
+        :param before: number of updates before these
+        :param updates: number of updates since the last call
         """
         rate = max(self.actor_tau, min(1.0, 1 / (AVERAGED_PART * (before + 1))))
         self.policy.average(1 - (1 - rate) ** updates)
 
     @contextmanager
     def _undone_if_interrupted(self, gradient_steps: int) -> Iterator[None]:
-        """What ``ResumeCallback`` does not set back when ``train`` is broken off: the model buffer."""
+        """Restore the model buffer if ``train`` is interrupted. ``ResumeCallback`` restores everything else."""
         buffer = self.replay_buffer.model_buffer
-        # A single update is not broken off once it has begun.
+        # A single update is never interrupted.
         long = gradient_steps > 1 and self.resume_callback is not None and self.resume_callback.can_undo_train
         before = buffer.contents() if long else None
         try:
@@ -223,7 +224,7 @@ class DHMBPO(ModelBased, SAC):
             raise
 
     def roll_distribution(self) -> None:
-        """Follow the present policy in the dynamics from real states, and put what it meets into the model buffer."""
+        """Roll out the current policy in the dynamics from real states, and store the imagined states in the model buffer."""
         buffer = self.replay_buffer
         length, rollout_filter = self.rollout_length, None
         if self.rollout_filter is not None:
@@ -234,7 +235,7 @@ class DHMBPO(ModelBased, SAC):
         buffer.model_buffer.begin_refill(self.rollout_batch_size * length)
         missing = self.rollout_batch_size * length
         with self.imagining() as policy:
-            # Branches that ended early are replaced, up to a point: there may be no other.
+            # Branches that ended early are replaced. The number of attempts is limited: all branches may end early.
             for _ in range(length):
                 starts = buffer.start_states(min(self.rollout_batch_size, missing), self.dynamics_window)
                 rows = branched_rollout(dynamics, policy, self.terminates, starts, length, rollout_filter)
@@ -246,13 +247,13 @@ class DHMBPO(ModelBased, SAC):
 
     @property
     def bounds_of_fit(self) -> PredictionBounds:
-        """Bounds of the real transitions that the dynamics was fitted to, see ``prediction_clip_margin``."""
+        """Bounds of the real transitions at the last fit, see ``prediction_clip_margin``."""
         if self._bounds is None or self._bounds[0] is not self.prediction_bounds:
             self._bounds = self.prediction_bounds, PredictionBounds.of_numbers(self.prediction_bounds, self.device)
         return self._bounds[1]
 
     def _imagine(self, roots: th.Tensor) -> TrainingRollout:
-        """:return: training rollouts from ``roots (B, obs_dim)``; the reward is asked once, about all of their steps"""
+        """:return: training rollouts that start at ``roots (B, obs_dim)``"""
         bounds, policy, horizon = self.bounds_of_fit, self._action_and_log_prob, self.training_horizon
         if self.learns_reward:
 
@@ -270,11 +271,11 @@ class DHMBPO(ModelBased, SAC):
         return [*super()._excluded_save_params(), "_bounds"]
 
     def _kept_refills(self) -> int:
-        # There are several between two fits.
+        # Between two fits, there are several distribution rollouts.
         return self.retained_rollouts
 
     def _roots(self, n: int) -> th.Tensor:
-        """:return: raw observations ``(n, obs_dim)`` that training rollouts start at"""
+        """:return: raw start observations of training rollouts, ``(n, obs_dim)``"""
         buffer = self.replay_buffer
         n_real = n if not len(buffer.model_buffer) else round(n * self.real_roots)
         parts = [buffer.start_states(n_real, self.dynamics_window)] if n_real else []
@@ -284,10 +285,10 @@ class DHMBPO(ModelBased, SAC):
 
     def _update(self, roots: th.Tensor) -> dict[str, float]:
         """
-        One step of critics, actor and entropy coefficient, in this order.
+        Update critics, actor and entropy coefficient once, in this order.
 
-        :param roots: ``(B, obs_dim)``
-        :return: what to log
+        :param roots: start observations ``(B, obs_dim)``
+        :return: values to log
         """
         rollout = self._imagine(roots)
         if not rollout.valid.all():
@@ -310,9 +311,9 @@ class DHMBPO(ModelBased, SAC):
 
     def _check_gradients(self, rollout: TrainingRollout) -> None:
         """
-        Warn once of rewards that vary and have no gradient.
+        Warn once if the rewards vary but have no gradient.
 
-        :raises ValueError: imagined observations have no gradient
+        :raises ValueError: if imagined observations have no gradient
         """
         if not rollout.obs.requires_grad:
             raise ValueError(
@@ -349,7 +350,7 @@ class DHMBPO(ModelBased, SAC):
                 rollout.rewards, rollout.log_probs, rollout.alive, least, self.gamma, ent_coef, root_entropy=False
             ).unsqueeze(1)
         predicted = self.critic(self._as_policy_sees(rollout.obs[0].detach()), rollout.actions[0].detach())
-        # In the unit of the bounds: the size of rewards does not decide about the size of a step.
+        # In units of the bounds, so that the scale of the rewards does not change the size of a gradient step.
         width = (self.critic.value_high - self.critic.value_low) / 2
         loss = sum((0.5 * nn.functional.mse_loss(values / width, target / width) for values in predicted), th.zeros(()))
         self.critic.optimizer.zero_grad()
@@ -359,11 +360,11 @@ class DHMBPO(ModelBased, SAC):
 
     def actor_objective(self, rollout: TrainingRollout, ent_coef: th.Tensor | float) -> th.Tensor:
         """
-        What the actor climbs: the mean over the roots of their soft values, through the whole rollout.
+        The objective of the actor: the mean soft value of the start states.
 
-        :param rollout: with its graph
-        :param ent_coef: alpha
-        :return: a scalar
+        :param rollout: training rollouts with their graph
+        :param ent_coef: entropy coefficient alpha
+        :return: a scalar tensor
         """
         obs, actions = rollout.last()
         values = th.cat(self.critic(self._as_policy_sees(obs), actions), dim=1).mean(dim=1)
@@ -376,9 +377,9 @@ class DHMBPO(ModelBased, SAC):
         """:return: the loss"""
         loss = -self.actor_objective(rollout, ent_coef)
         parameters = [parameter for parameter in self.actor.parameters() if parameter.requires_grad]
-        # Of the actor alone: dynamics and critics would cost as much again.
+        # Gradients of the actor only. Those of dynamics and critics would double the cost.
         gradients = th.autograd.grad(loss, parameters, allow_unused=True)
-        # What is not finite in a row reaches all of them; the biases are small.
+        # If a row is not finite, all gradients are not. Checking the biases is cheap.
         biases = [gradient for gradient in gradients if gradient is not None and gradient.dim() == 1]
         if not all(bool(bias.isfinite().all()) for bias in biases):
             raise ValueError(
@@ -392,7 +393,7 @@ class DHMBPO(ModelBased, SAC):
         return loss.item()
 
     def _update_ent_coef(self, log_probs: th.Tensor) -> float:
-        """:return: the loss of SAC, on the first actions"""
+        """:return: the loss, which is SAC's, on the first actions"""
         assert self.ent_coef_optimizer is not None and self.log_ent_coef is not None
         loss = -(self.log_ent_coef * (log_probs + self.target_entropy)).mean()
         self.ent_coef_optimizer.zero_grad()
@@ -402,13 +403,13 @@ class DHMBPO(ModelBased, SAC):
 
     def to_sac(self) -> SAC:
         """
-        :return: a plain SAC with this policy as trained so far, on the same env, with an empty replay buffer. Its actor is the
-            average of this one's, see ``actor_tau``
+        :return: a plain SAC with the trained policy, on the same env, with an empty replay buffer. Its actor is the average of
+            this one, see ``actor_tau``
         """
         state = {name: value for name, value in self.policy.state_dict().items() if not name.startswith("average_actor.")}
         actor = self.policy.deterministic_actor.state_dict()
         sac = self._model_free(state | {f"actor.{name}": value for name, value in actor.items()})
-        # SAC would not move it.
+        # SAC would not update it.
         sac.policy.average_actor = None
         return sac
 
@@ -416,7 +417,7 @@ class DHMBPO(ModelBased, SAC):
     def _move_targets(self) -> None:
         targets, sources = ([p.data for p in critic.parameters()] for critic in (self.critic_target, self.critic))
         th._foreach_lerp_(targets, sources, self.tau)
-        # Running statistics, of a features extractor that has some; see SAC.
+        # Running statistics of batch normalization, as in SAC.
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
     def _action_and_log_prob(self, obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

@@ -13,19 +13,19 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 
-# Standardized observations are clipped there.
+# Standardized observations are clipped to this range.
 FARTHEST = 10.0
-# Standard deviation of a dimension that is constant in the data.
+# Used for dimensions that are constant in the data.
 CONSTANT_STD = 1.0
-# A spread this small beside its magnitude is rounding of float32.
+# A relative spread below this is float32 rounding, so the dimension counts as constant.
 ROUNDING = 1e-6
-# Where a standard deviation changes by more than this factor, what was learned of the dimension says nothing.
+# If a standard deviation changes by more than this factor, the weights of that dimension are not rescaled.
 LARGEST_RESCALING = 10.0
 
 
 class StandardizeExtractor(BaseFeaturesExtractor):
     """
-    Flat observations, with mean 0 and standard deviation 1 in the real data.
+    Flattens observations and standardizes them: mean 0 and standard deviation 1 in the real data.
 
     :param observation_space: a Box
     """
@@ -46,12 +46,12 @@ class StandardizeExtractor(BaseFeaturesExtractor):
     @th.no_grad()
     def set_statistics(self, mean: th.Tensor, std: th.Tensor, first_layers: list[nn.Linear], optimizer: Any) -> None:
         """
-        Change the statistics and the layers that come next, so that these compute what they did before.
+        Change the statistics, and rescale the next layers so that their outputs stay the same.
 
         :param mean: ``(obs_dim,)``
         :param std: ``(obs_dim,)``
-        :param first_layers: their first ``obs_dim`` inputs are the features; none: networks that have learned nothing yet
-        :param optimizer: Adam of these layers, whose moments are in the units of their gradients; ``None``: there is none
+        :param first_layers: layers whose first ``obs_dim`` inputs are the features; empty for untrained networks
+        :param optimizer: Adam of these layers, whose moments are rescaled too; ``None``: no optimizer
         """
         scale, shift = std / self.obs_std, (mean - self.obs_mean) / self.obs_std
         alike = (scale < LARGEST_RESCALING) & (scale > 1 / LARGEST_RESCALING)
@@ -70,12 +70,12 @@ class StandardizeExtractor(BaseFeaturesExtractor):
 
 def value_network(in_size: int, net_arch: list[int], activation_fn: type[nn.Module], layer_norm: bool) -> nn.Sequential:
     """
-    A network with one output, whose last layer starts at zero.
+    Build a network with one output. Its last layer is initialized to zero.
 
-    :param in_size: inputs
+    :param in_size: number of inputs
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: between layers
-    :param layer_norm: normalize what goes into each layer but the first, without learned scale and shift
+    :param activation_fn: activation function
+    :param layer_norm: apply layer normalization to the input of each layer except the first, without learned scale and shift
     """
     modules: list[nn.Module] = []
     for size in net_arch:
@@ -90,9 +90,9 @@ def value_network(in_size: int, net_arch: list[int], activation_fn: type[nn.Modu
 
 class BoundedCritic(ContinuousCritic):
     """
-    SB3's critic whose networks predict where a value is between two bounds: Q = center + width * net.
+    SB3's critic, with outputs scaled to the bounds of the values: Q = center + width * net.
 
-    The heads start at zero, so all values start at the center. Bounds move slowly, see :meth:`move_bounds`.
+    The last layers are initialized to zero, so all values start at the center. See :meth:`move_bounds`.
 
     :param layer_norm: see :func:`value_network`
     :param kwargs: see ``ContinuousCritic``
@@ -114,10 +114,10 @@ class BoundedCritic(ContinuousCritic):
             setattr(self, f"qf{i}", network)
         self.register_buffer("value_low", th.tensor(-1.0))
         self.register_buffer("value_high", th.tensor(1.0))
-        # Lowest and highest real reward. A rare one, such as a bonus at the end, is beyond the quantiles.
+        # Lowest and highest real reward. A rare one, such as a bonus at the end, lies outside the quantiles.
         self.register_buffer("reward_low", th.zeros(()))
         self.register_buffer("reward_high", th.zeros(()))
-        # 1 once bounds were measured.
+        # 1 after the first call of move_bounds.
         self.register_buffer("bounds_known", th.zeros(()))
 
     def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -126,10 +126,10 @@ class BoundedCritic(ContinuousCritic):
 
     def values_of(self, networks: Any, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
-        :param networks: numbers of those that are asked
-        :param obs: as the policy sees them
+        :param networks: indices of the networks
+        :param obs: normalized by VecNormalize, if there is one
         :param actions: ``(B, action_dim)``
-        :return: Q-values of each, ``(B, 1)``
+        :return: Q-values of each of these networks, ``(B, 1)``
         """
         center, width = self.center_and_width()
         inputs = th.cat([self.extract_features(obs, self.features_extractor), actions], dim=1)
@@ -142,19 +142,20 @@ class BoundedCritic(ContinuousCritic):
     @th.no_grad()
     def move_bounds(self, low: th.Tensor, high: th.Tensor, rate: float) -> None:
         """
-        Move the bounds towards new ones, the first time set them; a real reward always lies between them.
+        Move the bounds towards new ones, or set them in the first call. They always contain all real rewards.
 
-        Values follow the bounds where these move slowly. Where they jump, values stay as they are, unless nothing was learned.
+        Values shift slightly when the bounds move slowly. If the bounds jump, the last layers are rescaled so that the values
+        of a trained critic stay the same.
 
-        :param low: a scalar
-        :param high: a scalar
-        :param rate: share of the way
+        :param low: new lower bound, a scalar tensor
+        :param high: new upper bound, a scalar tensor
+        :param rate: interpolation factor, from 0 to 1
         """
         first = not bool(self.bounds_known)
         center, width = self.center_and_width()
         lerped = (low, high) if first else (self.value_low.lerp(low, rate), self.value_high.lerp(high, rate))
         new_low = th.minimum(lerped[0], self.reward_low)
-        # Values need room even where every reward is the same.
+        # The bounds may not coincide, even if all rewards are equal.
         new_high = th.maximum(lerped[1], th.maximum(self.reward_high, new_low + 1.0))
         jumps = first or bool((new_low != lerped[0]) | (new_high != lerped[1]))
         self.value_low.copy_(new_low)
@@ -170,7 +171,7 @@ class BoundedCritic(ContinuousCritic):
                 head.bias.copy_((center + width * head.bias - new_center) / new_width)
 
     def center_and_width(self) -> tuple[th.Tensor, th.Tensor]:
-        """:return: of the bounds: their middle, and half their distance"""
+        """:return: the middle of the bounds, and half their distance"""
         return (self.value_high + self.value_low) / 2, (self.value_high - self.value_low) / 2
 
 
@@ -178,11 +179,11 @@ class DHMBPOPolicy(SACPolicy):
     """
     SAC's policy with SiLU, standardized observations, critics with layer normalization, and values within bounds.
 
-    What differs from ``SACPolicy`` are defaults, the features extractor and
+    Arguments are those of ``SACPolicy``, with other defaults, and
 
-    :param layer_norm: normalize what goes into each layer of a critic but the first
-    :param average_actor: keep an average of the actor's weights, and act with it where actions are deterministic. DHMBPO
-        sets it; another trainer of such a policy has to call :meth:`average`
+    :param layer_norm: apply layer normalization to the input of each layer of a critic except the first
+    :param average_actor: keep an average of the actor's weights and use it for deterministic actions. DHMBPO sets it. If you
+        train this policy with another algorithm, call :meth:`average` after each update
     """
 
     critic: BoundedCritic
@@ -211,11 +212,11 @@ class DHMBPOPolicy(SACPolicy):
         average_actor: bool = False,
     ) -> None:
         if share_features_extractor:
-            # SB3 then turns gradients off in the critic's extractor, and dQ/ds would be zero.
+            # SB3 would disable gradients in the critic's extractor, and dQ/ds would be zero.
             raise ValueError("policy_kwargs: share_features_extractor must be False: gradients pass through the critic's")
         self.layer_norm = layer_norm
         if optimizer_class is th.optim.Adam and {"fused", "foreach", "differentiable"}.isdisjoint(optimizer_kwargs or {}):
-            # One operation instead of one for each of some 50 tensors.
+            # One operation for all parameters instead of one for each.
             optimizer_kwargs = {"fused": True, **(optimizer_kwargs or {})}
         super().__init__(
             observation_space,
@@ -249,8 +250,8 @@ class DHMBPOPolicy(SACPolicy):
         return {**super()._get_constructor_parameters(), **averages}
 
     def begin_average(self) -> None:
-        """Start the average of the actor's weights at the present ones."""
-        # A copy draws no random numbers, a new actor would: training is the same with and without an average.
+        """Start the average at the actor's current weights."""
+        # Unlike a new actor, a copy draws no random numbers, so training is the same with and without an average.
         average = copy.deepcopy(self.actor).requires_grad_(False)
         del average.optimizer
         average.set_training_mode(False)
@@ -259,9 +260,9 @@ class DHMBPOPolicy(SACPolicy):
     @th.no_grad()
     def average(self, rate: float) -> None:
         """
-        Move the average towards the actor: average += rate * (actor - average). Without one, nothing happens.
+        Move the average towards the actor: average += rate * (actor - average). Does nothing if there is no average.
 
-        Buffers, such as the statistics of a batch normalization, are those of the actor.
+        Buffers, such as the statistics of batch normalization, are copied from the actor.
 
         :param rate: from 0 to 1
         """
@@ -278,7 +279,7 @@ class DHMBPOPolicy(SACPolicy):
     def fitting(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """
         :param state_dict: of a policy with or without an average, such as one of SAC's
-        :return: the same for this policy: without the average that it does not have, or with one that starts at the actor
+        :return: the same without the average, if this policy has none; or with the actor as average, if it is missing
         """
         state = OrderedDict(state_dict)
         if hasattr(state_dict, "_metadata"):
@@ -295,7 +296,7 @@ class DHMBPOPolicy(SACPolicy):
 
     @property
     def deterministic_actor(self) -> Actor:
-        """What deterministic actions come from: the average, or the actor where there is none."""
+        """The average of the actor, or the actor itself if there is no average. Used for deterministic actions."""
         return self.actor if self.average_actor is None else self.average_actor
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -304,11 +305,11 @@ class DHMBPOPolicy(SACPolicy):
     @th.no_grad()
     def adapt(self, obs: th.Tensor, rewards: th.Tensor, trained: bool) -> None:
         """
-        Standardize what the networks see by the statistics of real data, and note the range of the rewards.
+        Set the statistics of the features extractors and the range of the rewards from real data.
 
-        :param obs: as the policy sees them, flat ``(N, obs_dim)``, at least one
-        :param rewards: as the critics learn them, of any shape
-        :param trained: whether the networks have learned something, and are to compute what they did before
+        :param obs: flat observations ``(N, obs_dim)``, N at least 1, normalized by VecNormalize, if there is one
+        :param rewards: rewards of any shape, normalized by VecNormalize, if there is one
+        :param trained: whether the networks are trained, so that their outputs must stay the same
         """
         for critic in (self.critic, self.critic_target):
             low, high = rewards.aminmax()
@@ -320,14 +321,14 @@ class DHMBPOPolicy(SACPolicy):
         for network in (self.actor, self.critic, self.critic_target, *averages):
             extractor = network.features_extractor
             if isinstance(extractor, StandardizeExtractor):
-                # Statistics that are not the first ones say that networks were loaded.
+                # Statistics other than the initial ones mean that the networks were loaded.
                 loaded = bool(extractor.obs_mean.any()) or bool((extractor.obs_std != 1).any())
                 layers = self._first_layers(network) if trained or loaded else []
                 optimizer = getattr(network, "optimizer", None)
                 extractor.set_statistics(mean.float(), std.float(), layers, optimizer)
 
     def _first_layers(self, network: Any) -> list[nn.Linear]:
-        """Layers that see the features; without hidden ones, an actor has two."""
+        """:return: layers whose input are the features; an actor without hidden layers has two"""
         bodies = network.q_networks if isinstance(network, BoundedCritic) else [network.latent_pi, network.mu, network.log_std]
         linear = [[module for module in body.modules() if isinstance(module, nn.Linear)] for body in bodies]
         if isinstance(network, BoundedCritic):

@@ -1,4 +1,4 @@
-"""Training rollouts: short imagined trajectories that gradients pass through."""
+"""Training rollouts: short imagined trajectories with gradients."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from sb3_mbpo.dynamics.base import DynamicsModel
 
 class TrainingRollout(NamedTuple):
     """
-    Imagined trajectories of H steps, one after the other along the first dimension.
+    B imagined trajectories of H steps. The first dimension is time.
 
     :param obs: raw observations ``(H + 1, B, obs_dim)``
     :param actions: in [-1, 1], ``(H + 1, B, action_dim)``
-    :param log_probs: of these actions, ``(H + 1, B)``
+    :param log_probs: log-probabilities of these actions, ``(H + 1, B)``
     :param rewards: ``(H, B)``
-    :param alive: 1 until the episode has ended, then 0, ``(H + 1, B)``; no gradient
-    :param valid: false where a prediction was not finite, bool ``(B,)``
+    :param alive: 1 until the episode has ended, then 0, ``(H + 1, B)``; without gradient
+    :param valid: whether all predictions of the trajectory were finite, bool ``(B,)``
     """
 
     obs: th.Tensor
@@ -28,7 +28,7 @@ class TrainingRollout(NamedTuple):
     valid: th.Tensor
 
     def of(self, rows: th.Tensor) -> "TrainingRollout":
-        """:return: the same of some trajectories, bool ``(B,)``"""
+        """:return: the trajectories with ``rows``, bool ``(B,)``, set"""
         return TrainingRollout(*[*(part[:, rows] for part in self[:5]), self.valid[rows]])
 
     def last(self) -> tuple[th.Tensor, th.Tensor]:
@@ -50,17 +50,19 @@ def training_rollout(
     reward: Reward | None = None,
 ) -> TrainingRollout:
     """
-    Follow the policy in the dynamics, and keep the graph of actions, states and rewards.
+    Roll out the policy in the dynamics, and keep the graph of actions, states and rewards.
 
-    A branch that has ended, or whose prediction is not finite, stays where it was and counts no more, and no gradient passes
-    there. The latter is no end, of which the value would be known: leave such branches out.
+    After its end, or after a prediction that is not finite, a trajectory stays in its last state, with ``alive`` 0 and without
+    gradients. The latter is not a termination, and the value there is unknown: drop such trajectories, see ``valid``.
 
     :param dynamics: differentiable, see ``DynamicsModel.sample``
-    :param policy: raw observations ``(B, obs_dim)`` -> reparameterized actions in [-1, 1] and their log-probabilities ``(B,)``
-    :param termination: ``(obs, actions, next_obs)`` -> bool ``(B,)``; asked without a graph
+    :param policy: maps raw observations ``(B, obs_dim)`` to reparameterized actions in [-1, 1] and their log-probabilities
+        ``(B,)``
+    :param termination: maps ``(obs, actions, next_obs)`` to bool ``(B,)``; called without gradients
     :param start_obs: ``(B, obs_dim)``
     :param horizon: H, at least 1
-    :param reward: ``(obs, actions, next_obs, ended)`` -> ``(N,)``, asked once about all steps; ``None``: the dynamics' own
+    :param reward: maps ``(obs, actions, next_obs, ended)`` to ``(N,)``; called once with all steps. ``None``: the rewards of
+        the dynamics
     """
     obs, alive = [start_obs], [th.ones_like(start_obs[:, 0])]
     first_actions, first_log_probs = policy(start_obs)
@@ -101,7 +103,7 @@ def training_rollout(
 
 
 def _kept(inputs: tuple[th.Tensor, ...], counts: th.Tensor, next_obs: th.Tensor, now: th.Tensor) -> th.Tensor:
-    """:return: the next observations where they count, and the present ones elsewhere"""
+    """:return: the next observations where ``counts``, otherwise the current ones"""
     if counts.all():
         return next_obs
     _gradient_only_of(inputs, counts)
@@ -110,10 +112,10 @@ def _kept(inputs: tuple[th.Tensor, ...], counts: th.Tensor, next_obs: th.Tensor,
 
 def _gradient_only_of(inputs: tuple[th.Tensor, ...], rows: th.Tensor) -> None:
     """
-    Let no gradient through the other rows: it may be none, even if what they lead to is not used.
+    Set the gradients of the other rows to zero. They may be NaN, even if the predictions are not used.
 
-    :param inputs: of a prediction, each ``(N, size)``
-    :param rows: bool ``(N,)``
+    :param inputs: inputs of a prediction, each ``(N, size)``
+    :param rows: rows that keep their gradients, bool ``(N,)``
     """
     if not rows.all():
         for tensor in inputs:

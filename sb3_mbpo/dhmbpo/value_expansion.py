@@ -13,10 +13,10 @@ def expanded_values(
     root_entropy: bool,
 ) -> th.Tensor:
     """
-    Soft value of the first state of imagined trajectories of H steps, or of its state and action (Kubo et al., 2025, eq. 6).
+    Soft value of the first state, or of the first state and action, of imagined trajectories (Kubo et al., 2025, eq. 6).
 
-    sum_{h<H} gamma^h m_h (r_h - alpha log pi_h) + gamma^H m_H (Q_H - alpha log pi_H); without ``root_entropy``, the term
-    alpha log pi_0 is left out, which makes it the value of the first state and action.
+    sum_{h<H} gamma^h m_h (r_h - alpha log pi_h) + gamma^H m_H (Q_H - alpha log pi_H). Without the term alpha log pi_0, it is
+    the value of the first state and action.
 
     :param rewards: r_h, ``(H, B)``
     :param log_probs: log pi_h, ``(H + 1, B)``
@@ -24,7 +24,7 @@ def expanded_values(
     :param last_values: Q_H, ``(B,)``
     :param gamma: discount factor
     :param ent_coef: alpha
-    :param root_entropy: whether the entropy of the first action counts
+    :param root_entropy: whether to include the entropy of the first action
     :return: ``(B,)``
     """
     horizon = len(rewards)
@@ -38,16 +38,16 @@ def expanded_values(
 
 def with_values_of_ends(rewards: th.Tensor, alive: th.Tensor, values: th.Tensor) -> th.Tensor:
     """
-    Rewards with the value of the state and action in place of the reward where the episode ends.
+    Replace the reward of the last step of an episode by Q of the last state and action.
 
-    Where the step is sure to end, both are the same number. Where it may also go on, with probability 1 - p, the sum is too
-    high by p (1 - p) (value of going on - reward): branches that went on count as they are. But the reward of an end hardly
-    changes with the action, so that a trajectory that ends passes no gradient back, while Q knows of the actions that would
-    have gone on.
+    The reward of an end hardly depends on the action, so a trajectory that ends would have almost no gradient. Q also knows
+    what other actions lead to. If the step always ends the episode, Q equals the reward. If it ends the episode with
+    probability p only, the sum is too high by p (1 - p) (value of going on - reward), because trajectories that go on are not
+    changed.
 
     :param rewards: ``(H, B)``
     :param alive: 1 until the episode has ended, then 0, ``(H + 1, B)``
-    :param values: Q of the last state before the end and its action, ``(B,)``
+    :param values: Q of the last state before the end and of its action, ``(B,)``
     :return: ``(H, B)``
     """
     return th.where(alive[:-1] > alive[1:], values, rewards)
@@ -57,16 +57,16 @@ def value_bounds(
     soft_rewards: th.Tensor, alive: th.Tensor, quantiles: tuple[float, float], gamma: float
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    Lowest and highest plausible value: that of receiving a low or a high quantile of the soft rewards for ever, or their mean,
-    which rare ones may bring beyond a quantile.
+    Lowest and highest plausible value: a low and a high quantile of the soft rewards, divided by 1 - gamma.
 
-    Zero is always among them: it is what an episode that has ended is worth.
+    The mean of the soft rewards is also within the bounds; rare rewards may bring it beyond a quantile. So is zero, the value
+    after the end of an episode.
 
     :param soft_rewards: r - alpha log pi, ``(H, B)``
-    :param alive: whether they were received, ``(H, B)``; at least one was
-    :param quantiles: from 0 to 1, the lower one first
+    :param alive: 1 where the reward was received, otherwise 0, ``(H, B)``; at least one must be 1
+    :param quantiles: two numbers from 0 to 1, the lower one first
     :param gamma: discount factor
-    :return: two scalar tensors
+    :return: lower and upper bound, scalar tensors
     """
     received = soft_rewards[alive > 0.5]
     low, high, mean = (value / (1 - gamma) for value in (*map(received.quantile, quantiles), received.mean()))
