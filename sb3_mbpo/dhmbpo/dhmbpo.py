@@ -40,11 +40,11 @@ class DHMBPO(ModelBased, SAC):
 
     Paper: https://arxiv.org/abs/2512.15439
 
-    It uses two imagined horizons. *Distribution rollouts* have ``rollout_schedule`` steps. They start at real states, follow the
-    current policy, and store their states in the model buffer. *Training rollouts* have ``training_horizon`` steps and start
-    at these states. Their discounted sum of rewards, plus the value of the last state, is the target of the critics. The actor
-    maximizes the same sum, with gradients through dynamics, actions and states. A value therefore travels several steps in one
-    update, and one update per env step is enough.
+    It uses two imagined horizons. *Distribution rollouts* have ``rollout_schedule`` steps. They start at real states,
+    follow the current policy, and store their states in the model buffer. *Training rollouts* have ``training_horizon``
+    steps and start at these states. Their discounted sum of rewards, plus the value of the last state, is the target of
+    the critics. The actor maximizes the same sum, with gradients through dynamics, actions and states. A value therefore
+    travels several steps in one update, and one update per env step is enough.
 
     As long as the dynamics explains too little (``min_explained_variance``), updates are SAC's own on real transitions.
 
