@@ -37,6 +37,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "horizon_1": {"training_horizon": 1},
     "horizon_3": {"training_horizon": 3},
     "no_distribution_rollouts": {"real_roots": 1.0},
+    "published_networks": {"policy_kwargs": "dict(n_critics=5, net_arch=[256, 256, 256])"},
+    "three_layers": {"policy_kwargs": "dict(net_arch=[256, 256, 256])"},
     "critics_5": {"policy_kwargs": "dict(n_critics=5)"},
     "widest_value_bounds": {"value_quantiles": [0.0, 1.0]},
     "no_layer_norm": {"policy_kwargs": "dict(layer_norm=False)"},
@@ -46,7 +48,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "gamma_0.99": {"gamma": 0.99},
     "fit_half": {"dynamics_kwargs": "dict(max_updates=500)"},
     "fit_double": {"dynamics_kwargs": "dict(max_updates=2000)"},
-    "two_layers": {"policy_kwargs": "dict(net_arch=[256, 256])"},
 }
 COLUMNS = ("arm", "env", "seed", "step", "return", "length", "cpu_seconds", "commit")
 AT = (5_000, 10_000, 15_000)

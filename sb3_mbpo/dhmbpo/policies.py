@@ -222,7 +222,7 @@ class DHMBPOPolicy(SACPolicy):
             observation_space,
             action_space,
             lr_schedule,
-            [256, 256, 256] if net_arch is None else net_arch,
+            net_arch,
             activation_fn,
             use_sde,
             log_std_init,

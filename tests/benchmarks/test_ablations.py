@@ -17,7 +17,7 @@ def test_arms_are_settings_of_the_algorithm(arm: str) -> None:
     for name, value in given.items():
         expected = tuple(value) if isinstance(value, list) else value
         assert getattr(agent, name) == expected or name in ("policy_kwargs", "dynamics_kwargs")
-    assert len(agent.critic.q_networks) == (5 if arm == "critics_5" else 2)
+    assert len(agent.critic.q_networks) == (5 if arm in ("critics_5", "published_networks") else 2)
 
 
 def test_collect_and_table(tmp_path) -> None:
