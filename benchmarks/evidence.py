@@ -383,14 +383,22 @@ def draw(docs: Path, page: Path | None = None) -> None:
     rows = read(docs / "curves.csv")
     theirs = published(read(docs / "published_curves.csv"))
     manifest = {key_of(row): row for row in read(docs / "manifest.csv")}
-    draw_curves(rows, {key for key, row in manifest.items() if row["finished"] != "1"}, theirs, docs / "curves.png")
+    cut = {key for key, row in manifest.items() if row["finished"] != "1"}
+    draw_curves(rows, cut, theirs, docs / "curves.png")
+    draw_curves(rows, cut, theirs, docs / "readme.png", TASKS[:2])
     text = table(rows, manifest.values(), theirs)
     print(text)
     if page is not None:
         pages.put_table(page, "evidence", text)
 
 
-def draw_curves(rows: Sequence[Row], cut: set[Key], theirs: Mapping[tuple[str, str], Published], path: Path) -> None:
+def draw_curves(
+    rows: Sequence[Row],
+    cut: set[Key],
+    theirs: Mapping[tuple[str, str], Published],
+    path: Path,
+    tasks: Sequence[str] = TASKS,
+) -> None:
     """
     Return against env steps and CPU minutes: a thin line for each seed, a thick one for their mean as far as all came.
 
@@ -398,6 +406,7 @@ def draw_curves(rows: Sequence[Row], cut: set[Key], theirs: Mapping[tuple[str, s
     :param cut: runs that are not finished; a circle marks their ends
     :param theirs: published curves, dashed
     :param path: of the figure
+    :param tasks: a row of the figure for each
     """
     import matplotlib
 
@@ -405,9 +414,10 @@ def draw_curves(rows: Sequence[Row], cut: set[Key], theirs: Mapping[tuple[str, s
     import matplotlib.pyplot as plt
 
     ours, seconds = seeds_of(rows, "avg_return"), seeds_of(rows, "cpu_seconds")
-    figure, panels = plt.subplots(len(TASKS), 2, figsize=(9, 11.5), layout="constrained", sharex="col", sharey="row")
+    size = (9, 1.6 + 2.0 * len(tasks))
+    figure, panels = plt.subplots(len(tasks), 2, figsize=size, layout="constrained", sharex="col", sharey="row")
     labels: dict[str, Any] = {}
-    for pair, env in zip(panels, TASKS, strict=True):
+    for pair, env in zip(panels, tasks, strict=True):
         for name, colour in COLOURS.items():
             seeds, spent = ours.get((name, env), {}), seconds.get((name, env), {})
             thick = mean(seeds.values())
