@@ -8,8 +8,8 @@ The learning curves of docs/benchmarks/evidence: the list of runs, and what is m
 
 make trains what is not finished yet, the first seed of every task first; each run is one process with one thread, as in
 sb3_mbpo compare. collect writes curves.csv and manifest.csv. A run that is not finished is collected as far as it went, with
-finished = 0 in the manifest; runs in these files that are not in the logs stay. draw makes the figure, prints the table and
-puts it into docs/benchmarks/index.md.
+finished = 0 in the manifest; runs in these files that are not in the logs stay. draw makes the figures, prints the table and
+puts it into docs/benchmarks/index.md, and its first two tasks into README.md.
 """
 
 import argparse
@@ -37,6 +37,8 @@ BODY_ONLY = {
     "Humanoid-v5": [f"include_{name}_in_observation:False" for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")],
 }
 TASKS = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
+# Tasks of the figure and the table in README.md.
+README_TASKS = TASKS[:2]
 # From the root of the checkout, so that the manifest names no other folder.
 DEFAULTS = "benchmarks/evidence_sac.yml"
 
@@ -308,18 +310,24 @@ def published(rows: Iterable[Row]) -> dict[tuple[str, str], Published]:
     return found
 
 
-def table(rows: Sequence[Row], manifest: Iterable[Row], theirs: Mapping[tuple[str, str], Published]) -> str:
+def table(
+    rows: Sequence[Row],
+    manifest: Iterable[Row],
+    theirs: Mapping[tuple[str, str], Published],
+    tasks: Sequence[str] = TASKS,
+) -> str:
     """
     :param rows: of curves.csv
     :param manifest: of manifest.csv
     :param theirs: published curves
+    :param tasks: a block of rows for each
     :return: Markdown: mean returns over the seeds that came so far, steps and CPU minutes to the task's threshold, with the
         number of these seeds where it is not that of all; beside the published ones
     """
     about = {key_of(row): row for row in manifest}
     lines = ["| | " + " | ".join(HEADS) + " |", "|---" * (1 + len(HEADS)) + "|"]
     ours, seconds = seeds_of(rows, "avg_return"), seeds_of(rows, "cpu_seconds")
-    for env in TASKS:
+    for env in tasks:
         lines.append(f"| **{env.removesuffix('-v5')}** |" + " |" * (1 + len(AT)) + f" *{THRESHOLDS[env]:,}* | | |")
         for (name, task), seeds in ours.items():
             if task == env:
@@ -373,23 +381,26 @@ def to_threshold(curves: Sequence[Curve], minutes: Sequence[Curve], threshold: f
     return f"{median(step for step, _ in reached):,.0f}{some}", f"{median(value for _, value in reached):.0f}{some}"
 
 
-def draw(docs: Path, page: Path | None = None) -> None:
+def draw(docs: Path, page: Path | None = None, readme: Path | None = None) -> None:
     """
-    Draw the figure, and print the table.
+    Draw the figures, and print the table.
 
-    :param docs: where the CSV files are, and the figure goes
+    :param docs: where the CSV files are, and the figures go
     :param page: the table goes there, too
+    :param readme: the rows of ``README_TASKS`` go there, too
     """
     rows = read(docs / "curves.csv")
     theirs = published(read(docs / "published_curves.csv"))
     manifest = {key_of(row): row for row in read(docs / "manifest.csv")}
     cut = {key for key, row in manifest.items() if row["finished"] != "1"}
     draw_curves(rows, cut, theirs, docs / "curves.png")
-    draw_curves(rows, cut, theirs, docs / "readme.png", TASKS[:2])
+    draw_curves(rows, cut, theirs, docs / "readme.png", README_TASKS)
     text = table(rows, manifest.values(), theirs)
     print(text)
     if page is not None:
         pages.put_table(page, "evidence", text)
+    if readme is not None:
+        pages.put_table(readme, "evidence", table(rows, manifest.values(), theirs, README_TASKS))
 
 
 def draw_curves(
@@ -476,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif args.command == "collect":
         collect(runs(args.only, args.envs, args.seeds), args.logs, DOCS)
     else:
-        draw(DOCS, pages.PAGE)
+        draw(DOCS, pages.PAGE, pages.README)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "docs" / "benchmarks"
 PAGE = BENCHMARKS / "index.md"
+README = ROOT / "README.md"
 
 
 def _between(name: str) -> re.Pattern[str]:

@@ -162,6 +162,8 @@ def test_the_tables_of_the_page_are_those_of_the_csv() -> None:
     rows, manifest, theirs = (evidence.read(evidence.DOCS / f"{name}.csv") for name in names)
     expected = evidence.table(rows, manifest, evidence.published(theirs))
     assert pages.table_in(pages.PAGE, "evidence") == expected, "run: python benchmarks/evidence.py draw"
+    expected = evidence.table(rows, manifest, evidence.published(theirs), evidence.README_TASKS)
+    assert pages.table_in(pages.README, "evidence") == expected, "run: python benchmarks/evidence.py draw"
     if ablations.CSV.exists():
         expected = ablations.table(evidence.read(ablations.CSV))
         assert pages.table_in(pages.PAGE, "ablations") == expected, "run: python benchmarks/ablations.py collect"
@@ -181,12 +183,14 @@ def test_a_table_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
 # Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_draws_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("<!-- begin evidence -->\n\nold\n\n<!-- end evidence -->\n")
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
+    for path in (page, readme):
+        path.write_text("<!-- begin evidence -->\n\nold\n\n<!-- end evidence -->\n")
     leave(RUN, tmp_path / "logs", 2_000)
     evidence.collect([RUN], tmp_path / "logs", tmp_path)
-    evidence.draw(tmp_path, page)
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    evidence.draw(tmp_path, page, readme)
+    assert (tmp_path / "curves.png").stat().st_size > (tmp_path / "readme.png").stat().st_size > 10_000
+    assert "**Hopper**" in pages.table_in(readme, "evidence") and "**Ant**" not in pages.table_in(readme, "evidence")
     assert pages.table_in(page, "evidence") == capsys.readouterr().out.strip().partition("\n")[2]
 
 
