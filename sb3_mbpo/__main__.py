@@ -1,7 +1,7 @@
 """The command ``sb3_mbpo``: commands of the RL Zoo (zoo/cli.py), ``compare`` and ``report``."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command in ("-h", "--help"):
         print(f"{zoo_help()}\n\n{HELP}")
     elif command in OURS:
-        run: Callable[..., None] = needed(OURS[command]).main
-        run(options if command == "compare" else [command, *options])
+        needed(OURS[command]).main(options)
     else:
         zoo = needed("sb3_mbpo.zoo.cli")
         if command not in zoo.COMMANDS:

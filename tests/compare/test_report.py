@@ -53,7 +53,7 @@ def test_summary() -> None:
     assert (mbpo.reached, mbpo.steps, mbpo.minutes) == (3, 10, 2)
     # In the end 120, 240 and 360 seconds.
     assert mbpo.total_minutes == 4
-    assert list(mbpo.phases.values()) == [2, 4, 6, 8, 10]
+    assert mbpo.phases == [2, 4, 6, 8, 10]
     # 40 is too low, 50 just enough, at step 20, after 120 and 180 seconds.
     assert (sac.reached, sac.steps, sac.minutes, sac.total_minutes) == (2, 20, 3, 2)
 
@@ -91,7 +91,7 @@ def test_ratio(baseline: float, value: float, text: str) -> None:
 
 
 def test_table_against_the_baseline() -> None:
-    phases = dict.fromkeys(["a", "b", "c", "d", "e"], 2.0)
+    phases = [2.0] * 5
     ours = Summary("mbpo", 5, -150, -160, -140, 5, 1000, 4, 20, phases)
     theirs = Summary("sac", 5, -1000, -1100, -900, 3, 5000, 1, 2, phases)
     _, rows = table([ours, theirs], "sac", -200)

@@ -79,12 +79,12 @@ def test_stop_ends_what_is_under_way(does: Does, tmp_path: Path) -> None:
     pool = LocalWorkers(tmp_path, 2)
     for run in seeds(2):
         pool.start(run)
-    files = [tmp_path / run.folder / "pid" for run in pool.active]
+    files = [tmp_path / run.folder / "pid" for run in pool.active.values()]
     while not all(file.exists() and file.read_text() for file in files):
         time.sleep(0.05)
     assert pool.collect() == []
     pool.stop()
-    assert pool.active == []
+    assert pool.active == {}
     for file in files:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
@@ -128,6 +128,6 @@ def test_killed_process_is_no_failed_run(does: Does) -> None:
 
 
 def test_missing_ray_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'pip install "\.\[ray\]"'):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r'--ray-address needs ray: .* pip install "\.\[ray\]"'):
         RayWorkers(tmp_path, "auto", None)
