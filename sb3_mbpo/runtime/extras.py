@@ -4,6 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class MissingExtra(ModuleNotFoundError):
+    """A package of an extra is missing. The message says how to install it."""
+
+
 @contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:
     """
@@ -11,12 +15,13 @@ def needs(extra: str, what: str) -> Iterator[None]:
 
     :param extra: name of the extra
     :param what: what needs it, for the error
-    :raises ModuleNotFoundError: a package is missing; the message says how to install it
+    :raises MissingExtra: a package is missing
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("sb3_mbpo"):
+        package = (error.name or "").partition(".")[0]
+        if package == "sb3_mbpo":
             raise
-        missing = f'{what} needs {error.name}: in the checkout of sb3_mbpo, pip install ".[{extra}]"'
-        raise ModuleNotFoundError(missing, name=error.name) from None
+        missing = f'{what} needs {package}: in the checkout of sb3_mbpo, pip install ".[{extra}]"'
+        raise MissingExtra(missing, name=package) from None
