@@ -88,7 +88,6 @@ def check(args: argparse.Namespace) -> None:
     """
     Check the arguments that are not numbers, and parse them in place.
 
-    :param args: the parsed options
     :raises ValueError: with an argument, all runs or the report would fail
     """
     zoo.register()
@@ -122,12 +121,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_settings(item: str, file: str, envs: Sequence[str]) -> None:
-    """
-    :param item: value of ``--conf-file``, for errors
-    :param file: the settings file
-    :param envs: names of the envs
-    :raises ValueError: the file cannot be read, or has no settings for one of the envs
-    """
+    """:raises ValueError: a settings file cannot be read, or has no settings for one of the envs"""
     try:
         entries = read_settings(file)
     except Exception as error:
@@ -162,9 +156,6 @@ def make(runs: Sequence[Run], workers: LocalWorkers, progress: RunProgress) -> d
     """
     Make runs.
 
-    :param runs: the runs to make
-    :param workers: where they are made
-    :param progress: shows the progress
     :return: error messages of failed runs, by run
     """
     waiting, failures = deque(runs), {}
@@ -184,10 +175,8 @@ def make(runs: Sequence[Run], workers: LocalWorkers, progress: RunProgress) -> d
 
 def merge_csv(runs: Sequence[Run], root: Path) -> pd.DataFrame:
     """
-    Write ``results.csv`` and, if there were fits, ``fits.csv``.
+    Write ``results.csv`` and, if there were fits, ``fits.csv``, from the files of finished runs.
 
-    :param runs: finished runs
-    :param root: folder of the comparison
     :return: the results, a row per evaluation episode
     """
     # As text, so that numbers stay as they are.
@@ -208,14 +197,7 @@ def merge_csv(runs: Sequence[Run], root: Path) -> pd.DataFrame:
 
 
 def write_results(runs: Sequence[Run], root: Path, args: argparse.Namespace, failures: Sequence[str]) -> None:
-    """
-    Write results, manifest, figures and report.
-
-    :param runs: finished runs, at least one
-    :param root: folder of the comparison
-    :param args: the options
-    :param failures: names of failed runs
-    """
+    """Write results, manifest, figures and report of finished runs, at least one."""
     runs = sorted(runs, key=lambda run: (args.env.index(run.env), args.algo.index(run.label), run.seed))
     rows = merge_csv(runs, root)
     thresholds = default_thresholds(rows, args.baseline)

@@ -45,12 +45,10 @@ def draw_curve(axes: Axes, x, returns, style: dict[str, Any]) -> None:
 
 def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure:
     """
-    Plot the learning curves of all algorithms on one env.
+    Plot the learning curves of all algorithms on one env, against env steps and against minutes.
 
     :param rows: results of one env, a row per episode
-    :param env: name of the env, for the title
     :param threshold: a return to mark
-    :return: figure with two panels, against env steps and against minutes
     """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     by_step, by_minute = figure.subplots(1, 2, sharey=True)
@@ -80,10 +78,8 @@ def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure
 
 def save_figures(rows: pd.DataFrame, folder: Path, thresholds: Mapping[str, float] | None = None) -> dict[str, Path]:
     """
-    Save the figures of all envs.
+    Save the figures of all envs, as PNG and as SVG.
 
-    :param rows: results, a row per episode
-    :param folder: folder of the figures, a PNG and an SVG per env
     :param thresholds: returns to mark, by env
     :return: the PNG files, by env
     """

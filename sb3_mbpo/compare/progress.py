@@ -15,10 +15,7 @@ INTERVAL = 1.0
 
 
 def latest(path: Path) -> tuple[int, float] | None:
-    """
-    :param path: evaluations of a run; the file may be missing or incomplete
-    :return: step and mean return of the last evaluation; ``None`` if there is none
-    """
+    """:return: step and mean return of a run's last evaluation; ``None`` if there is none, or if it is being written"""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
@@ -54,11 +51,7 @@ class RunProgress(Progress):
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, active: Collection[Run]) -> None:
-        """
-        Update the bars.
-
-        :param active: the active runs
-        """
+        """Update the bars, of which each active run has one."""
         if time.monotonic() - self._looked < INTERVAL:
             return
         self._looked = time.monotonic()
@@ -72,12 +65,7 @@ class RunProgress(Progress):
         self.update(self.overall, state=state)
 
     def ended(self, run: Run, failure: str | None) -> None:
-        """
-        Remove the bar of a run and print its result.
-
-        :param run: a run that has ended
-        :param failure: error message; ``None`` if it has finished
-        """
+        """Remove the bar of a run and print its result: finished, or failed with this message."""
         if run.folder in self.bars:
             self.remove_task(self.bars.pop(run.folder))
         now = latest(self.root / run.folder / EVALUATIONS)

@@ -48,11 +48,7 @@ class Summary(NamedTuple):
 
 
 def summarise(rows: pd.DataFrame, threshold: float) -> list[Summary]:
-    """
-    :param rows: results of one env
-    :param threshold: a return
-    :return: a summary per algorithm
-    """
+    """:return: a summary per algorithm, of results of one env"""
     summaries = []
     for label, mine in rows.groupby("algorithm", sort=False):
         # Use all points, so that the bootstrap draws are the same as in the figure.
@@ -86,12 +82,7 @@ def against(baseline: float, value: float) -> str:
 def table(
     summaries: Sequence[Summary], baseline: str | None, threshold: float
 ) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """
-    :param summaries: a summary per algorithm
-    :param baseline: name of the algorithm that the others are compared with
-    :param threshold: a return
-    :return: head, and rows of cells; each cell has a second, smaller line, which may be empty
-    """
+    """:return: head, and rows of cells; each cell has a second, smaller line, which may be empty"""
     head = ["algorithm", "final return", f"steps to {number(threshold)}", "minutes to it", "minutes in all"]
     base = next((summary for summary in summaries if summary.algorithm == baseline), None)
     rows = []
@@ -123,11 +114,7 @@ def markdown(summaries: Sequence[Summary], baseline: str | None, threshold: floa
 
 
 def default_thresholds(rows: pd.DataFrame, baseline: str | None) -> dict[str, float]:
-    """
-    :param rows: all results
-    :param baseline: name of an algorithm
-    :return: by env, the final return of the baseline; without a baseline, the lowest final return
-    """
+    """:return: by env, the final return of the baseline; without a baseline, the lowest final return"""
     found = {}
     for env, mine in rows.groupby("env", sort=False):
         finals = {label: float(iqm(score_table(one).to_numpy())[-1]) for label, one in mine.groupby("algorithm")}
@@ -171,7 +158,7 @@ def write_report(
 
     :param path: the HTML file to write
     :param rows: all results
-    :param manifest: the manifest
+    :param manifest: origin of the results, see :func:`.cli.describe`
     :param pictures: PNG files by env
     :param thresholds: returns by env
     """

@@ -12,16 +12,12 @@ from sb3_mbpo.validation.rules import did_you_mean
 
 
 class Spec(NamedTuple):
-    """
-    An algorithm with settings.
+    """An algorithm with settings."""
 
-    :param label: the text that the user wrote
-    :param algo: name of the algorithm in the Zoo
-    :param settings: the settings, as JSON values; expressions such as ``dict(net_arch=[64])`` are strings, for the Zoo
-    """
-
+    #: The text that the user wrote.
     label: str
     algo: str
+    #: JSON values; expressions such as ``dict(net_arch=[64])`` are strings, for the Zoo.
     settings: dict[str, Any]
 
 
@@ -55,11 +51,8 @@ def value_of(text: str) -> Any:
 
 def read_spec(text: str, known: Collection[str]) -> Spec:
     """
-    Parse an algorithm with settings.
-
     :param text: ``algo[:key=value[,key=value...]]``; commas inside brackets belong to the value
     :param known: names of algorithms
-    :return: algorithm and settings
     :raises ValueError: the text is invalid
     """
     algo, colon, rest = text.partition(":")

@@ -25,13 +25,7 @@ class WorkerKilled(RuntimeError):
 
 
 def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
-    """
-    Start the process of a run.
-
-    :param run: the run
-    :param folder: folder of the run; its previous content is removed
-    :return: the process, which ends with this one
-    """
+    """:return: the new process of a run, which ends with this process; previous content of its folder is removed"""
     run.begin(folder)
     # Runs share the cores, so their threads must not be busy while they wait.
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -51,12 +45,7 @@ def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
-    """
-    End a process if it is still running.
-
-    :param process: the process
-    :return: its exit code
-    """
+    """:return: exit code of a process, which is ended if it is still running"""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -67,11 +56,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def outcome(folder: Path, code: int) -> str | None:
-    """
-    :param folder: folder of a run whose process has ended
-    :param code: exit code of the process
-    :return: ``None`` for a finished run; otherwise an error message with the end of its output
-    """
+    """:return: error message with the end of a run's output, after its process has ended; ``None`` for a finished run"""
     if (folder / FINISHED).exists():
         return None
     output = folder / OUTPUT
@@ -122,7 +107,6 @@ def run_elsewhere(run: Run) -> tuple[int, dict[str, bytes]]:
     """
     A task of Ray: make a run in a temporary folder.
 
-    :param run: the run
     :return: exit code, and contents of the run's files by path
     :raises WorkerKilled: the process was killed
     """
@@ -144,7 +128,7 @@ class RayWorkers(LocalWorkers):
     :param root: Folder of the comparison
     :param address: ``auto``: the cluster of this machine; ``local``: a new cluster on this machine; or ``host:port``
     :param count: Maximum number of parallel runs, and number of CPUs of a ``local`` cluster; ``None``: number of CPUs
-    :raises ModuleNotFoundError: Ray is not installed
+    :raises MissingExtra: Ray is not installed
     :raises ConnectionError: there is no cluster
     """
 

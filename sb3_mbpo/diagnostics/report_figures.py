@@ -52,13 +52,7 @@ def draw_bands(axes: Axes, x: np.ndarray, values: np.ndarray, label: str) -> Non
 
 
 def fan(of: Diagnosis, rollout_length: int) -> Figure:
-    """
-    Plot the error of the observation against the number of steps.
-
-    :param of: the diagnosis
-    :param rollout_length: current k, which is marked
-    :return: the figure
-    """
+    """Plot the error of the observation against the number of steps, and mark the current k."""
     figure, axes = blank(9, 4.2, "steps ahead", "error, in standard deviations")
     errors, still = of.distances()
     steps = np.flatnonzero(np.isfinite(errors).any(axis=1))
@@ -95,13 +89,7 @@ def trajectories(of: Diagnosis) -> Figure:
 
 
 def calibration(of: Diagnosis, horizon: int) -> Figure:
-    """
-    Plot the observed against the nominal coverage of intervals, after one step and after ``horizon`` steps.
-
-    :param of: the diagnosis
-    :param horizon: number of steps
-    :return: the figure
-    """
+    """Plot the observed against the nominal coverage of intervals, after one step and after ``horizon`` steps."""
     figure, axes = blank(4.8, 4.5, "nominal", "observed")
     nominal = [(N_SAMPLES + 1 - 2 * i) / (N_SAMPLES + 1) for i in range(N_SAMPLES // 2, 0, -1)]
     axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1, label="calibrated")
@@ -167,7 +155,6 @@ def returns(real: Sequence[float], imagined: np.ndarray, deterministic: Sequence
     :param real: returns of the real episodes with sampled actions ``(episodes,)``
     :param imagined: imagined returns from their first states ``(samples, episodes)``; NaN is ignored
     :param deterministic: returns of the real episodes with deterministic actions
-    :return: the figure
     """
     figure, axes = blank(7.5, 4, "episode", "return")
     x, others = (np.arange(1, len(one) + 1) for one in (real, deterministic))
@@ -188,7 +175,6 @@ def lengths(model_error: float, gamma: float, rollout_length: int, shifts: Seque
     :param gamma: discount factor, below 1
     :param rollout_length: current k
     :param shifts: measured eps_pi, which are marked
-    :return: the figure
     """
     figure, axes = blank(7.5, 4, "policy shift since the data, $\\epsilon_\\pi$", "rollout length")
     x = np.linspace(0, 1, 401)

@@ -95,7 +95,6 @@ def frames(env: gym.Env, trajectory: np.ndarray, every: int) -> Iterator[np.ndar
     :param env: an env that renders ``rgb_array``
     :param trajectory: observations ``(T, obs_dim)``
     :param every: render one of this many observations
-    :return: an iterator over the pictures
     :raises CannotShow: see :func:`find_reading`
     """
     inner: Any = env.unwrapped
@@ -118,14 +117,7 @@ def frames(env: gym.Env, trajectory: np.ndarray, every: int) -> Iterator[np.ndar
 
 
 def beside(real: np.ndarray, imagined: np.ndarray | None, caption: str) -> Image.Image:
-    """
-    Put two pictures side by side.
-
-    :param real: picture ``(height, width, 3)``
-    :param imagined: picture of the same shape; ``None``: the trajectory was not finite from here on
-    :param caption: text below the pictures
-    :return: the combined picture
-    """
+    """:return: two pictures ``(height, width, 3)`` side by side; ``None``: the trajectory was not finite from here on"""
     width = round(HEIGHT * real.shape[1] / real.shape[0])
     sheet = Image.new("RGB", (2 * width + 4, HEIGHT + 22), "#f4f4f4")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

@@ -72,4 +72,3 @@ def test_spec() -> None:
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_spec(text, KNOWN)
-
