@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import shlex
-import sys
 from collections import deque
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -43,7 +42,7 @@ with needs("compare", "sb3_mbpo compare"):
 EVALUATIONS_PER_RUN = 20
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "sb3_mbpo compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -235,14 +234,12 @@ def describe(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Sequence[str]) -> None:
     """
     Run the command.
 
-    :param arguments: the options; ``None``: the command-line arguments of the process
     :raises SystemExit: a run failed, or the command was interrupted
     """
-    options = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(options)
     args.command = shlex.join(["sb3_mbpo", "compare", *options])
     if args.ray_address is None:
@@ -269,7 +266,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{len(failures)} failed; the same command tries them again")
         print("\n".join(f"{run}: {failure}" for run, failure in failures.items()))
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -31,23 +31,10 @@ class ModelErrorCallback(BaseCallback):
     The agent is not changed: its parameters, counters and random generators are the same as without the callback. A diagnosis
     is made after the first fit, and then every ``every`` env transitions.
 
-    Logged under ``model_error/``, for each K in ``horizons``:
-
-    - ``error_K``: error of the open-loop prediction after K steps with the same actions, over all dimensions of the
-      observation, in standard deviations over the episodes (1 is as wrong as predicting the mean); ``r2_mean_K``,
-      ``r2_no_change_K``: R^2 compared with predicting the mean and with predicting no change; ``reward_error_K``, in the
-      reward's own units, and ``reward_r2_mean_K``
-    - ``coverage_50_K``, ``coverage_90_K``: how often the central 50 and 90 % intervals contain the real outcome
-    - ``disagreement_rank``: Spearman's rank correlation of the members' disagreement with the one-step error; only for
-      dynamics with ``predict``
-    - ``termination_precision``, ``termination_recall``: of one-step predictions; not logged if nothing terminates
-    - ``model_error_tv``: a proxy of eps_m', see :meth:`.Diagnosis.model_error`; ``policy_shift_tv``: eps_pi compared with the
-      policies of earlier diagnoses, see :func:`.policy_shift.policy_shift`; ``optimal_rollout_length``: k* of Theorem 4.3 for
-      both, at most 10,000, not for ``gamma=1``; ``rollout_length``: the current k
-    - ``dropped``: fraction of predictions that were not finite; ``env_steps``: number of env steps of all diagnoses, which the
-      agent does not count
-
-    Logged under ``model_error_by_dimension/``: the errors of each dimension of the observation, in its own units.
+    Logged under ``model_error/``: errors, R^2 and coverage of intervals after each number of steps in ``horizons``; precision
+    and recall of terminations; the rank correlation of the members' disagreement with the error; eps_m', eps_pi and k* of
+    Theorem 4.3. Logged under ``model_error_by_dimension/``: the error of each dimension of the observation, in its own units.
+    docs/guide/diagnosis.md explains each key. What is undefined is not logged.
 
     Use a new callback for each agent, because it stores earlier policies.
 

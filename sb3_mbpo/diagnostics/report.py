@@ -9,7 +9,6 @@ The agents of --earlier are checkpoints of the same run. They are needed to meas
 import argparse
 import ast
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -251,14 +250,12 @@ def parse(options: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Sequence[str]) -> None:
     """
     Run the command.
 
-    :param arguments: its options; ``None``: the command-line arguments of the process
     :raises SystemExit: an argument or a file is invalid; the message is one sentence
     """
-    options = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(options)
     out = args.out or args.agent.with_suffix(".html")
     try:

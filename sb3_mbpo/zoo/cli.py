@@ -60,7 +60,7 @@ def call_ours(call: Callable[..., int], command: list[str], *args: Any, **kwargs
     for theirs in (["python", "enjoy.py"], ["python", "-m", "rl_zoo3.record_video"]):
         if command[: len(theirs)] == theirs:
             script = theirs[-1].removesuffix(".py").removeprefix("rl_zoo3.")
-            command = [sys.executable, "-m", "sb3_mbpo.zoo.cli", script, *command[len(theirs) :]]
+            command = [sys.executable, "-m", "sb3_mbpo", script, *command[len(theirs) :]]
     return call(command, *args, **kwargs)
 
 
@@ -156,24 +156,19 @@ def prepare(
     return options
 
 
-def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Experiment] = Experiment) -> None:
+def main(arguments: Sequence[str], experiment: Callable[..., Experiment] = Experiment) -> None:
     """
     Run one command of the Zoo.
 
-    :param arguments: the command and its options; ``None``: the command-line arguments of the process
+    :param arguments: the command and its options
     :param experiment: class of the experiment, for ``train``
-    :raises SystemExit: there is no such command, or an option does not work with it
+    :raises SystemExit: an option does not work with the command
     :raises MissingExtra: a package is missing
     """
-    command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("-h", "--help"):
-        print(__doc__.strip())
-        return
-    if command not in COMMANDS:
-        raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {', '.join(COMMANDS)}")
+    command, *options = arguments
     with ExitStack() as stack:
         options = prepare(command, options, stack, experiment)
-        stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo.zoo.cli {command}", *options]))
+        stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo {command}", *options]))
         if command == "train":
             if {"-h", "--help"} & set(options):
                 # Printed after the Zoo's own help, which ends the process.
@@ -189,7 +184,3 @@ def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Exper
             with needs("zoo", f"sb3_mbpo {command}"):
                 from rl_zoo3 import plots
             getattr(plots, PLOTS[command])()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import math
 import runpy
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -159,6 +160,14 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         if self.ours and kwargs.get("n_evaluations") is None:
             kwargs["n_evaluations"] = FEWEST_EVALUATIONS
         super().__init__(args, algo, env_id, *rest, **kwargs)
+
+    def setup_experiment(self) -> Any:
+        try:
+            return super().setup_experiment()
+        except BaseException:
+            # A refused run leaves no folder. Its name was not used before.
+            shutil.rmtree(self.save_path, ignore_errors=True)
+            raise
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.storage and self.study_name and self.trial_id == 0:

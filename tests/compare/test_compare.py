@@ -297,7 +297,7 @@ def command(folder: Path, *options: str, **environment: str) -> subprocess.Popen
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"MPLBACKEND": "Agg", "MUJOCO_GL": "disable", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    line = [sys.executable, "-m", "sb3_mbpo.compare.cli", *options]
+    line = [sys.executable, "-m", "sb3_mbpo", "compare", *options]
     return subprocess.Popen(line, cwd=folder, env=os.environ | quiet | environment, **pipes)  # type: ignore[call-overload]
 
 

@@ -114,6 +114,14 @@ def test_misspelt_settings_are_refused(zoo: ModuleType, trained: bool) -> None:
         train(zoo, *options, tiny=["real_ration:0.1"])
 
 
+def test_a_refused_run_leaves_only_the_folders_of_others(zoo: ModuleType) -> None:
+    before = Path("logs", "mbpo", "Pendulum-v1_1")
+    before.mkdir(parents=True)
+    with pytest.raises(ValueError, match="gamma"):
+        train(zoo, "--env", "Pendulum-v1", tiny=["gamma:2"])
+    assert list(Path("logs", "mbpo").iterdir()) == [before]
+
+
 def test_dynamics_kwargs_are_merged_with_the_files(zoo: ModuleType) -> None:
     settings = "{policy: MlpPolicy, n_timesteps: 100, dynamics_kwargs: 'dict(max_updates=1, patience=7)'}"
     Path("mine.yml").write_text(f"default: {settings}\n")
