@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_mbpo.compare.run import put
+from sb3_mbpo.saving.whole_files import written_whole
 from sb3_mbpo.zoo.experiment import Experiment
 
 # Phases of a run. Time outside of the other phases counts for env and policy. Evaluation is not part of training.
@@ -154,10 +154,10 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _replace(path: Path, rows: list[list[str]]) -> None:
-    """Replace the content of a CSV file atomically."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
-    put(path, text.getvalue().encode())
+    with written_whole(path, "csv") as file:
+        file.write(text.getvalue().encode())
 
 
 class ComparisonExperiment(Experiment):

@@ -19,6 +19,7 @@ from rl_zoo3.callbacks import ParallelTrainCallback
 from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.arguments.arguments import numbers_in
 from sb3_mbpo.checkpoints.resume_callback import ResumeCallback
@@ -155,6 +156,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         self, args: argparse.Namespace, algo: str, env_id: str, *rest: Any, checkpoints: Path | None = None, **kwargs: Any
     ) -> None:
         self.checkpoints = checkpoints
+        self.made_envs: list[VecEnv] = []
         self.ours = algo in ALGORITHMS
         kwargs["config"] = settings_file(kwargs.get("config"), algo)
         if self.ours and kwargs.get("n_evaluations") is None:
@@ -165,9 +167,15 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         try:
             return super().setup_experiment()
         except BaseException:
-            # A refused run leaves no folder. Its name was not used before.
+            # A refused run leaves nothing open, and no folder. Its name was not used before.
+            for env in self.made_envs:
+                env.close()
             shutil.rmtree(self.save_path, ignore_errors=True)
             raise
+
+    def create_envs(self, *args: Any, **kwargs: Any) -> VecEnv:
+        self.made_envs.append(super().create_envs(*args, **kwargs))
+        return self.made_envs[-1]
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.storage and self.study_name and self.trial_id == 0:
