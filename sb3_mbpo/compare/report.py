@@ -53,14 +53,16 @@ def summarise(rows: pd.DataFrame, threshold: float) -> list[Summary]:
     for label, mine in rows.groupby("algorithm", sort=False):
         # Use all points, so that the bootstrap draws are the same as in the figure.
         scores = score_table(mine).to_numpy()
-        low, high = interval(scores)
+        final, low, high = (float(line[-1]) for line in (iqm(scores), *interval(scores)))
         times = first_reached(mine, threshold)
         last = mine[mine["step"] == mine["step"].max()].groupby("seed").first()
         summaries.append(
             Summary(
                 str(label),
                 len(last),
-                *(float(line[-1]) for line in (iqm(scores), low, high)),
+                final,
+                low,
+                high,
                 reached=int(np.isfinite(times["step"]).sum()),
                 steps=float(times["step"].median()),
                 minutes=float(times["seconds"].median()) / 60,

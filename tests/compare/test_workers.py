@@ -45,7 +45,7 @@ def all_of(pool: LocalWorkers, runs: list[Run]) -> dict[int, str | None]:
             pool.start(waiting.pop(0))
         most = max(most, len(pool.active))
         outcomes.update({run.seed: outcome for run, outcome in pool.collect()})
-    assert most == min(pool.count, len(runs))
+    assert pool.count is not None and most == min(pool.count, len(runs))
     return outcomes
 
 
