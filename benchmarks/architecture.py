@@ -9,6 +9,7 @@ Reads the source, imports nothing of it. ``tests/test_architecture.py`` uses the
 import ast
 import statistics
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,7 @@ def _prefixes(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """:return: of each folder and each file beside them, the others that it imports; the front door is left out"""
     found: dict[str, set[str]] = {}

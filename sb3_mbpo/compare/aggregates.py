@@ -1,7 +1,5 @@
 """Statistics over the runs of one algorithm on one env: interquartile means, intervals, time to reach a return."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from rliable import library
@@ -38,8 +36,7 @@ def interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     :return: lower and upper end, ``(points,)`` each; NaN for a single run
     """
     if len(scores) < 2:
-        nothing = np.full(scores.shape[1], np.nan)
-        return nothing, nothing
+        return (np.full(scores.shape[1], np.nan),) * 2
     # rliable uses NumPy's global generator.
     state = np.random.get_state()
     np.random.seed(0)
@@ -70,10 +67,6 @@ def first_reached(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     :param threshold: a return
     :return: ``step`` and ``seconds`` of the first evaluation whose mean reaches it, a row per seed; infinite if there is none
     """
-    returns, seconds = score_table(rows), score_table(rows, "seconds")
-    found: dict[Any, dict[str, float]] = {}
-    for seed, reached in (returns >= threshold).iterrows():
-        step = reached.idxmax()
-        at = {"step": float(step), "seconds": float(seconds.at[seed, step])}
-        found[seed] = at if reached[step] else dict.fromkeys(at, np.inf)
-    return pd.DataFrame.from_dict(found, orient="index")
+    evaluations = rows.groupby(["seed", "step"])[["return", "seconds"]].mean().reset_index("step")
+    reached = evaluations[evaluations["return"] >= threshold].groupby("seed")[["step", "seconds"]].first()
+    return reached.reindex(rows["seed"].unique(), fill_value=np.inf)

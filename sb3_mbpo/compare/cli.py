@@ -10,48 +10,39 @@ Finished runs are not repeated, so the same command resumes an interrupted compa
 """
 
 import argparse
-import csv
-import difflib
 import importlib
 import json
 import os
 import shlex
-import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-try:
+from sb3_mbpo.compare.run import EVALUATIONS, Run, as_file_name, put, record
+from sb3_mbpo.compare.specs import read_spec
+from sb3_mbpo.compare.workers import LocalWorkers, RayWorkers
+from sb3_mbpo.runtime.extras import needs
+from sb3_mbpo.runtime.provenance import merged
+from sb3_mbpo.validation.rules import did_you_mean
+
+with needs("compare", "sb3_mbpo compare"):
     import gymnasium as gym
     import pandas as pd
 
     from sb3_mbpo.compare import plots
+    from sb3_mbpo.compare.evaluation import FITS
     from sb3_mbpo.compare.progress import RunProgress
     from sb3_mbpo.compare.report import default_thresholds, markdown, summarise, write_report
-    from sb3_mbpo.compare.specs import read_specs
     from sb3_mbpo.zoo import cli as zoo
     from sb3_mbpo.zoo.experiment import read_settings, settings_file
-except ImportError as error:
-    # The error of plots.py names what to install.
-    MISSING = str(error)
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sb3_mbpo"):
-        MISSING = f'sb3_mbpo compare needs {error.name}: in the checkout of sb3_mbpo, pip install ".[compare]"'
-    elif error.name is not None:
-        raise
-    raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
-
-from sb3_mbpo.compare.evaluation import FITS
-from sb3_mbpo.compare.run import EVALUATIONS, Run, as_file_name, put, record
-from sb3_mbpo.compare.workers import LocalWorkers, RayWorkers
-from sb3_mbpo.runtime.provenance import merged
 
 # Number of evaluations per run, without --eval-freq.
 EVALUATIONS_PER_RUN = 20
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "sb3_mbpo compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,13 +87,11 @@ def check(args: argparse.Namespace) -> None:
     """
     Check the arguments that are not numbers, and parse them in place.
 
-    :param args: the parsed options
     :raises ValueError: with an argument, all runs or the report would fail
     """
     zoo.register()
-    args.specs = read_specs(args.algo, zoo.ALGOS)
-    folders = [as_file_name(spec.label) for spec in args.specs]
-    if len(set(folders)) < len(folders):
+    args.specs = [read_spec(text, zoo.ALGOS) for text in args.algo]
+    if len({as_file_name(spec.label) for spec in args.specs}) < len(args.specs):
         raise ValueError("--algo: two of them would share a folder; write one of them differently")
     if len(set(args.env)) < len(args.env):
         raise ValueError("--env names an environment twice")
@@ -111,8 +100,7 @@ def check(args: argparse.Namespace) -> None:
     for env in args.env:
         # Envs of dm_control are registered when needed.
         if env not in gym.registry and not env.startswith("dm_control/"):
-            near = difflib.get_close_matches(env, gym.registry, n=1)
-            raise ValueError(f"there is no environment {env!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"there is no environment {env!r}{did_you_mean(env, gym.registry)}")
     if args.baseline is None:
         # SAC without settings, otherwise the first one with settings.
         labels = (spec.label for spec in args.specs if spec.algo == "sac")
@@ -121,35 +109,28 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--baseline {args.baseline} is not among --algo {' '.join(args.algo)}")
     if args.threshold is not None and len(args.threshold) != len(args.env):
         raise ValueError(f"--threshold needs a number for each of the {len(args.env)} environments")
-    args.conf_files = read_conf_files(args.conf_file, {spec.algo for spec in args.specs}, args.env)
+    args.conf_files = {}
+    for item in args.conf_file:
+        algo, _, file = item.partition("=")
+        if algo not in {spec.algo for spec in args.specs} or not file:
+            raise ValueError(f"--conf-file {item}: write ALGO=FILE, with an algorithm of --algo")
+        check_settings(item, settings_file(file, algo) or file, args.env)
+        # Processes of a cluster have other working directories.
+        args.conf_files[algo] = str(Path(file).resolve()) if Path(file).exists() else file
 
 
-def read_conf_files(items: Sequence[str], algorithms: Collection[str], envs: Sequence[str]) -> dict[str, str]:
-    """
-    Read ``--conf-file``.
-
-    :param items: ``ALGO=FILE`` each
-    :param algorithms: names of the compared algorithms
-    :param envs: names of the envs
-    :return: by algorithm, the absolute path of the file, or the name of a packaged file or of a module
-    :raises ValueError: a file cannot be read, or has no settings for one of the envs
-    """
-    files = dict(item.partition("=")[::2] for item in items)
-    for algo, file in files.items():
-        if algo not in algorithms or not file:
-            raise ValueError(f"--conf-file {algo}={file}: write ALGO=FILE, with an algorithm of --algo")
-        try:
-            entries = read_settings(settings_file(file, algo) or file)
-        except Exception as error:
-            # The user's file may raise any exception.
-            raise ValueError(f"--conf-file {algo}={file} cannot be read: {error}") from error
-        for env in envs:
-            entry = entries.get(env, entries.get("default")) if isinstance(entries, dict) else None
-            # The Zoo requires n_timesteps, although --steps overrides it.
-            if not isinstance(entry, dict) or "n_timesteps" not in entry:
-                raise ValueError(f"--conf-file {algo}={file} has no settings for {env} with n_timesteps, and no such default")
-    # Processes of a cluster have other working directories.
-    return {algo: str(Path(file).resolve()) if Path(file).exists() else file for algo, file in files.items()}
+def check_settings(item: str, file: str, envs: Sequence[str]) -> None:
+    """:raises ValueError: a settings file cannot be read, or has no settings for one of the envs"""
+    try:
+        entries = read_settings(file)
+    except Exception as error:
+        # The user's file may raise any exception.
+        raise ValueError(f"--conf-file {item} cannot be read: {error}") from error
+    for env in envs:
+        entry = entries.get(env, entries.get("default")) if isinstance(entries, dict) else None
+        # The Zoo requires n_timesteps, although --steps overrides it.
+        if not isinstance(entry, dict) or "n_timesteps" not in entry:
+            raise ValueError(f"--conf-file {item} has no settings for {env} with n_timesteps, and no such default")
 
 
 def grid(args: argparse.Namespace) -> list[Run]:
@@ -170,13 +151,10 @@ def grid(args: argparse.Namespace) -> list[Run]:
     ]
 
 
-def make(runs: Sequence[Run], workers: LocalWorkers | RayWorkers, progress: RunProgress) -> dict[str, str]:
+def make(runs: Sequence[Run], workers: LocalWorkers, progress: RunProgress) -> dict[str, str]:
     """
     Make runs.
 
-    :param runs: the runs to make
-    :param workers: where they are made
-    :param progress: shows the progress
     :return: error messages of failed runs, by run
     """
     waiting, failures = deque(runs), {}
@@ -184,7 +162,7 @@ def make(runs: Sequence[Run], workers: LocalWorkers | RayWorkers, progress: RunP
         while waiting or workers.active:
             while waiting and workers.has_room():
                 workers.start(waiting.popleft())
-            progress.update(workers.active)
+            progress.show(workers.active.values())
             for run, failure in workers.collect():
                 progress.ended(run, failure)
                 if failure is not None:
@@ -194,47 +172,33 @@ def make(runs: Sequence[Run], workers: LocalWorkers | RayWorkers, progress: RunP
     return failures
 
 
-def episodes(runs: Sequence[Run], root: Path) -> Iterator[dict[str, str]]:
-    """:return: evaluation rows of finished runs"""
-    for run in runs:
-        with (root / run.folder / EVALUATIONS).open(newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
+def merge_csv(runs: Sequence[Run], root: Path) -> pd.DataFrame:
+    """
+    Write ``results.csv`` and, if there were fits, ``fits.csv``, from the files of finished runs.
 
-
-def fits(runs: Sequence[Run], root: Path) -> pd.DataFrame | None:
-    """:return: a row per fit of finished runs, with a column per logged value; ``None`` if there were no fits"""
-    parts = []
-    for run in runs:
-        path = root / run.folder / FITS
-        if path.exists():
-            logged = pd.read_csv(path, names=["step", "name", "value"]).pivot_table("value", "step", "name", sort=False)
-            origin = {"env": run.env, "algorithm": run.label, "seed": run.seed, "step": logged.index}
-            parts.append(pd.concat([pd.DataFrame(origin), logged.reset_index(drop=True)], axis=1))
-    return pd.concat(parts, ignore_index=True) if parts else None
+    :return: the results, a row per evaluation episode
+    """
+    # As text, so that numbers stay as they are.
+    episodes = pd.concat([pd.read_csv(root / run.folder / EVALUATIONS, dtype=str) for run in runs])
+    put(root / "results.csv", episodes.to_csv(index=False).encode())
+    fits = [
+        pd.read_csv(root / run.folder / FITS, names=["step", "name", "value"]).assign(
+            env=run.env, algorithm=run.label, seed=run.seed
+        )
+        for run in runs
+        if (root / run.folder / FITS).exists()
+    ]
+    if fits:
+        # A column per logged value.
+        by_fit = pd.concat(fits).pivot_table("value", ["env", "algorithm", "seed", "step"], "name", sort=False)
+        put(root / FITS, by_fit.reset_index().to_csv(index=False).encode())
+    return pd.read_csv(root / "results.csv")
 
 
 def write_results(runs: Sequence[Run], root: Path, args: argparse.Namespace, failures: Sequence[str]) -> None:
-    """
-    Write results, manifest, figures and report.
-
-    :param runs: finished runs, at least one
-    :param root: folder of the comparison
-    :param args: the options
-    :param failures: names of failed runs
-    """
-    # Order by env and algorithm, as given by the user.
-    order = {spec.label: i for i, spec in enumerate(args.specs)}
-    runs = sorted(runs, key=lambda run: (args.env.index(run.env), order[run.label], run.seed))
-    lines = list(episodes(runs, root))
-    part = root / ".results.csv.part"
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-    os.replace(part, root / "results.csv")
-    if (logged := fits(runs, root)) is not None:
-        put(root / FITS, logged.to_csv(index=False).encode())
-    rows = pd.read_csv(root / "results.csv")
+    """Write results, manifest, figures and report of finished runs, at least one."""
+    runs = sorted(runs, key=lambda run: (args.env.index(run.env), args.algo.index(run.label), run.seed))
+    rows = merge_csv(runs, root)
     thresholds = default_thresholds(rows, args.baseline)
     if args.threshold is not None:
         thresholds = {env: value for env, value in zip(args.env, args.threshold, strict=True) if env in thresholds}
@@ -270,36 +234,30 @@ def describe(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Sequence[str]) -> None:
     """
     Run the command.
 
-    :param arguments: the options; ``None``: the command-line arguments of the process
     :raises SystemExit: a run failed, or the command was interrupted
     """
-    options = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(options)
     args.command = shlex.join(["sb3_mbpo", "compare", *options])
     if args.ray_address is None:
         args.workers = args.workers or os.cpu_count() or 1
     runs = grid(args)
+    failures: dict[str, str] = {}
     try:
         open_runs = [run for run in runs if not run.is_finished(args.folder / run.folder)]
-    except ValueError as error:
-        raise SystemExit(f"sb3_mbpo compare: {error}") from None
-    failures: dict[str, str] = {}
-    if not open_runs:
-        print(f"all {len(runs)} runs were finished before")
-    else:
-        if args.ray_address is None:
-            workers: Any = LocalWorkers(args.folder, args.workers)
-        else:
-            workers = RayWorkers(args.folder, args.ray_address, args.workers)
-        try:
+        if open_runs:
+            of_ray = None if args.ray_address is None else RayWorkers(args.folder, args.ray_address, args.workers)
             with RunProgress(len(runs), len(runs) - len(open_runs), args.folder) as progress:
-                failures = make(open_runs, workers, progress)
-        except KeyboardInterrupt:
-            raise SystemExit("\nInterrupted. Finished runs are kept; the same command resumes the comparison") from None
+                failures = make(open_runs, of_ray or LocalWorkers(args.folder, args.workers), progress)
+        else:
+            print(f"all {len(runs)} runs were finished before")
+    except (ValueError, ImportError, ConnectionError) as error:
+        raise SystemExit(f"sb3_mbpo compare: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted. Finished runs are kept; the same command resumes the comparison") from None
     finished = [run for run in runs if str(run) not in failures]
     if finished:
         write_results(finished, args.folder, args, list(failures))
@@ -308,7 +266,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{len(failures)} failed; the same command tries them again")
         print("\n".join(f"{run}: {failure}" for run, failure in failures.items()))
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """The Zoo's experiment with comparable evaluations: at given steps, with a row per episode and the training time so far."""
 
 import csv
-import os
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
+from sb3_mbpo.saving.whole_files import written_whole
 from sb3_mbpo.zoo.experiment import Experiment
 
 # Phases of a run. Time outside of the other phases counts for env and policy. Evaluation is not part of training.
@@ -50,9 +51,8 @@ class EvaluationRecorder(BaseCallback):
         super().__init__()
         self.path, self.origin, self.due, self.episodes = path, origin, list(steps), episodes
         self.deterministic = True
-        #: Seconds of each phase so far.
+        #: Seconds and CPU seconds of each phase so far.
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        #: CPU seconds of each phase so far.
         self.cpu_seconds = dict.fromkeys(PHASES, 0.0)
         #: Settings that the Zoo read from its files and from the command.
         self.settings: dict[str, Any] = {}
@@ -67,11 +67,8 @@ class EvaluationRecorder(BaseCallback):
         self._start_lap()
         fits = self.path.with_name(FITS)
         if fits.exists():
-            with fits.open(newline="", encoding="utf-8") as file:
-                known = [row for row in csv.reader(file) if len(row) == 3 and int(row[0]) <= self.num_timesteps]
-            _replace(fits, known)
-        with self.path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
+            _replace(fits, [row for row in _rows(fits) if len(row) == 3 and int(row[0]) <= self.num_timesteps])
+        header, *rows = _rows(self.path)
         step, episode = COLUMNS.index("step"), COLUMNS.index("episode")
         kept: dict[tuple[str, str], list[str]] = {}
         for row in rows:
@@ -121,17 +118,13 @@ class EvaluationRecorder(BaseCallback):
                 self.cpu_seconds[phase] += cpu_seconds
                 self._mark += seconds
                 self._cpu_mark += cpu_seconds
-            self._record_fit()
+            with self.path.with_name(FITS).open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(
+                    [self.num_timesteps, key.removeprefix("dynamics/"), f"{value:.6g}"]
+                    for key, value in self.logger.name_to_value.items()
+                    if "dynamics/" in key and isinstance(value, int | float)
+                )
         self._end_lap("env_and_policy")
-
-    def _record_fit(self) -> None:
-        values = {
-            key.removeprefix("dynamics/"): value for key, value in self.logger.name_to_value.items() if "dynamics/" in key
-        }
-        with self.path.with_name(FITS).open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(
-                [self.num_timesteps, key, f"{value:.6g}"] for key, value in values.items() if isinstance(value, int | float)
-            )
 
     def _on_training_end(self) -> None:
         self._end_lap("updates")
@@ -155,12 +148,16 @@ class EvaluationRecorder(BaseCallback):
                 )
 
 
+def _rows(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
 def _replace(path: Path, rows: list[list[str]]) -> None:
-    """Replace the content of a CSV file atomically."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    os.replace(part, path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    with written_whole(path, "csv") as file:
+        file.write(text.getvalue().encode())
 
 
 class ComparisonExperiment(Experiment):

@@ -1,7 +1,7 @@
 """Helpers of the reports: formatted numbers, and a single-file HTML page."""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
@@ -47,14 +47,8 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def picture(image: bytes, kind: str, alt: str, caption: str) -> str:
-    """
-    :param image: content of an image file
-    :param kind: ``"png"`` or ``"webp"``
-    :param alt: alternative text
-    :param caption: caption, HTML
-    :return: HTML
-    """
+def picture(image: bytes, alt: str, caption: str, kind: str = "png") -> str:
+    """:return: an embedded ``"png"`` or ``"webp"``, HTML; ``caption`` is HTML as well"""
     data = base64.b64encode(image).decode()
     return (
         f'<figure><img alt="{escape(alt)}" src="data:image/{kind};base64,{data}">\n<figcaption>{caption}</figcaption></figure>'
@@ -62,20 +56,30 @@ def picture(image: bytes, kind: str, alt: str, caption: str) -> str:
 
 
 def definitions(items: Iterable[tuple[str, str]]) -> str:
-    """
-    :param items: names and descriptions, HTML
-    :return: HTML
-    """
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in items) + "</dl>"
+    """:return: names and descriptions as a list, HTML like the descriptions"""
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in items) + "</dl>"
+
+
+def table(head: Iterable[str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> str:
+    """:return: table of texts, HTML; a cell of two texts shows the second one below, in small letters"""
+    titles = "".join(f"<th>{escape(title).replace(', ', ',&nbsp;')}</th>" for title in head)
+    lines = (
+        "".join(
+            (
+                f"<td>{escape(cell)}</td>"
+                if isinstance(cell, str)
+                else f"<td>{escape(cell[0])}<small>{escape(cell[1])}</small></td>"
+            )
+            for cell in row
+        )
+        for row in rows
+    )
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def page(title: str, parts: Iterable[str], style: str = "") -> str:
-    """
-    :param title: title, plain text
-    :param parts: parts below the title, HTML
-    :param style: additional CSS
-    :return: HTML
-    """
+    """:return: a page of HTML from parts of HTML, a title and additional CSS"""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>

@@ -1,32 +1,28 @@
 """
 Figures of a comparison: return against env steps and against wall-clock time.
 
-    python -m sb3_mbpo.compare.plots results.csv [--folder FOLDER]
+    python -m sb3_mbpo.compare.plots results.csv [FOLDER]
 
 One figure per env is saved as PNG and SVG. Lines are interquartile means over seeds, bands are 95 % bootstrap intervals.
 """
 
-import argparse
+import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-try:
+from sb3_mbpo.compare.html import COLOURS
+from sb3_mbpo.compare.run import as_file_name
+from sb3_mbpo.runtime.extras import needs
+
+with needs("compare", "sb3_mbpo.compare.plots"):
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
     from sb3_mbpo.compare.aggregates import against_minutes, interval, iqm, score_table
-except ModuleNotFoundError as error:
-    if (error.name or "").startswith("sb3_mbpo"):
-        raise
-    MISSING = f'sb3_mbpo.compare.plots needs {error.name}: in the checkout of sb3_mbpo, pip install ".[compare]"'
-    raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
-
-from sb3_mbpo.compare.html import COLOURS
-from sb3_mbpo.compare.run import as_file_name
 
 # Line styles of the first, second and third use of the colors.
 STYLES = ("-", "--", ":")
@@ -40,14 +36,7 @@ def look(i: int) -> dict[str, Any]:
 
 
 def draw_curve(axes: Axes, x, returns, style: dict[str, Any]) -> None:
-    """
-    Plot a learning curve with its interval.
-
-    :param axes: where to plot
-    :param x: ``(points,)``
-    :param returns: ``(runs, points)``
-    :param style: color and line style
-    """
+    """Plot a learning curve with its interval: ``x`` is ``(points,)``, ``returns`` is ``(runs, points)``."""
     axes.plot(x, iqm(returns), linewidth=2, **style)
     if len(returns) < FEW_SEEDS:
         axes.plot(x, returns.T, linewidth=0.8, alpha=0.5, **style)
@@ -56,21 +45,20 @@ def draw_curve(axes: Axes, x, returns, style: dict[str, Any]) -> None:
 
 def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure:
     """
-    Plot the learning curves of all algorithms on one env.
+    Plot the learning curves of all algorithms on one env, against env steps and against minutes.
 
     :param rows: results of one env, a row per episode
-    :param env: name of the env, for the title
     :param threshold: a return to mark
-    :return: figure with two panels, against env steps and against minutes
     """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     by_step, by_minute = figure.subplots(1, 2, sharey=True)
-    labels = list(rows["algorithm"].unique())
-    for i, label in enumerate(labels):
-        mine = rows[rows["algorithm"] == label]
+    names, handles = [], []
+    for i, (label, mine) in enumerate(rows.groupby("algorithm", sort=False)):
         table = score_table(mine)
         draw_curve(by_step, table.columns.to_numpy(), table.to_numpy(), look(i))
         draw_curve(by_minute, *against_minutes(mine), look(i))
+        names.append(f"{textwrap.fill(str(label), 60)} ({len(table)} seed{'' if len(table) == 1 else 's'})")
+        handles += by_step.plot([], [], linewidth=2, **look(i))
     for axes, label in ((by_step, "env steps"), (by_minute, "minutes of training (evaluation not counted)")):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
@@ -82,9 +70,6 @@ def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure
             axes.axhline(threshold, color="0.35", linewidth=1, linestyle=(0, (1, 2)), zorder=0)
     by_step.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     by_step.set_ylabel("return of an evaluation episode")
-    seeds = rows.groupby("algorithm")["seed"].nunique()
-    names = [f"{textwrap.fill(label, 60)} ({seeds[label]} seed{'' if seeds[label] == 1 else 's'})" for label in labels]
-    handles = [by_step.plot([], [], linewidth=2, **look(i))[0] for i in range(len(labels))]
     columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(env)
@@ -93,10 +78,8 @@ def draw(rows: pd.DataFrame, env: str, threshold: float | None = None) -> Figure
 
 def save_figures(rows: pd.DataFrame, folder: Path, thresholds: Mapping[str, float] | None = None) -> dict[str, Path]:
     """
-    Save the figures of all envs.
+    Save the figures of all envs, as PNG and as SVG.
 
-    :param rows: results, a row per episode
-    :param folder: folder of the figures, a PNG and an SVG per env
     :param thresholds: returns to mark, by env
     :return: the PNG files, by env
     """
@@ -111,13 +94,9 @@ def save_figures(rows: pd.DataFrame, folder: Path, thresholds: Mapping[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="results.csv of a comparison")
-    parser.add_argument("--folder", type=Path, help="folder of the figures (default: that of the results)")
-    args = parser.parse_args()
-    folder = args.folder or args.results.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in save_figures(pd.read_csv(args.results), folder).values():
+    results = Path(sys.argv[1])
+    folder = Path(sys.argv[2]) if sys.argv[2:] else results.parent
+    for picture in save_figures(pd.read_csv(results), folder).values():
         print(picture)
 
 

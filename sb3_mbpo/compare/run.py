@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import threading
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def as_file_name(text: str) -> str:
-    """
-    :param text: any text
-    :return: a valid file name: special characters are replaced, and long names are shortened
-    """
+    """:return: a valid file name: special characters are replaced, and long names are shortened"""
     name = re.sub(r"[^\w.=,+-]+", "_", text)
     return name if len(name) <= 80 else f"{name[:70]}_{hashlib.sha1(text.encode()).hexdigest()[:8]}"
 
@@ -47,11 +44,8 @@ class Run:
     :param steps: number of env steps
     :param eval_freq: number of env steps between two evaluations; there is also one before the first step and one at the end
     :param eval_episodes: number of episodes per evaluation
-    :param threads: number of PyTorch threads
-    :param device: device, as in SB3
-    :param conf_file: see ``--conf-file`` of the Zoo; ``None``: the packaged settings
-    :param env_kwargs: see ``--env-kwargs`` of the Zoo
-    :param gym_packages: see ``--gym-packages`` of the Zoo
+    :param threads: number of PyTorch threads; this and the following as in the Zoo
+    :param conf_file: settings file; ``None``: the packaged one
     :param command: command that the user called; ignored when runs are compared
     """
 
@@ -83,10 +77,7 @@ class Run:
         return [*range(0, self.steps, self.eval_freq), self.steps]
 
     def zoo_options(self, folder: Path) -> list[str]:
-        """
-        :param folder: folder of the Zoo's files
-        :return: options of the Zoo's ``train``
-        """
+        """:return: options of the Zoo's ``train``, whose files go to ``folder``"""
         options = ["--algo", self.algo, "--env", self.env, "--seed", str(self.seed), "-n", str(self.steps)]
         # Disable the Zoo's evaluations. The recorder evaluates at the same steps for all algorithms.
         options += ["--eval-freq", "-1", "-f", str(folder), "--num-threads", str(self.threads), "--device", self.device]
@@ -109,7 +100,6 @@ class Run:
         Create the run's folder and write its arguments. The files of an unfinished run are removed, unless it has the same
         arguments and checkpoints to resume from.
 
-        :param folder: folder of the run
         :raises FileExistsError: the folder contains other files
         """
         if folder.exists():
@@ -123,16 +113,17 @@ class Run:
 
     def is_finished(self, folder: Path) -> bool:
         """
-        :param folder: folder of the run
-        :return: whether the run is finished
+        :return: whether the run in this folder is finished
         :raises ValueError: the folder contains a finished run with other arguments
         """
         if not (folder / FINISHED).exists():
             return False
         done = record(folder)["run"]
-        mine = asdict(self)
-        compared = [item.name for item in fields(Run) if item.compare]
-        different = [f"{name}={done.get(name)!r}, not {mine[name]!r}" for name in compared if done.get(name) != mine[name]]
+        different = [
+            f"{name}={done.get(name)!r}, not {mine!r}"
+            for name, mine in asdict(self).items()
+            if name != "command" and done.get(name) != mine
+        ]
         if different:
             raise ValueError(
                 f"{folder} contains a finished run with {'; '.join(different)}: choose another --folder, or remove that one"
@@ -141,20 +132,12 @@ class Run:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """
-    :param folder: folder of a finished run
-    :return: content of its ``run.json``
-    """
+    """:return: ``run.json`` of a finished run"""
     return json.loads((folder / FINISHED).read_text(encoding="utf-8"))
 
 
 def put(path: Path, content: bytes) -> None:
-    """
-    Write a file atomically.
-
-    :param path: the file
-    :param content: its content
-    """
+    """Write a file atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
+import time
 from pathlib import Path
 from typing import Any
 
 from sb3_mbpo.compare.run import FINISHED, OUTPUT, Run, put
+from sb3_mbpo.runtime.extras import needs
 
 # Seconds between two checks for finished runs, and seconds to wait for a process to end.
 PATIENCE = 0.5
@@ -24,13 +25,7 @@ class WorkerKilled(RuntimeError):
 
 
 def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
-    """
-    Start the process of a run.
-
-    :param run: the run
-    :param folder: folder of the run; its previous content is removed
-    :return: the process, which ends with this one
-    """
+    """:return: the new process of a run, which ends with this process; previous content of its folder is removed"""
     run.begin(folder)
     # Runs share the cores, so their threads must not be busy while they wait.
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -50,12 +45,7 @@ def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
-    """
-    End a process if it is still running.
-
-    :param process: the process
-    :return: its exit code
-    """
+    """:return: exit code of a process, which is ended if it is still running"""
     assert process.stdin is not None
     process.stdin.close()
     try:
@@ -66,11 +56,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def outcome(folder: Path, code: int) -> str | None:
-    """
-    :param folder: folder of a run whose process has ended
-    :param code: exit code of the process
-    :return: ``None`` for a finished run; otherwise an error message with the end of its output
-    """
+    """:return: error message with the end of a run's output, after its process has ended; ``None`` for a finished run"""
     if (folder / FINISHED).exists():
         return None
     output = folder / OUTPUT
@@ -83,22 +69,19 @@ class LocalWorkers:
     Makes runs as processes of this machine.
 
     :param root: Folder of the comparison
-    :param count: Maximum number of parallel runs
+    :param count: Maximum number of parallel runs; ``None``: no maximum
     """
 
-    def __init__(self, root: Path, count: int) -> None:
+    def __init__(self, root: Path, count: int | None) -> None:
         self.root, self.count = root, count
-        self.processes: list[tuple[Run, subprocess.Popen[bytes]]] = []
-
-    @property
-    def active(self) -> list[Run]:
-        return [run for run, _ in self.processes]
+        #: Active runs, by their process or task.
+        self.active: dict[Any, Run] = {}
 
     def has_room(self) -> bool:
-        return len(self.processes) < self.count
+        return self.count is None or len(self.active) < self.count
 
     def start(self, run: Run) -> None:
-        self.processes.append((run, start(run, self.root / run.folder)))
+        self.active[start(run, self.root / run.folder)] = run
 
     def collect(self) -> list[tuple[Run, str | None]]:
         """
@@ -106,28 +89,24 @@ class LocalWorkers:
 
         :return: runs that have ended since the last call, each with an error message or ``None``
         """
-        try:
-            self.processes[0][1].wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            pass
-        ended = [(run, process) for run, process in self.processes if process.poll() is not None]
-        self.processes = [item for item in self.processes if item not in ended]
-        return [(run, outcome(self.root / run.folder, end(process))) for run, process in ended]
+        time.sleep(PATIENCE)
+        ended = [(process, run) for process, run in self.active.items() if process.poll() is not None]
+        for process, _ in ended:
+            del self.active[process]
+        return [(run, outcome(self.root / run.folder, end(process))) for process, run in ended]
 
     def stop(self) -> None:
         """Kill the active runs."""
-        for _, process in self.processes:
+        for process in self.active:
             process.kill()
-        for _, process in self.processes:
             end(process)
-        self.processes = []
+        self.active = {}
 
 
 def run_elsewhere(run: Run) -> tuple[int, dict[str, bytes]]:
     """
     A task of Ray: make a run in a temporary folder.
 
-    :param run: the run
     :return: exit code, and contents of the run's files by path
     :raises WorkerKilled: the process was killed
     """
@@ -142,47 +121,34 @@ def run_elsewhere(run: Run) -> tuple[int, dict[str, bytes]]:
         return code, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-class RayWorkers:
+class RayWorkers(LocalWorkers):
     """
     Makes runs as tasks of a Ray cluster, with one CPU per thread. Ray returns their files, so no shared folder is needed.
 
     :param root: Folder of the comparison
     :param address: ``auto``: the cluster of this machine; ``local``: a new cluster on this machine; or ``host:port``
     :param count: Maximum number of parallel runs, and number of CPUs of a ``local`` cluster; ``None``: number of CPUs
-    :raises SystemExit: Ray is not installed, or there is no cluster
+    :raises MissingExtra: Ray is not installed
+    :raises ConnectionError: there is no cluster
     """
 
     def __init__(self, root: Path, address: str, count: int | None) -> None:
-        if find_spec("ray") is None:
-            raise SystemExit('--ray-address needs Ray: in the checkout of sb3_mbpo, pip install ".[ray]"')
-        import ray
+        super().__init__(root, count)
+        with needs("ray", "--ray-address"):
+            import ray
 
         self.ray: Any = ray
-        self.root, self.count = root, count
-        self.tasks: dict[Any, Run] = {}
         local: dict[str, Any] = {"num_cpus": count, "include_dashboard": False} if address == "local" else {}
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
-        except ConnectionError as error:
-            raise SystemExit(f"there is no Ray cluster at {address}: {error}") from None
-
-    @property
-    def active(self) -> list[Run]:
-        return list(self.tasks.values())
-
-    def has_room(self) -> bool:
-        return self.count is None or len(self.tasks) < self.count
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
 
     def start(self, run: Run) -> None:
         options = {"num_cpus": run.threads, "num_gpus": int(run.device.startswith("cuda"))}
         task = self.ray.remote(**options, max_retries=RETRIES, retry_exceptions=[WorkerKilled])(run_elsewhere)
-        self.tasks[task.remote(run)] = run
+        self.active[task.remote(run)] = run
 
     def collect(self) -> list[tuple[Run, str | None]]:
-        """See :meth:`LocalWorkers.collect`."""
-        ended, _ = self.ray.wait(list(self.tasks), num_returns=1, timeout=PATIENCE)
-        runs = [self.tasks.pop(task) for task in ended]
-        return [(run, self._outcome(run, task)) for run, task in zip(runs, ended, strict=True)]
+        ended, _ = self.ray.wait(list(self.active), num_returns=1, timeout=PATIENCE)
+        return [(run := self.active.pop(task), self._outcome(run, task)) for task in ended]
 
     def _outcome(self, run: Run, task: Any) -> str | None:
         folder = self.root / run.folder
@@ -199,6 +165,6 @@ class RayWorkers:
 
     def stop(self) -> None:
         """Cancel the active runs, and disconnect from the cluster."""
-        for task in self.tasks:
+        for task in self.active:
             self.ray.cancel(task, force=True)
         self.ray.shutdown()

@@ -14,10 +14,14 @@ from sb3_mbpo.diagnostics.open_loop import own_env, untouched
 from sb3_mbpo.diagnostics.policy_shift import policy_shift, snapshot
 from sb3_mbpo.rollouts import MOST_STEPS
 from sb3_mbpo.theory import optimal_rollout_length
-from sb3_mbpo.validation.rules import is_whole, shown, whole
+from sb3_mbpo.validation.rules import ArgumentCheck, is_whole, whole
 
 # Maximum number of earlier policies kept for eps_pi.
 MOST_SNAPSHOTS = 20
+HORIZONS = ArgumentCheck(
+    lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(is_whole(k, 1, MOST_STEPS) for k in value),
+    "a list of numbers of steps, such as [1, 5, 20]",
+)
 
 
 class ModelErrorCallback(BaseCallback):
@@ -27,24 +31,10 @@ class ModelErrorCallback(BaseCallback):
     The agent is not changed: its parameters, counters and random generators are the same as without the callback. A diagnosis
     is made after the first fit, and then every ``every`` env transitions.
 
-    Logged under ``model_error/``, for each K in ``horizons``:
-
-    - ``error_K``: error of the open-loop prediction after K steps with the same actions, over all dimensions of the
-      observation, in standard deviations over the episodes (1 is as wrong as predicting the mean); ``r2_mean_K``,
-      ``r2_no_change_K``: R^2 compared with predicting the mean and with predicting no change; ``reward_error_K``, in the
-      reward's own units, and ``reward_r2_mean_K``
-    - ``coverage_50_K``, ``coverage_90_K``: how often the central 50 and 90 % intervals contain the real outcome
-    - ``disagreement_rank``: Spearman's rank correlation of the members' disagreement (standard deviation of their means) with
-      the one-step error; only for dynamics with ``predict``
-    - ``termination_precision``, ``termination_recall``: of one-step predictions; not logged if nothing terminates
-    - ``model_error_tv``: a proxy of eps_m', see :meth:`.Diagnosis.model_error`; ``policy_shift_tv``: eps_pi compared with the
-      policies of earlier diagnoses, see :func:`.policy_shift.policy_shift`, from the second diagnosis on and for stochastic
-      policies; ``optimal_rollout_length``: k* of Theorem 4.3 for both, at most 10,000, not for ``gamma=1``;
-      ``rollout_length``: the current k
-    - ``dropped``: fraction of predictions that were not finite; ``env_steps``: number of env steps of all diagnoses, which the
-      agent does not count
-
-    Logged under ``model_error_by_dimension/``: the errors of each dimension of the observation, in its own units.
+    Logged under ``model_error/``: errors, R^2 and coverage of intervals after each number of steps in ``horizons``; precision
+    and recall of terminations; the rank correlation of the members' disagreement with the error; eps_m', eps_pi and k* of
+    Theorem 4.3. Logged under ``model_error_by_dimension/``: the error of each dimension of the observation, in its own units.
+    docs/guide/diagnosis.md explains each key. What is undefined is not logged.
 
     Use a new callback for each agent, because it stores earlier policies.
 
@@ -77,9 +67,7 @@ class ModelErrorCallback(BaseCallback):
         for name, value in (("every", every), ("n_episodes", n_episodes), ("max_episode_steps", max_episode_steps)):
             whole(1).check(name, value)
         whole(0, 2**31).check("seed", seed)
-        many = isinstance(horizons, list | tuple) and len(horizons) > 0
-        if not (many and all(is_whole(k, 1, MOST_STEPS) for k in horizons)):
-            raise ValueError(f"horizons={shown(horizons)} must be a list of numbers of steps, such as [1, 5, 20]")
+        HORIZONS.check("horizons", horizons)
         self.env, self.every, self.n_episodes = env, every, n_episodes
         self.horizons, self.max_episode_steps, self.seed = sorted({1, *horizons}), max_episode_steps, seed
         #: The latest diagnosis. A run that is resumed has none until its next one.
@@ -147,18 +135,13 @@ class ModelErrorCallback(BaseCallback):
     def _lengths(self, diagnosis: Diagnosis) -> dict[str, float]:
         """:return: eps_m', eps_pi, the optimal rollout length for them, and the current one"""
         agent = self.model
-        found = {
-            "model_error_tv": diagnosis.model_error(),
-            "rollout_length": agent.rollout_length,
-        }
+        found = {"model_error_tv": diagnosis.model_error(), "rollout_length": agent.rollout_length}
         if self.snapshots:
-            shift = policy_shift(agent, self.snapshots, diagnosis.steps.starts)
-            found["policy_shift_tv"] = shift
+            shift = found["policy_shift_tv"] = policy_shift(agent, self.snapshots, diagnosis.steps.starts)
             if agent.gamma < 1:
                 found["optimal_rollout_length"] = optimal_rollout_length(
                     policy_shift=shift, model_error=found["model_error_tv"], gamma=agent.gamma
                 )
-        now = snapshot(agent)
-        if now is not None:
+        if (now := snapshot(agent)) is not None:
             self.snapshots.append(now)
         return found

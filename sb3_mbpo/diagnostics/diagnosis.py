@@ -9,18 +9,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.diagnostics.metrics import (
-    N_SAMPLES,
-    blurred_total_variation,
-    coverage,
-    deviations,
-    distance,
-    precision_and_recall,
-    r_squared,
-    rank_correlation,
-    root_mean_square,
-    scale_of,
-)
+from sb3_mbpo.diagnostics import metrics
+from sb3_mbpo.diagnostics.metrics import N_SAMPLES, distance, scale_of
 from sb3_mbpo.diagnostics.observation_names import observation_names
 from sb3_mbpo.diagnostics.open_loop import Episode, Segments, member_disagreement, on_policy_episodes, open_loop, segments
 
@@ -33,7 +23,7 @@ NOMINAL = (0.5, 0.9)
 class Diagnosis:
     """
     Real episodes with sampled actions, and the predictions of the dynamics. Columns are the reward, then the dimensions of the
-    next observation.
+    next observation. ``horizon`` is a number of steps after which predictions are compared with the real outcome.
 
     A prediction is the mean of 19 samples of ``DynamicsModel.sample``. Each sample is a trajectory of its own. Predictions are
     not clipped (``prediction_clip_margin``). A prediction with a non-finite sample is left out, and counted in ``dropped``.
@@ -56,7 +46,7 @@ class Diagnosis:
     @cached_property
     def spread(self) -> np.ndarray:
         """Standard deviation of each column over the real episodes, ``(1 + obs_dim,)``; NaN if it is constant."""
-        return scale_of(deviations(self.steps.outcomes[:, 0]))
+        return scale_of(metrics.deviations(self.steps.outcomes[:, 0]))
 
     @cached_property
     def change(self) -> np.ndarray:
@@ -70,55 +60,42 @@ class Diagnosis:
         return self.further, self.further_samples[:, :, horizon - 1], horizon - 1
 
     def known(self, horizon: int) -> np.ndarray:
-        """
-        :param horizon: number of steps
-        :return: rows that can be evaluated, bool ``(rows,)``: the episode did not end before, and all samples are finite
-        """
+        """:return: rows that can be evaluated, bool ``(rows,)``: the episode did not end before, and all samples are finite"""
         of, samples, h = self._at(horizon)
         return np.isfinite(of.outcomes[:, h]).all(axis=1) & np.isfinite(samples).all(axis=(0, 2))
 
     def errors(self, horizon: int) -> np.ndarray:
-        """
-        :param horizon: number of steps
-        :return: predicted minus real values, ``(rows, 1 + obs_dim)``; NaN for rows that cannot be evaluated
-        """
+        """:return: predicted minus real values, ``(rows, 1 + obs_dim)``; NaN for rows that cannot be evaluated"""
         of, samples, h = self._at(horizon)
         return np.where(self.known(horizon)[:, None], samples.mean(axis=0) - of.outcomes[:, h], np.nan)
 
     def r_squared(self, horizon: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        :param horizon: number of steps
         :return: R^2 of each column compared with the mean over the real episodes, ``(1 + obs_dim,)``, and of each dimension of
             the observation compared with no change, ``(obs_dim,)``
         """
         of, _, h = self._at(horizon)
         errors, mean = self.errors(horizon), self.steps.outcomes[:, 0].mean(axis=0)
         from_mean = np.where(np.isnan(self.spread), 0.0, of.outcomes[:, h] - mean)
-        return r_squared(errors, from_mean), r_squared(errors[:, 1:], of.outcomes[:, h, 1:] - of.starts)
+        return metrics.r_squared(errors, from_mean), metrics.r_squared(errors[:, 1:], of.outcomes[:, h, 1:] - of.starts)
 
     def overall_r_squared(self, horizon: int) -> tuple[float, float]:
-        """
-        :param horizon: number of steps
-        :return: both R^2 of the whole observation, with each dimension in units of its standard deviation
-        """
+        """:return: both R^2 of the whole observation, with each dimension in units of its standard deviation"""
         of, _, h = self._at(horizon)
         moves = ~np.isnan(self.spread[1:])
         scale, mean = self.spread[1:][moves], self.steps.outcomes[:, 0, 1:].mean(axis=0)
         columns = (self.errors(horizon)[:, 1:], of.outcomes[:, h, 1:] - mean, of.outcomes[:, h, 1:] - of.starts)
         errors, from_mean, from_start = ((column[:, moves] / scale).reshape(-1, 1) for column in columns)
-        return float(r_squared(errors, from_mean)[0]), float(r_squared(errors, from_start)[0])
+        return float(metrics.r_squared(errors, from_mean)[0]), float(metrics.r_squared(errors, from_start)[0])
 
     def coverage(self, horizon: int, nominal: float) -> np.ndarray:
-        """
-        :param horizon: number of steps
-        :param nominal: nominal probability of the central interval
-        :return: fraction of rows inside the central interval, for each column, ``(1 + obs_dim,)``
-        """
+        """:return: fraction of rows inside the central interval of this probability, for each column, ``(1 + obs_dim,)``"""
         of, samples, h = self._at(horizon)
         rows = self.known(horizon)
         # Constant columns are not evaluated: their intervals have no width, apart from rounding.
-        inside = coverage(samples[:, rows], of.outcomes[rows, h], nominal) if rows.any() else np.full(len(self.spread), np.nan)
-        return np.where(np.isnan(self.spread), np.nan, inside)
+        if not rows.any():
+            return np.full(len(self.spread), np.nan)
+        return np.where(np.isnan(self.spread), np.nan, metrics.coverage(samples[:, rows], of.outcomes[rows, h], nominal))
 
     @cached_property
     def one_step_distance(self) -> np.ndarray:
@@ -142,56 +119,53 @@ class Diagnosis:
 
     def model_error(self) -> float:
         """
-        A proxy of eps_m', the total variation between the real and the predicted (reward, next observation).
+        A proxy of eps_m', the total variation between the real and the predicted (reward, next observation), as a mean over
+        the episodes (the theorems take the maximum over time).
 
         The total variation between a deterministic simulator and any continuous model is 1. So Gaussian noise as large as
-        ``change``, the typical change of each column in one step (for the reward, its standard deviation), is added to both;
-        constant columns are ignored. The result is estimated from samples: E over x ~ model of
-        D_TV( N(x, S), N(y, S) ), which is at least the blurred distributions' own, and 0 for a perfect model of a
-        deterministic env. The unit, ``change``, is a convention, and k* inherits it. The theorems take the maximum over time;
-        this is the mean over the episodes.
+        ``change`` is added to both; constant columns are ignored. This unit is a convention, and k* inherits it. The result is
+        E over samples x of D_TV( N(x, S), N(y, S) ), which is at least the blurred distributions' own, and 0 for a perfect
+        model of a deterministic env.
         """
         rows = self.known(1)
         if not rows.any():
             return 1.0
-        return float(blurred_total_variation((self.step_samples - self.steps.outcomes)[:, rows, 0], self.change).mean())
+        return float(
+            metrics.blurred_total_variation((self.step_samples - self.steps.outcomes)[:, rows, 0], self.change).mean()
+        )
 
     def termination(self) -> tuple[float, float]:
-        """
-        :return: precision and recall of the terminations in one-step predictions; NaN if there are none
-        """
+        """:return: precision and recall of the terminations in one-step predictions; NaN if there are none"""
         lengths = [len(episode.rewards) for episode in self.episodes]
         actual = np.zeros(sum(lengths), dtype=bool)
         actual[np.cumsum(lengths) - 1] = [episode.terminated for episode in self.episodes]
-        return precision_and_recall(self.ends[:, self.known(1)].ravel(), np.tile(actual[self.known(1)], len(self.ends)))
+        return metrics.precision_and_recall(
+            self.ends[:, self.known(1)].ravel(), np.tile(actual[self.known(1)], len(self.ends))
+        )
 
     def disagreement_rank(self) -> float:
         """:return: rank correlation of the members' disagreement with the one-step error; NaN without members"""
         rows = self.known(1)
         if self.disagreement is None or not rows.any():
             return float("nan")
-        return rank_correlation(distance(self.disagreement[rows], self.spread[1:]), self.one_step_distance[rows])
+        return metrics.rank_correlation(distance(self.disagreement[rows], self.spread[1:]), self.one_step_distance[rows])
 
     def numbers(self, horizon: int) -> dict[str, float]:
-        """
-        :param horizon: number of steps
-        :return: metrics of the whole observation and of the reward, by name; NaN if a metric is undefined
-        """
+        """:return: metrics of the whole observation and of the reward after ``horizon`` steps; NaN if a metric is undefined"""
         errors = self.errors(horizon)
         against_mean, against_no_change = self.overall_r_squared(horizon)
-        reward_r_squared = self.r_squared(horizon)[0][0]
-        whole = {
-            "error": float(root_mean_square(distance(errors[:, 1:], self.spread[1:])[:, None])[0]),
+        found = {
+            "error": float(metrics.root_mean_square(distance(errors[:, 1:], self.spread[1:])[:, None])[0]),
             "r2_mean": against_mean,
             "r2_no_change": against_no_change,
-            "reward_error": float(root_mean_square(errors[:, :1])[0]),
-            "reward_r2_mean": float(reward_r_squared),
+            "reward_error": float(metrics.root_mean_square(errors[:, :1])[0]),
+            "reward_r2_mean": float(self.r_squared(horizon)[0][0]),
         }
-        inside = {n: self.coverage(horizon, n)[1:] for n in NOMINAL}
-        return whole | {
-            f"coverage_{100 * n:.0f}": float(share[~np.isnan(share)].mean()) if not np.isnan(share).all() else float("nan")
-            for n, share in inside.items()
-        }
+        for nominal in NOMINAL:
+            inside = self.coverage(horizon, nominal)[1:]
+            known = inside[~np.isnan(inside)]
+            found[f"coverage_{100 * nominal:.0f}"] = float(known.mean()) if len(known) else float("nan")
+        return found
 
 
 def diagnose(agent: Any, env: VecEnv, n_episodes: int, horizon: int, max_steps: int) -> Diagnosis:

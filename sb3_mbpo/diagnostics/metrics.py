@@ -26,10 +26,8 @@ def root_mean_square(errors: np.ndarray) -> np.ndarray:
 
 def scale_of(values: np.ndarray) -> np.ndarray:
     """
-    The scale of each dimension, sqrt(mean over rows of x^2).
-
     :param values: ``(B, dims)``: deviations from the mean, or changes per step
-    :return: ``(dims,)``; NaN instead of zero, because a constant dimension has no scale and is ignored
+    :return: root mean square of each dimension ``(dims,)``; NaN if it is constant, so that it is ignored
     """
     size = root_mean_square(values)
     return np.where(size > 0, size, np.nan)
@@ -37,10 +35,8 @@ def scale_of(values: np.ndarray) -> np.ndarray:
 
 def deviations(values: np.ndarray) -> np.ndarray:
     """
-    x - mean over rows of x, exactly zero for a dimension that is constant up to rounding.
-
     :param values: ``(B, dims)``
-    :return: ``(B, dims)``
+    :return: deviations from the mean ``(B, dims)``, exactly zero for a dimension that is constant up to rounding
     """
     apart = values - values.mean(axis=0)
     return np.where(np.ptp(values, axis=0) <= ROUNDING * np.abs(values).max(axis=0), 0.0, apart)
@@ -82,39 +78,28 @@ def coverage(samples: np.ndarray, actual: np.ndarray, nominal: float) -> np.ndar
     :param actual: real values ``(B, dims)``
     :param nominal: probability of the interval, such that i is a whole number
     :return: fraction of rows inside the interval ``(dims,)``; NaN if all samples are equal, as for deterministic predictions
-    :raises ValueError: i is not a whole number
     """
-    tail = (1 - nominal) / 2 * (len(samples) + 1)
-    i = round(tail)
-    if not (1 <= i <= len(samples) / 2 and math.isclose(tail, i)):
-        raise ValueError(
-            f"nominal={nominal} is not possible with {len(samples)} samples: (P + 1) (1 - nominal) / 2 must be whole"
-        )
+    i = round((1 - nominal) / 2 * (len(samples) + 1))
     ordered = np.sort(samples, axis=0)
     inside = (ordered[i - 1] <= actual) & (actual <= ordered[-i])
     spreads = (ordered[0] != ordered[-1]).any(axis=0)
     return np.where(spreads, inside.mean(axis=0), np.nan)
 
 
-def ranks(x: np.ndarray) -> np.ndarray:
-    """
-    :param x: ``(B,)``
-    :return: rank of each number ``(B,)``, from 0; equal numbers get the mean of their ranks
-    """
-    _, places, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[places]
-
-
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """
-    Spearman's rho: the correlation of the ranks.
+    Spearman's rho: the correlation of the ranks, where equal numbers get the mean of their ranks.
 
     :param x: ``(B,)``
     :param y: ``(B,)``
     :return: from -1 to 1; NaN if all values of ``x`` or of ``y`` are equal
     """
-    a, b = (ranks(z) - (len(z) - 1) / 2 for z in (x, y))
+
+    def centered_ranks(z: np.ndarray) -> np.ndarray:
+        _, places, counts = np.unique(z, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts + len(z)) / 2)[places]
+
+    a, b = centered_ranks(x), centered_ranks(y)
     size = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / size) if size > 0 else math.nan
 
@@ -127,8 +112,8 @@ def precision_and_recall(predicted: np.ndarray, actual: np.ndarray) -> tuple[flo
     :param actual: bool ``(B,)``
     :return: precision and recall; NaN for a denominator of 0
     """
-    hits = (predicted & actual).sum()
-    return tuple(float(hits / n) if (n := one.sum()) else math.nan for one in (predicted, actual))  # type: ignore[return-value]
+    hits, n_predicted, n_actual = (predicted & actual).sum(), predicted.sum(), actual.sum()
+    return float(hits / n_predicted) if n_predicted else math.nan, float(hits / n_actual) if n_actual else math.nan
 
 
 def blurred_total_variation(errors: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -142,8 +127,8 @@ def blurred_total_variation(errors: np.ndarray, scale: np.ndarray) -> np.ndarray
     :param scale: standard deviation of the noise, ``(dims,)``; dimensions where it is NaN are ignored
     :return: ``(...)``, from 0 to 1
     """
-    known = np.isfinite(scale)
-    return erf(np.sqrt(((errors[..., known] / scale[known]) ** 2).sum(axis=-1)) / math.sqrt(8))
+    n_known = np.isfinite(scale).sum()
+    return erf(distance(errors, scale) * math.sqrt(n_known / 8))
 
 
 def gaussian_total_variation(
@@ -154,10 +139,10 @@ def gaussian_total_variation(
 
     It does not change under an invertible map of x, such as the tanh of a squashed policy.
 
-    :param mean: mean of p, ``(B, dims)``
-    :param std: standard deviation of p, ``(B, dims)``
-    :param other_mean: mean of q, ``(B, dims)``
-    :param other_std: standard deviation of q, ``(B, dims)``
+    :param mean: mean of p, like the following ``(B, dims)``
+    :param std: standard deviation of p
+    :param other_mean: mean of q
+    :param other_std: standard deviation of q
     :param noise: standard normal draws ``(M, dims)``; the standard error of the estimate is at most 1 / (2 sqrt M)
     :return: ``(B,)``, from 0 to 1
     """

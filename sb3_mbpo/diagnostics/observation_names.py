@@ -10,20 +10,19 @@ from stable_baselines3.common.vec_env import VecEnv
 
 # Entries of a joint's position and velocity in qpos and qvel, by MuJoCo's type of the joint: free, ball, slide, hinge.
 AXES = (" x", " y", " z")
-ROTATION = (" w", " x", " y", " z")
-JOINTS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    0: ((*AXES, *(f" rotation{axis}" for axis in ROTATION)), (*AXES, *(f" rotation{axis}" for axis in AXES))),
-    1: (ROTATION, AXES),
-    2: (("",), ("",)),
-    3: (("",), ("",)),
-}
+ROTATION = (" w", *AXES)
+JOINTS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    ((*AXES, *(f" rotation{axis}" for axis in ROTATION)), (*AXES, *(f" rotation{axis}" for axis in AXES))),
+    (ROTATION, AXES),
+    (("",), ("",)),
+    (("",), ("",)),
+]
 
 
 def observation_names(env: VecEnv) -> list[str]:
     """
     Names of the entries of a flat observation: those of the env's attribute ``observation_names``, the keys of a flattened
-    ``Dict``, or MuJoCo's joints. An attribute with another number of names is ignored, and so are the joints if a wrapper
-    changed the number of entries.
+    ``Dict``, or MuJoCo's joints. Names of another number than the entries are ignored.
 
     :param env: a VecEnv
     :return: as many names as the flat observation has entries; ``"obs 0"``, ``"obs 1"``, ... if there are none
@@ -62,10 +61,9 @@ def _of_joints(env: Any) -> list[str]:
     parts = getattr(env, "observation_structure", None)
     if not isinstance(parts, dict) or not hasattr(env, "model"):
         return []
-    joints = [(env.model.joint(i).name, *JOINTS[int(env.model.jnt_type[i])]) for i in range(env.model.njnt)]
-    positions = [joint + entry for joint, entries, _ in joints for entry in entries]
+    joints = [(env.model.joint(i).name, *JOINTS[env.model.jnt_type[i]]) for i in range(env.model.njnt)]
     known = {
-        "qpos": positions[parts.get("skipped_qpos", 0) :],
+        "qpos": [joint + entry for joint, entries, _ in joints for entry in entries][parts.get("skipped_qpos", 0) :],
         "qvel": [f"{joint}{entry} velocity" for joint, _, entries in joints for entry in entries],
     }
     sizes = {part: n for part, n in parts.items() if part != "skipped_qpos"}

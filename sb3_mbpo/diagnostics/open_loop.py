@@ -45,36 +45,32 @@ def untouched(agent: Any) -> Iterator[None]:
     """
     Restore all random states after this context: the global generators of PyTorch, NumPy and Python, the generators of the
     agent's dynamics, learned reward and termination, and the noise of gSDE.
-
-    :param agent: a ModelBased algorithm
     """
-    before = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()
     parts = [part for name in ("dynamics", "learned_reward", "learned_termination") for part in getattr(agent, name).modules()]
     generators = [value for part in parts for value in vars(part).values() if isinstance(value, th.Generator)]
     states = [generator.get_state() for generator in generators]
     action_dist = getattr(agent.policy.actor, "action_dist", None)
-    noise = None if action_dist is None else dict(vars(action_dist))
+    noise = dict(vars(action_dist)) if action_dist is not None else {}
     try:
         with th.random.fork_rng([agent.device] if agent.device.type == "cuda" else []):
             yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+        random.setstate(python)
+        np.random.set_state(numpy)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         if action_dist is not None:
             vars(action_dist).clear()
-            vars(action_dist).update(noise)  # type: ignore[arg-type]
+            vars(action_dist).update(noise)
 
 
 def own_env(agent: Any, env: Any = None) -> VecEnv:
     """
-    Make a separate env for diagnoses.
-
     :param agent: a ModelBased algorithm
     :param env: an id, a function that makes an env, an env, or a VecEnv with one env; ``None``: a new env like the agent's
         first one
-    :return: a VecEnv with one env
+    :return: a VecEnv with one env, for diagnoses
     :raises ValueError: the agent's env cannot be made again; or ``env`` is the agent's own, has other spaces, has several
         envs, or uses VecNormalize
     """
@@ -110,11 +106,9 @@ def own_env(agent: Any, env: Any = None) -> VecEnv:
 
 def another(spec: Any, **kwargs: Any) -> gym.Env:
     """
-    Make a new env from the spec of an existing one.
-
     :param spec: spec of an env, or ``None``
     :param kwargs: additional arguments of ``gymnasium.make``
-    :return: the new env
+    :return: a new env like that of the spec
     :raises ValueError: there is no spec, or Gymnasium cannot make a wrapper again
     """
     if spec is None:
@@ -198,8 +192,7 @@ def segments(episodes: Sequence[Episode], horizon: int, most: int | None = None)
 @th.no_grad()
 def open_loop(dynamics: DynamicsModel, of: Segments, n_samples: int) -> np.ndarray:
     """
-    Predict segments with the dynamics, from the same start states and with the same actions. Each step starts from the
-    previous prediction.
+    Predict segments, from the same start states and with the same actions. Each step starts from the previous prediction.
 
     :param dynamics: the dynamics, whose ``sample`` is called as in branched rollouts
     :param of: the segments
@@ -220,13 +213,13 @@ def open_loop(dynamics: DynamicsModel, of: Segments, n_samples: int) -> np.ndarr
 @th.no_grad()
 def imagined_returns(agent: Any, starts: np.ndarray, n_samples: int, max_steps: int) -> np.ndarray:
     """
-    Undiscounted returns of imagined episodes of the current policy.
+    Play imagined episodes with the current policy.
 
     :param agent: a ModelBased algorithm
     :param starts: first states ``(B, obs_dim)``
     :param n_samples: number of episodes per first state
     :param max_steps: maximum length of an episode
-    :return: returns ``(n_samples, B)``; NaN if a prediction was not finite
+    :return: undiscounted returns ``(n_samples, B)``; NaN if a prediction was not finite
     """
     dynamics = agent.imagined_dynamics
     obs = th.as_tensor(starts, dtype=th.float32, device=agent.device).repeat(n_samples, 1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from sb3_mbpo.buffers.normalization import normalize_obs
 from sb3_mbpo.diagnostics.metrics import gaussian_total_variation
@@ -53,19 +52,16 @@ def gaussians(agent: Any, actor: Any, of: Mapping[str, Any], obs: np.ndarray) ->
         raise ValueError("an earlier policy has other networks than this one") from error
     rows = agent.codec.unflatten(th.as_tensor(obs, dtype=th.float32, device=agent.device))
     if "obs_moments" in of:
-        statistics = {key: _statistics(*moments) for key, moments in of["obs_moments"].items()}
-        theirs, rms = agent._vec_normalize_env, statistics if agent.codec.is_dict else statistics[""]
-        env: Any = SimpleNamespace(norm_obs=True, obs_rms=rms, epsilon=theirs.epsilon, clip_obs=theirs.clip_obs)
+        # What normalize_obs reads of a RunningMeanStd
+        rms = {key: SimpleNamespace(mean=mean, var=var) for key, (mean, var) in of["obs_moments"].items()}
+        now = agent._vec_normalize_env
+        env: Any = SimpleNamespace(
+            norm_obs=True, obs_rms=rms if agent.codec.is_dict else rms[""], epsilon=now.epsilon, clip_obs=now.clip_obs
+        )
         rows = normalize_obs(rows, env)
     mean, log_std, more = actor.get_action_dist_params(rows)
     normal = actor.action_dist.proba_distribution(mean, log_std, **more).distribution
     return normal.mean.double().cpu().numpy(), normal.stddev.double().cpu().numpy()
-
-
-def _statistics(mean: np.ndarray, var: np.ndarray) -> RunningMeanStd:
-    rms = RunningMeanStd(shape=mean.shape)
-    rms.mean, rms.var = mean, var
-    return rms
 
 
 def policy_shift(agent: Any, earlier: Sequence[Mapping[str, Any]], obs: np.ndarray) -> float:

@@ -9,7 +9,6 @@ The agents of --earlier are checkpoints of the same run. They are needed to meas
 import argparse
 import ast
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -22,15 +21,6 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
-
-try:
-    from sb3_mbpo.diagnostics.report_page import Findings, write_page
-    from sb3_mbpo.diagnostics.report_video import CannotShow, video
-except ModuleNotFoundError as error:
-    if (error.name or "").startswith("sb3_mbpo"):
-        raise
-    MISSING = f'sb3_mbpo report needs {error.name}: in the checkout of sb3_mbpo, pip install ".[plots]"'
-    raise (SystemExit if __name__ == "__main__" else ImportError)(MISSING) from None
 
 from sb3_mbpo import dhmbpo, mbpo, variants
 from sb3_mbpo.compare.html import counted
@@ -46,12 +36,17 @@ from sb3_mbpo.diagnostics.open_loop import (
     untouched,
 )
 from sb3_mbpo.diagnostics.policy_shift import policy_shift, snapshot
+from sb3_mbpo.runtime.extras import needs
 from sb3_mbpo.runtime.provenance import hardware, versions
 from sb3_mbpo.saving.safe_files import read_bytes, read_json, read_members
 from sb3_mbpo.saving.safe_loading import MEMBER
 from sb3_mbpo.validation.rules import did_you_mean
 
-ALGORITHMS = ("MBPO", "DHMBPO", "MBTD3", "MBTQC", "MBCrossQ")
+with needs("plots", "sb3_mbpo report"):
+    from sb3_mbpo.diagnostics.report_page import Findings, write_page
+    from sb3_mbpo.diagnostics.report_video import CannotShow, video
+
+ALGORITHMS = {"MBPO": mbpo, "DHMBPO": dhmbpo, **dict.fromkeys(("MBTD3", "MBTQC", "MBCrossQ"), variants)}
 # Maximum number of steps in the video.
 MOST_FILMED = 300
 
@@ -73,10 +68,8 @@ class Report:
 
     def _repr_html_(self) -> str:
         # The page itself, because many notebooks cannot load a file by its path.
-        page = escape(self.path.read_text(encoding="utf-8"))
-        return (
-            f'<iframe srcdoc="{page}" title="{escape(self.path.name)}" style="border: 0; width: 100%; height: 40rem"></iframe>'
-        )
+        page, title = (escape(text) for text in (self.path.read_text(encoding="utf-8"), self.path.name))
+        return f'<iframe srcdoc="{page}" title="{title}" style="border: 0; width: 100%; height: 40rem"></iframe>'
 
 
 def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
@@ -100,9 +93,8 @@ def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
     name = read_json(members[MEMBER])["class"] if MEMBER in members else "MBPO"
     if name not in ALGORITHMS:
         raise ValueError(f"{path} is an agent of {name!r}, not of {', '.join(ALGORITHMS)}; call write_report with it instead")
-    agent_class = getattr({"MBPO": mbpo, "DHMBPO": dhmbpo}.get(name, variants), name)
     try:
-        return agent_class.load(path, env, safe=safe, buffer_size=1, verbose=0)
+        return getattr(ALGORITHMS[name], name).load(path, env, safe=safe, buffer_size=1, verbose=0)
     except ValueError as error:
         if "spaces do not match" in str(error):
             raise ValueError(f"{path} was trained in another env: {error}") from error
@@ -111,9 +103,7 @@ def load_agent(path: Path, env: VecEnv | gym.Env, safe: bool) -> Any:
 
 def env_arguments(items: Sequence[str]) -> dict[str, Any]:
     """
-    Parse ``--env-kwargs``.
-
-    :param items: ``KEY:VALUE`` each, with a Python literal as value, as for the Zoo
+    :param items: values of ``--env-kwargs``: ``KEY:VALUE`` each, with a Python literal as value, as for the Zoo
     :return: keyword arguments
     :raises ValueError: an item has another form
     """
@@ -129,8 +119,6 @@ def env_arguments(items: Sequence[str]) -> dict[str, Any]:
 
 def make_env(make: Callable[[], gym.Env], name: str, statistics: Path | None) -> VecEnv:
     """
-    Make the env of the report.
-
     :param make: function that makes the env
     :param name: id of the env, for errors
     :param statistics: pickle of a VecNormalize, written by its ``save`` or by the Zoo
@@ -159,39 +147,13 @@ def episode_video(agent: Any, env: VecEnv, longest: Any) -> bytes | str:
     :param longest: a real episode
     :return: a video of this episode and the imagined one, or the reason why there is none
     """
-    episode = longest._replace(
-        obs=longest.obs[: MOST_FILMED + 1], actions=longest.actions[:MOST_FILMED], rewards=longest.rewards[:MOST_FILMED]
-    )
-    n_steps = len(episode.rewards)
-    piece = segments([episode], n_steps, most=1)
-    imagined = open_loop(agent.imagined_dynamics, piece, 1)[0, 0, :, 1:]
+    n = min(len(longest.rewards), MOST_FILMED)
+    imagined = open_loop(agent.imagined_dynamics, segments([longest], n, most=1), 1)[0, 0, :, 1:]
     try:
         make = partial(another, env.get_attr("spec")[0])
-        return video(make, episode.obs, np.concatenate([episode.obs[:1], imagined]))
+        return video(make, longest.obs[: n + 1], np.concatenate([longest.obs[:1], imagined]))
     except (CannotShow, ValueError) as error:
         return str(error)
-
-
-def _about_process() -> dict[str, str]:
-    """When, with what and on what the report is written."""
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "hardware": ", ".join(f"{name}: {value}" for name, value in hardware().items() if value),
-    }
-
-
-def _source(agent: Any) -> str:
-    """:return: where the agent's deterministic actions come from, as the end of a sentence; empty: from its policy"""
-    if getattr(agent.policy, "deterministic_actor", agent.actor) is agent.actor:
-        return ""
-    return "; deterministic actions come from an average of the actor's weights (<code>actor_tau</code>)"
-
-
-def _termination(agent: Any) -> str:
-    if isinstance(agent.termination, str):
-        return "learned"
-    return "known" if agent.termination_fn is None else "given"
 
 
 def write_report(
@@ -239,13 +201,14 @@ def write_report(
         # A time limit may be missing in the spec.
         limit = max((len(episode.rewards) for episode in diagnosis.episodes if not episode.terminated), default=limit)
         shots = [one for one in map(snapshot, earlier) if one is not None]
+        known_or_given = "known" if agent.termination_fn is None else "given"
         findings = Findings(
             diagnosis,
             imagined_returns=imagined_returns(agent, first, N_SAMPLES, limit),
             deterministic_returns=[float(episode.rewards.sum()) for episode in deterministic],
-            deterministic_source=_source(agent),
+            averaged_actor=getattr(agent.policy, "deterministic_actor", agent.actor) is not agent.actor,
             explained=agent.explained_at_fit or [np.nan, np.nan],
-            termination=_termination(agent),
+            termination="learned" if isinstance(agent.termination, str) else known_or_given,
             rollout_length=getattr(agent, "training_horizon", agent.rollout_length),
             theorem=agent.imagined_rewards_count,
             gamma=agent.gamma,
@@ -258,63 +221,50 @@ def write_report(
         "env": str(spec.id if spec else env.get_attr("__class__")[0].__name__),
         "data": f"{counted(n_episodes, 'new episode')}, {counted(len(diagnosis.steps.starts), 'step')}, seed {seed}",
         **dict(origin),
-        **_about_process(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "hardware": ", ".join(f"{name}: {value}" for name, value in hardware().items() if value),
     }
     write_page(Path(path), findings, about)
     return Report(Path(path), findings)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(options: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "sb3_mbpo.diagnostics.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "sb3_mbpo report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    report = parser.add_subparsers(dest="command", required=True).add_parser("report", help="write the report")
-    report.add_argument("agent", type=Path, help="the saved agent, a zip file")
-    report.add_argument("--env", required=True, help="id of the environment")
-    report.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="arguments of the env, as in the Zoo")
-    report.add_argument("--earlier", type=Path, nargs="+", default=[], help="checkpoints of the same run")
-    report.add_argument("--out", type=Path, help="the HTML file (default: next to the agent)")
-    report.add_argument("--episodes", type=int, default=5, help="number of new episodes (default: 5)")
-    report.add_argument("--horizon", type=int, default=50, help="number of steps of the longer predictions (default: 50)")
-    report.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
-    report.add_argument("--normalize", type=Path, metavar="FILE", help="statistics of VecNormalize, a pickle you trust")
-    report.add_argument("--safe", action="store_true", help="load agents without unpickling anything")
-    args = parser.parse_args(arguments)
+    parser.add_argument("agent", type=Path, help="the saved agent, a zip file")
+    parser.add_argument("--env", required=True, help="id of the environment")
+    parser.add_argument("--env-kwargs", nargs="+", default=[], metavar="KEY:VALUE", help="arguments of the env, as in the Zoo")
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="checkpoints of the same run")
+    parser.add_argument("--out", type=Path, help="the HTML file (default: next to the agent)")
+    parser.add_argument("--episodes", type=int, default=5, help="number of new episodes (default: 5)")
+    parser.add_argument("--horizon", type=int, default=50, help="number of steps of the longer predictions (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
+    parser.add_argument("--normalize", type=Path, metavar="FILE", help="statistics of VecNormalize, a pickle you trust")
+    parser.add_argument("--safe", action="store_true", help="load agents without unpickling anything")
+    args = parser.parse_args(options)
     for name, least in (("episodes", 1), ("horizon", 1), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
     return args
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Sequence[str]) -> None:
     """
     Run the command.
 
-    :param arguments: ``report`` and its options; ``None``: the command-line arguments of the process
     :raises SystemExit: an argument or a file is invalid; the message is one sentence
     """
-    options = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(options)
     out = args.out or args.agent.with_suffix(".html")
     try:
         make = partial(gym.make, args.env, **env_arguments(args.env_kwargs))
         env = make_env(make, args.env, args.normalize)
         agent, *earlier = (load_agent(path, env, args.safe) for path in (args.agent, *args.earlier))
-        command = shlex.join(["python", "-m", "sb3_mbpo", *options])
-        write_report(
-            agent,
-            out,
-            env=make,
-            earlier=earlier,
-            n_episodes=args.episodes,
-            horizon=args.horizon,
-            seed=args.seed,
-            origin=[("command", command)],
-        )
+        numbers = {"n_episodes": args.episodes, "horizon": args.horizon, "seed": args.seed}
+        command = shlex.join(["python", "-m", "sb3_mbpo", "report", *options])
+        write_report(agent, out, env=make, earlier=earlier, **numbers, origin=[("command", command)])
     except (ValueError, ImportError) as error:
-        raise SystemExit(f"sb3_mbpo.diagnostics.report: {error}") from None
+        raise SystemExit(f"sb3_mbpo report: {error}") from None
     print(out)
-
-
-if __name__ == "__main__":
-    main()

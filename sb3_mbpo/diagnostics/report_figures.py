@@ -19,12 +19,22 @@ MOST_COLUMNS = 12
 BANDS = ((5, 95, 0.15), (25, 75, 0.3))
 # Maximum k* in the plot. The schedules in use are far below.
 LONGEST = 200
+# Smallest error in a logarithmic plot.
+SMALLEST = 1e-8
 
 
 def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
+
+
+def blank(width: float, height: float, x: str = "", y: str = "") -> tuple[Figure, Axes]:
+    """:return: a figure with one panel"""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    tidy(axes, x, y)
+    return figure, axes
 
 
 def tidy(axes: Axes, x: str, y: str = "") -> None:
@@ -35,37 +45,22 @@ def tidy(axes: Axes, x: str, y: str = "") -> None:
 
 
 def draw_bands(axes: Axes, x: np.ndarray, values: np.ndarray, label: str) -> None:
-    """
-    Plot the median and the bands of 50 and 90 %.
-
-    :param axes: where to plot
-    :param x: ``(points,)``
-    :param values: ``(points, samples)``; NaN is ignored
-    :param label: label of the median
-    """
+    """Plot the median and the bands of 50 and 90 % of ``values`` ``(points, samples)``, where NaN is ignored."""
     for low, high, alpha in BANDS:
         axes.fill_between(x, *np.nanpercentile(values, (low, high), axis=1), color=MODEL, alpha=alpha, linewidth=0)
     axes.plot(x, np.nanmedian(values, axis=1), color=MODEL, linewidth=2, label=label)
 
 
 def fan(of: Diagnosis, rollout_length: int) -> Figure:
-    """
-    Plot the error of the observation against the number of steps.
-
-    :param of: the diagnosis
-    :param rollout_length: current k, which is marked
-    :return: the figure
-    """
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
+    """Plot the error of the observation against the number of steps, and mark the current k."""
+    figure, axes = blank(9, 4.2, "steps ahead", "error, in standard deviations")
     errors, still = of.distances()
     steps = np.flatnonzero(np.isfinite(errors).any(axis=1))
-    draw_bands(axes, steps + 1, np.maximum(errors[steps], 1e-8), "the dynamics")
+    draw_bands(axes, steps + 1, np.maximum(errors[steps], SMALLEST), "the dynamics")
     axes.plot(steps + 1, np.nanmedian(still[steps], axis=1), color=REAL, linestyle="--", label="predicting no change")
     axes.axhline(1, color=INK, linestyle=":", linewidth=1, label="about the error of predicting the mean")
     axes.axvline(rollout_length, color=OTHER, linewidth=1.5, label=f"current rollout length, {rollout_length}")
     axes.set_yscale("log")
-    tidy(axes, "steps ahead", "error, in standard deviations")
     axes.legend(frameon=False, loc="lower right")
     return figure
 
@@ -75,14 +70,14 @@ def trajectories(of: Diagnosis) -> Figure:
     moving = np.flatnonzero(np.isfinite(of.spread))
     apart = np.nanmean((of.further_samples.mean(axis=0) - of.further.outcomes) ** 2, axis=(0, 1))[moving]
     shown = np.sort(moving[np.argsort(-apart / of.spread[moving] ** 2)[:MOST_COLUMNS]])
-    n_steps = int(np.isfinite(of.further.outcomes[0]).all(axis=1).sum())
+    real = of.further.outcomes[0]
+    x = np.arange(1, np.isfinite(real).all(axis=1).sum() + 1)
     n_columns = 2 if len(shown) in (2, 4) else 3
     n_rows = -(-max(len(shown), 1) // n_columns)
     figure = Figure(figsize=(10, 0.6 + 2.1 * n_rows), layout="constrained")
-    x = np.arange(1, n_steps + 1)
     for axes, column in zip(figure.subplots(n_rows, n_columns, squeeze=False).flat, shown, strict=False):
-        draw_bands(axes, x, of.further_samples[:, 0, :n_steps, column].T, "predicted")
-        axes.plot(x, of.further.outcomes[0, :n_steps, column], color=INK, linewidth=1.6, label="real")
+        draw_bands(axes, x, of.further_samples[:, 0, : len(x), column].T, "predicted")
+        axes.plot(x, real[: len(x), column], color=INK, linewidth=1.6, label="real")
         axes.set_title(of.names[column], fontsize=10, loc="left")
         tidy(axes, "")
     for axes in figure.axes[len(shown) :]:
@@ -94,15 +89,8 @@ def trajectories(of: Diagnosis) -> Figure:
 
 
 def calibration(of: Diagnosis, horizon: int) -> Figure:
-    """
-    Plot the observed against the nominal coverage of intervals, after one step and after ``horizon`` steps.
-
-    :param of: the diagnosis
-    :param horizon: number of steps
-    :return: the figure
-    """
-    figure = Figure(figsize=(4.8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    """Plot the observed against the nominal coverage of intervals, after one step and after ``horizon`` steps."""
+    figure, axes = blank(4.8, 4.5, "nominal", "observed")
     nominal = [(N_SAMPLES + 1 - 2 * i) / (N_SAMPLES + 1) for i in range(N_SAMPLES // 2, 0, -1)]
     axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1, label="calibrated")
     for k, colour in ((1, MODEL), (horizon, REAL)):
@@ -113,25 +101,28 @@ def calibration(of: Diagnosis, horizon: int) -> Figure:
         known[0] = False
         if known.any():
             axes.plot(nominal, shares[:, known].mean(axis=1), "o-", color=colour, label=f"{counted(k, 'step')} ahead")
-    tidy(axes, "nominal", "observed")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(frameon=False)
     return figure
 
 
+def tenths(values: np.ndarray) -> list[np.ndarray]:
+    """:return: ten bins with equally many of the values, as their places"""
+    return np.array_split(values.argsort(kind="stable"), min(10, len(values)))
+
+
 def most_informative_columns(of: Diagnosis) -> list[int]:
     """
-    Dimensions of the observation along which the one-step error differs most, in descending order: by the fraction of the
-    variance of its logarithm between ten bins with equally many states.
+    Dimensions of the observation along which the one-step error differs most, in descending order: by the variance of the
+    means of its logarithm in ten bins with equally many states.
     """
     rows = of.known(1)
-    error = np.log(of.one_step_distance[rows] + 1e-8)
-    shares = {}
-    for column in np.flatnonzero(np.isfinite(of.spread[1:])):
-        bins = np.array_split(error[of.steps.starts[rows, column].argsort(kind="stable")], min(10, len(error)))
-        between = sum(len(one) * (one.mean() - error.mean()) ** 2 for one in bins)
-        shares[int(column)] = between / max(len(error) * error.var(), 1e-12)
-    return sorted(shares, key=lambda column: -shares[column])
+    error = np.log(of.one_step_distance[rows] + SMALLEST)
+    between = {
+        int(column): np.var([error[one].mean() for one in tenths(of.steps.starts[rows, column])])
+        for column in np.flatnonzero(np.isfinite(of.spread[1:]))
+    }
+    return sorted(between, key=lambda column: -between[column])
 
 
 def where(of: Diagnosis) -> Figure:
@@ -139,18 +130,17 @@ def where(of: Diagnosis) -> Figure:
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     over, *along = figure.subplots(1, 3, width_ratios=(1.35, 1, 1))
     rows = of.known(1)
-    error, starts = np.maximum(of.one_step_distance[rows], 1e-8), of.steps.starts[rows]
+    error, starts = np.maximum(of.one_step_distance[rows], SMALLEST), of.steps.starts[rows]
     columns = (most_informative_columns(of) * 2)[:2]
     # Plot the largest errors on top.
     order = error.argsort()
     x, y = (starts[order, column] for column in columns)
     points = over.scatter(x, y, c=np.log10(error[order]), cmap="viridis", s=9, linewidths=0)
     figure.colorbar(points, ax=over, label="log10 of the error")
-    tidy(over, of.names[columns[0] + 1], of.names[columns[1] + 1])
+    tidy(over, *(of.names[column + 1] for column in columns))
     for axes, column in zip(along, columns, strict=True):
-        bins = np.array_split(starts[:, column].argsort(kind="stable"), min(10, len(error)))
         axes.plot(starts[:, column], error, ".", color=MODEL, alpha=0.25, markersize=3)
-        middle = [(np.median(starts[one, column]), np.median(error[one])) for one in bins]
+        middle = [(np.median(starts[one, column]), np.median(error[one])) for one in tenths(starts[:, column])]
         axes.plot(*zip(*middle, strict=True), "o-", color=REAL, label="median of a tenth")
         axes.set_yscale("log")
         tidy(axes, of.names[column + 1], "error of one step")
@@ -165,18 +155,14 @@ def returns(real: Sequence[float], imagined: np.ndarray, deterministic: Sequence
     :param real: returns of the real episodes with sampled actions ``(episodes,)``
     :param imagined: imagined returns from their first states ``(samples, episodes)``; NaN is ignored
     :param deterministic: returns of the real episodes with deterministic actions
-    :return: the figure
     """
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = blank(7.5, 4, "episode", "return")
     x, others = (np.arange(1, len(one) + 1) for one in (real, deterministic))
-    jitter = np.linspace(-0.14, 0.14, len(imagined))[:, None]
-    spots = (x + jitter).ravel()
+    spots = (x + np.linspace(-0.14, 0.14, len(imagined))[:, None]).ravel()
     axes.plot(spots, imagined.ravel(), "o", color=MODEL, alpha=0.45, markersize=5, label="imagined, sampled actions")
     axes.plot(x, real, "D", color=REAL, markersize=8, label="real, sampled actions")
     axes.plot(others, deterministic, "s", color=OTHER, markersize=6, label="real, deterministic actions")
     axes.set_xticks(x)
-    tidy(axes, "episode", "return")
     axes.legend(frameon=False)
     return figure
 
@@ -189,10 +175,8 @@ def lengths(model_error: float, gamma: float, rollout_length: int, shifts: Seque
     :param gamma: discount factor, below 1
     :param rollout_length: current k
     :param shifts: measured eps_pi, which are marked
-    :return: the figure
     """
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = blank(7.5, 4, "policy shift since the data, $\\epsilon_\\pi$", "rollout length")
     x = np.linspace(0, 1, 401)
     best = [optimal_rollout_length(model_error=model_error, policy_shift=shift, gamma=gamma, longest=LONGEST) for shift in x]
     axes.plot(x, best, color=MODEL, linewidth=2, label="k* of Theorem 4.3")
@@ -201,9 +185,8 @@ def lengths(model_error: float, gamma: float, rollout_length: int, shifts: Seque
     for i, shift in enumerate(shifts):
         axes.axvline(shift, color=REAL, linewidth=1.2, label="" if i else "$\\epsilon_\\pi$ from earlier policies")
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(-0.1, LONGEST * 1.2)
-    axes.set_yticks([0, 1, 2, 5, 10, 20, 50, 100, 200], labels=["0", "1", "2", "5", "10", "20", "50", "100", "200+"])
-    axes.set_xlim(0, 1)
-    tidy(axes, "policy shift since the data, $\\epsilon_\\pi$", "rollout length")
+    ticks = [0, 1, 2, 5, 10, 20, 50, 100, 200]
+    axes.set_yticks(ticks, labels=[*map(str, ticks[:-1]), "200+"])
+    axes.set(xlim=(0, 1), ylim=(-0.1, LONGEST * 1.2))
     axes.legend(loc="lower right", framealpha=0.9)
     return figure

@@ -6,8 +6,9 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from sb3_mbpo.compare.html import NONE, counted, definitions, number, page, picture
+from sb3_mbpo.compare.html import NONE, counted, definitions, number, page, picture, table
 from sb3_mbpo.diagnostics import report_figures as figures
 from sb3_mbpo.diagnostics.diagnosis import Diagnosis
 from sb3_mbpo.diagnostics.metrics import root_mean_square
@@ -36,11 +37,11 @@ trajectories of the dynamics, with the actions of the real episode. Errors are i
 these episodes; constant dimensions are left out. Predictions are not clipped to the range of
 <code>prediction_clip_margin</code>. The states are those of the current policy, and the errors may be different for other
 states. Successive steps of an episode are similar, so there are fewer independent steps than steps.</p>"""
-LIMITS_OF_K = """<p class="note"><i>&epsilon;<sub>m</sub>&prime;</i> is a proxy. The total variation between a deterministic
+LIMITS_OF_K = """<i>&epsilon;<sub>m</sub>&prime;</i> is a proxy. The total variation between a deterministic
 simulator and any continuous model is 1, so Gaussian noise as large as each dimension's typical change in one step is added to
 both; k* depends on this convention. <i>&epsilon;<sub>&pi;</sub></i> is the mean over the visited states of the total variation
 between the policies' Gaussians, while the theorem uses the maximum. Theorem 4.3 itself is a loose bound. So k* shows whether
-to increase or decrease k, but not by how much.</p>"""
+to increase or decrease k, but not by how much."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Findings:
     imagined_returns: np.ndarray
     #: Real returns of deterministic actions.
     deterministic_returns: Sequence[float]
-    #: Where deterministic actions come from, as the end of a sentence; empty: from the policy, as usual.
-    deterministic_source: str
+    #: Whether deterministic actions come from an average of the actor's weights.
+    averaged_actor: bool
     #: ``dynamics/explained_reward`` and ``dynamics/explained_obs`` of the last fit.
     explained: Sequence[float]
     #: What ends imagined episodes: ``"learned"``, ``"known"``, or ``"given"`` by the user.
@@ -110,9 +111,10 @@ def share(value: float) -> str:
 def of_prediction(found: Findings) -> Iterator[str]:
     one, far = (found.diagnosis.numbers(k) for k in (1, found.reach))
     if np.isfinite(found.explained[1]):
+        reward, obs = map(logged, found.explained)
         yield (
-            f"During training, {EXPLAINED[1]} was {logged(found.explained[1])} at the last fit, and {EXPLAINED[0]} was "
-            f"{logged(found.explained[0])}. These are fractions of variance, as in the log."
+            f"During training, {EXPLAINED[1]} was {obs} at the last fit, and {EXPLAINED[0]} was {reward}. These are fractions "
+            "of variance, as in the log."
         )
     if one["r2_no_change"] > 0:
         against = number(one["r2_no_change"])
@@ -143,12 +145,14 @@ def of_trust(found: Findings) -> Iterator[str]:
     if np.isfinite(rank):
         word = "clearly" if rank > 0.5 else "somewhat" if rank > 0.2 else "hardly"
         yield f"The members' disagreement {word} predicts its errors (rank correlation {number(rank)})."
+    precision, recall = found.diagnosis.termination()
     if found.termination == "known":
         yield "Imagined episodes end by the env's own rule, which is known."
     elif found.termination == "given":
         yield "Imagined episodes end by the given <code>termination_fn</code>."
-    else:
-        yield from of_termination(*found.diagnosis.termination())
+    elif np.isfinite(recall):
+        invented = f", and {share(1 - precision)} of its predicted ends are wrong" if np.isfinite(precision) else ""
+        yield f"The learned termination predicts {share(recall)} of the ends one step ahead{invented}."
     error, k = found.diagnosis.model_error(), found.rollout_length
     if found.optimal is not None:
         yield (
@@ -158,18 +162,8 @@ def of_trust(found: Findings) -> Iterator[str]:
     elif found.theorem and found.gamma < 1:
         # k* >= k if gamma^(k - 1) eps_pi > eps_m'.
         needed = error / found.gamma ** (k - 1)
-        pays = (
-            f"if the policy shift is larger than {number(needed)}; earlier checkpoints are needed to measure it"
-            if needed < 1
-            else "for no policy shift"
-        )
-        yield f"By Theorem 4.3, the current rollout length of {k} is useful {pays}."
-
-
-def of_termination(precision: float, recall: float) -> Iterator[str]:
-    if np.isfinite(recall):
-        invented = f", and {share(1 - precision)} of its predicted ends are wrong" if np.isfinite(precision) else ""
-        yield f"The learned termination predicts {share(recall)} of the ends one step ahead{invented}."
+        useful = f"if the policy shift is larger than {number(needed)}; earlier checkpoints are needed to measure it"
+        yield f"By Theorem 4.3, the current rollout length of {k} is useful {useful if needed < 1 else 'for no policy shift'}."
 
 
 def mean(values: Sequence[float]) -> str:
@@ -177,10 +171,11 @@ def mean(values: Sequence[float]) -> str:
 
 
 def of_returns(found: Findings) -> Iterator[str]:
-    deterministic, sampled = mean(found.deterministic_returns), mean(found.sampled_returns)
+    source = "; deterministic actions come from an average of the actor's weights (<code>actor_tau</code>)"
     yield (
-        f"The mean return of deterministic actions is {deterministic}, as <code>evaluate_policy</code> shows it, and that of "
-        f"sampled actions {sampled}, as in model rollouts{found.deterministic_source}."
+        f"The mean return of deterministic actions is {mean(found.deterministic_returns)}, as <code>evaluate_policy</code> "
+        f"shows it, and that of sampled actions {mean(found.sampled_returns)}, as in model rollouts"
+        f"{source if found.averaged_actor else ''}."
     )
     if np.isfinite(found.imagined_returns).any():
         imagined = number(np.nanmean(found.imagined_returns))
@@ -200,76 +195,74 @@ def tiles(found: Findings) -> str:
     }
     if found.optimal is not None:
         shown[f"k*, compared with the current rollout length, {found.rollout_length}"] = f"{found.optimal:,}"
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in shown.items())
-        + "</div>"
-    )
+    each = "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for what, value in shown.items())
+    return f'<div class="tiles">{each}</div>'
 
 
-def table(found: Findings) -> str:
+def table_of_dimensions(found: Findings) -> str:
     """:return: table of each column's error, R^2 and coverage, after one step and after ``reach`` steps"""
     of = found.diagnosis
-    horizons = list(dict.fromkeys((1, found.reach)))
-    cells: dict[str, np.ndarray] = {"standard deviation": of.spread}
-    for k in horizons:
+    values = {"standard deviation": of.spread}
+    for k in dict.fromkeys((1, found.reach)):
         ahead = counted(k, "step")
         against_mean, against_no_change = of.r_squared(k)
-        cells[f"error, {ahead}"] = root_mean_square(of.errors(k))
-        cells[f"R{SQUARED}, mean, {ahead}"] = against_mean
-        cells[f"R{SQUARED}, no change, {ahead}"] = np.concatenate([[np.nan], against_no_change])
-        cells[f"in 90 %, {ahead}"] = of.coverage(k, 0.9)
-    columns = np.arange(len(of.spread))
-    left_out = ""
-    if len(columns) > MOST_ROWS:
-        badness = np.nan_to_num(root_mean_square(of.errors(1)) / of.spread, nan=-1.0)
-        columns = np.sort(badness.argsort()[::-1][:MOST_ROWS])
-        left_out = f'<p class="note">The {MOST_ROWS} worst predicted of {len(of.spread)} columns.</p>'
-    head = "".join(f"<th>{title}</th>" for title in ("", *cells))
-    rows = ""
-    for column in map(int, columns):
-        numbers = "".join(f"<td>{number(values[column])}</td>" for values in cells.values())
-        rows += f"<tr><td>{escape(of.names[column])}</td>{numbers}</tr>\n"
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>{left_out}'
+        values[f"error, {ahead}"] = root_mean_square(of.errors(k))
+        values[f"R{SQUARED}, mean, {ahead}"] = against_mean
+        values[f"R{SQUARED}, no change, {ahead}"] = np.concatenate([[np.nan], against_no_change])
+        values[f"in 90 %, {ahead}"] = of.coverage(k, 0.9)
+    badness = np.nan_to_num(root_mean_square(of.errors(1)) / of.spread, nan=-1.0)
+    columns = np.sort(badness.argsort()[::-1][:MOST_ROWS])
+    rows = [[of.names[column], *(number(of_all[column]) for of_all in values.values())] for column in columns]
+    left_out = f'<p class="note">The {MOST_ROWS} worst predicted of {len(badness)} columns.</p>'
+    return table(["", *values], rows) + (left_out if len(badness) > MOST_ROWS else "")
 
 
-def figure_sections(found: Findings) -> Iterator[str]:
-    of, png = found.diagnosis, figures.png
-    yield "<h2>How errors compound</h2>"
-    caption = "Error of the open-loop prediction with the real actions: median over start states, and bands of 50 and 90 %."
-    yield picture(png(figures.fan(of, found.rollout_length)), "png", "error against steps ahead", caption)
-    yield "<h2>Predicted and real</h2>"
-    caption = "From the start of the first episode, with its actions: median of the samples, and bands of 50 and 90 %. "
-    caption += "If there are many dimensions, the twelve worst predicted are shown."
-    yield picture(png(figures.trajectories(of)), "png", "trajectories, predicted and real", caption)
-    yield "<h2>A real episode and the imagined one</h2>"
+def sections(found: Findings) -> Iterator[tuple[str, Figure | None, str]]:
+    """:return: title, figure and caption of each section; without a figure, the caption is the section's content"""
+    of = found.diagnosis
+    yield (
+        "How errors compound",
+        figures.fan(of, found.rollout_length),
+        "Error of the open-loop prediction with the real actions: median over start states, and bands of 50 and 90 %.",
+    )
+    yield (
+        "Predicted and real",
+        figures.trajectories(of),
+        "From the start of the first episode, with its actions: median of the samples, and bands of 50 and 90 %. If there are "
+        "many dimensions, the twelve worst predicted are shown.",
+    )
+    title = "A real episode and the imagined one"
     if isinstance(found.video, bytes):
         caption = "Both have the same start state and the same actions. The imagined one is a single sampled trajectory."
-        yield picture(found.video, "webp", "two episodes side by side", caption)
+        yield title, None, picture(found.video, "two episodes side by side", caption, "webp")
     else:
-        yield f'<p class="note">No video: {escape(found.video)}.</p>'
-    yield "<h2>Are its uncertainties correct?</h2>"
-    caption = "How often central intervals contain the real value. Thick: mean over the dimensions of the observation. "
-    caption += "Thin: each of them, and the reward. Below the diagonal, the dynamics is overconfident."
-    yield picture(png(figures.calibration(of, found.reach)), "png", "observed against nominal coverage", caption)
-    yield "<h2>Where are the errors?</h2>"
-    caption = "One-step error, in standard deviations, over the two dimensions along which it differs most."
-    yield picture(png(figures.where(of)), "png", "error over the state space", caption)
-    yield "<h2>Imagined and real returns</h2>"
-    caption = "Undiscounted returns of the current policy. With sampled actions, 19 imagined episodes start from the first "
-    caption += "state of each real one. The episodes with deterministic actions are further real ones."
-    chart = figures.returns(found.sampled_returns, found.imagined_returns, found.deterministic_returns)
-    yield picture(png(chart), "png", "returns, imagined and real", caption)
-    if not found.theorem:
-        return
-    yield "<h2>How long should rollouts be?</h2>"
-    if found.gamma < 1:
-        caption = f"k* for &epsilon;<sub>m</sub>&prime; = {number(of.model_error())} and &gamma; = {found.gamma:g}."
-        chart = figures.lengths(of.model_error(), found.gamma, found.rollout_length, found.shifts)
-        yield picture(png(chart), "png", "optimal rollout length against policy shift", caption)
-        yield LIMITS_OF_K
-    else:
-        yield '<p class="note">For gamma = 1, the theorem has no finite bound.</p>'
+        yield title, None, f'<p class="note">No video: {escape(found.video)}.</p>'
+    yield (
+        "Are its uncertainties correct?",
+        figures.calibration(of, found.reach),
+        "How often central intervals contain the real value. Thick: mean over the dimensions of the observation. Thin: each "
+        "of them, and the reward. Below the diagonal, the dynamics is overconfident.",
+    )
+    yield (
+        "Where are the errors?",
+        figures.where(of),
+        "One-step error, in standard deviations, over the two dimensions along which it differs most.",
+    )
+    yield (
+        "Imagined and real returns",
+        figures.returns(found.sampled_returns, found.imagined_returns, found.deterministic_returns),
+        "Undiscounted returns of the current policy. With sampled actions, 19 imagined episodes start from the first state of "
+        "each real one. The episodes with deterministic actions are further real ones.",
+    )
+    title = "How long should rollouts be?"
+    if found.theorem and found.gamma < 1:
+        yield (
+            title,
+            figures.lengths(of.model_error(), found.gamma, found.rollout_length, found.shifts),
+            f"k* for &epsilon;<sub>m</sub>&prime; = {number(of.model_error())} and &gamma; = {found.gamma:g}. {LIMITS_OF_K}",
+        )
+    elif found.theorem:
+        yield title, None, '<p class="note">For gamma = 1, the theorem has no finite bound.</p>'
 
 
 def write_page(path: Path, found: Findings, about: Mapping[str, str]) -> None:
@@ -284,13 +277,9 @@ def write_page(path: Path, found: Findings, about: Mapping[str, str]) -> None:
         parts = ['<p class="failed">No prediction of this dynamics is finite, so there is nothing to show.</p>']
     else:
         says = "".join(f"<li>{one}</li>" for one in (*of_returns(found), *of_prediction(found), *of_trust(found)))
-        parts = [
-            tiles(found),
-            f'<ul class="says">{says}</ul>',
-            *figure_sections(found),
-            "<h2>Each dimension</h2>",
-            table(found),
-            LIMITS,
-        ]
+        parts = [tiles(found), f'<ul class="says">{says}</ul>']
+        for title, figure, text in sections(found):
+            parts += [f"<h2>{title}</h2>", text if figure is None else picture(figures.png(figure), title, text)]
+        parts += ["<h2>Each dimension</h2>", table_of_dimensions(found), LIMITS]
     parts += ["<h2>About this report</h2>", definitions((name, escape(text)) for name, text in about.items())]
     path.write_text(page(f"How accurate is this model? {about['env']}", parts, STYLE), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -21,14 +22,9 @@ class CannotShow(Exception):
     """There is no video. The message is the reason, as the end of a sentence."""
 
 
-def _plain(hidden: int, nq: int, nv: int) -> Reading:
-    """:return: reading for observations that start with the positions, except the first ``hidden``, and the velocities"""
-
-    def read(obs: np.ndarray) -> tuple[np.ndarray, ...]:
-        qpos, qvel = obs[: nq - hidden], obs[nq - hidden : nq - hidden + nv]
-        return np.concatenate([np.zeros(hidden), qpos]), qvel
-
-    return read
+def _joints(obs: np.ndarray, hidden: int, nq: int, nv: int) -> tuple[np.ndarray, ...]:
+    """Positions, except the first ``hidden``, then velocities."""
+    return np.concatenate([np.zeros(hidden), obs[: nq - hidden]]), obs[nq - hidden : nq - hidden + nv]
 
 
 def _double_pendulum(obs: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -46,8 +42,8 @@ def _state(obs: np.ndarray) -> tuple[np.ndarray, ...]:
 def _candidates(env: Any) -> list[tuple[Reading, int]]:
     """:return: possible readings, and the number of leading positions that are hidden in each"""
     if hasattr(env, "set_state") and hasattr(env, "model"):
-        nq, nv = env.model.nq, env.model.nv
-        return [*((_plain(hidden, nq, nv), hidden) for hidden in (0, 1, 2)), (_double_pendulum, 0)]
+        size = {"nq": env.model.nq, "nv": env.model.nv}
+        return [*((partial(_joints, hidden=n, **size), n) for n in (0, 1, 2)), (_double_pendulum, 0)]
     return [(_pendulum, 0), (_state, 0)] if hasattr(env, "state") else []
 
 
@@ -82,10 +78,9 @@ def find_reading(env: gym.Env) -> tuple[Reading, int]:
 
 def _fits(read: Reading, hidden: int, obs: np.ndarray, truth: tuple[np.ndarray, ...]) -> bool:
     try:
-        position, *velocity = read(obs)
+        found, real = (np.concatenate([parts[0][hidden:], *parts[1:]]) for parts in (read(obs), truth))
     except (IndexError, ValueError):
         return False
-    found, real = (np.concatenate([parts[0][hidden:], *parts[1:]]) for parts in ((position, *velocity), truth))
     if found.shape != real.shape:
         return False
     # Angles may differ by full turns.
@@ -100,7 +95,6 @@ def frames(env: gym.Env, trajectory: np.ndarray, every: int) -> Iterator[np.ndar
     :param env: an env that renders ``rgb_array``
     :param trajectory: observations ``(T, obs_dim)``
     :param every: render one of this many observations
-    :return: an iterator over the pictures
     :raises CannotShow: see :func:`find_reading`
     """
     inner: Any = env.unwrapped
@@ -117,31 +111,21 @@ def frames(env: gym.Env, trajectory: np.ndarray, every: int) -> Iterator[np.ndar
                 inner.set_state(position, velocity[0])
             else:
                 inner.state = position
-            if hasattr(inner, "last_u"):
+                # Pendulum draws its last action.
                 inner.last_u = None
             yield np.asarray(env.render())
 
 
 def beside(real: np.ndarray, imagined: np.ndarray | None, caption: str) -> Image.Image:
-    """
-    Put two pictures side by side.
-
-    :param real: picture ``(height, width, 3)``
-    :param imagined: picture of the same shape; ``None``: the trajectory was not finite from here on
-    :param caption: text below the pictures
-    :return: the combined picture
-    """
-    pictures = [Image.fromarray(one) if one is not None else None for one in (real, imagined)]
+    """:return: two pictures ``(height, width, 3)`` side by side; ``None``: the trajectory was not finite from here on"""
     width = round(HEIGHT * real.shape[1] / real.shape[0])
     sheet = Image.new("RGB", (2 * width + 4, HEIGHT + 22), "#f4f4f4")
-    for i, one in enumerate(pictures):
-        if one is not None:
-            sheet.paste(one.resize((width, HEIGHT)), (i * (width + 4), 0))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    draw.text((6, HEIGHT + 3), f"real, {caption}", fill="black", font=font)
-    draw.text(
-        (width + 10, HEIGHT + 3), "imagined" if imagined is not None else "imagined: not finite", fill="black", font=font
-    )
+    texts = f"real, {caption}", "imagined" if imagined is not None else "imagined: not finite"
+    for left, picture, text in zip((0, width + 4), (real, imagined), texts, strict=True):
+        if picture is not None:
+            sheet.paste(Image.fromarray(picture).resize((width, HEIGHT)), (left, 0))
+        draw.text((left + 6, HEIGHT + 3), text, fill="black", font=font)
     return sheet
 
 
@@ -158,10 +142,11 @@ def video(make: Callable[..., gym.Env], real: np.ndarray, imagined: np.ndarray) 
     if "rgb_array" not in make().metadata.get("render_modes", []):
         raise CannotShow("the env does not render pictures")
     every = -(-len(real) // MOST_FRAMES)
-    n_finite = len(imagined) if np.isfinite(imagined).all() else int(np.isfinite(imagined).all(axis=1).argmin())
+    finite = np.isfinite(imagined).all(axis=1)
     try:
         env = make(render_mode="rgb_array")
-        left, right = list(frames(env, real, every)), list(frames(env, imagined[:n_finite], every))
+        left = list(frames(env, real, every))
+        right: list[Any] = list(frames(env, imagined[np.logical_and.accumulate(finite)], every))
         seconds = getattr(env.unwrapped, "dt", 1 / env.metadata.get("render_fps", 30))
         env.close()
     except CannotShow:
@@ -169,7 +154,7 @@ def video(make: Callable[..., gym.Env], real: np.ndarray, imagined: np.ndarray) 
     except Exception as error:  # drivers, missing displays and simulators raise many kinds of exceptions
         hint = "without a display, MUJOCO_GL=egl may help"
         raise CannotShow(f"rendering fails here ({type(error).__name__}: {error}); {hint}") from error
-    right += [None] * (len(left) - len(right))  # type: ignore[list-item]
+    right += [None] * (len(left) - len(right))
     sheets = [beside(a, b, f"step {every * i}") for i, (a, b) in enumerate(zip(left, right, strict=True))]
     file = io.BytesIO()
     duration = max(round(1000 * every * seconds), 20)

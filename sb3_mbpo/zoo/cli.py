@@ -16,31 +16,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-try:
+from sb3_mbpo.runtime.extras import needs
+from sb3_mbpo.runtime.threads import chosen
+
+with needs("zoo", "sb3_mbpo.zoo"):
     import rl_zoo3.train
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
     from rl_zoo3.utils import ALGOS
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "rl_zoo3":
-        raise
-    MISSING = 'sb3_mbpo.zoo.cli needs the RL Zoo: in the checkout of sb3_mbpo, pip install ".[zoo]"'
-    # `sb3_mbpo compare` uses the name to ask for its own extra.
-    raise (SystemExit(MISSING) if __name__ == "__main__" else ModuleNotFoundError(MISSING, name="rl_zoo3")) from None
 
-from sb3_mbpo.runtime.threads import chosen
-from sb3_mbpo.zoo.experiment import ALGORITHMS, BareWords, Experiment, convert, hyperparams_folder, sample
+    from sb3_mbpo.zoo.experiment import ALGORITHMS, BareWords, Experiment, convert, hyperparams_folder, sample
 
 __all__ = ["ALGORITHMS", "hyperparams_folder", "main", "register"]
 
 SCRIPTS = ("record_video", "record_training", "benchmark", "push_to_hub", "load_from_hub")
 PLOTS = {"plot": "all_plots", "all_plots": "all_plots", "plot_from_file": "plot_from_file", "plot_train": "plot_train"}
 COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
-INSTALL = 'in the checkout of sb3_mbpo, pip install ".[{}]"'
 
 
 def register() -> None:
@@ -52,13 +46,7 @@ def register() -> None:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """
-    Replace an attribute in this context.
-
-    :param owner: any object
-    :param name: name of the attribute
-    :param value: its value in this context
-    """
+    """In this context, an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -68,29 +56,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def call_ours(call: Callable[..., int], command: list[str], *args: Any, **kwargs: Any) -> int:
-    """
-    ``subprocess.call`` for the Zoo, which starts its own scripts, without the algorithms of this package.
-
-    :param call: the original function
-    :param command: the command; the Zoo's scripts are replaced by those of this module
-    :return: exit code
-    """
+    """``subprocess.call`` for the Zoo, which starts its own scripts, without the algorithms of this package."""
     for theirs in (["python", "enjoy.py"], ["python", "-m", "rl_zoo3.record_video"]):
         if command[: len(theirs)] == theirs:
             script = theirs[-1].removesuffix(".py").removeprefix("rl_zoo3.")
-            command = [sys.executable, "-m", "sb3_mbpo.zoo.cli", script, *command[len(theirs) :]]
+            command = [sys.executable, "-m", "sb3_mbpo", script, *command[len(theirs) :]]
     return call(command, *args, **kwargs)
 
 
 def save_card(save: Callable[..., Any], path: Path, metadata: dict[str, Any]) -> Any:
-    """
-    ``metadata_save`` of the hub, after correcting the model card: the original Zoo cannot load agents of this package.
-
-    :param save: the original function
-    :param path: the model card
-    :param metadata: its metadata
-    :return: result of ``save``
-    """
+    """``metadata_save`` of the hub, after correcting the model card: the original Zoo cannot load agents of this package."""
     card = path.read_text(encoding="utf-8")
     card = card.replace("python -m rl_zoo3.", "python -m sb3_mbpo ").replace(
         "pip install rl_zoo3", '# in a checkout of sb3_mbpo\npip install ".[zoo]"'
@@ -121,15 +96,6 @@ def our_options() -> argparse.ArgumentParser:
     return parser
 
 
-def without_checkpoints(options: list[str]) -> tuple[list[str], Path | None]:
-    """
-    :param options: options of ``train``
-    :return: the Zoo's own options, and the folder of ``--checkpoints`` or ``None``
-    """
-    given, others = our_options().parse_known_args(options)
-    return others, given.checkpoints
-
-
 def prepare(
     command: str, options: list[str], stack: ExitStack, experiment: Callable[..., Experiment] = Experiment
 ) -> list[str]:
@@ -141,7 +107,7 @@ def prepare(
     :param stack: restores everything when it is closed
     :param experiment: class of the experiment, for ``train``
     :return: options for the Zoo
-    :raises SystemExit: an option does not work with the command, or a package is missing
+    :raises SystemExit: an option does not work with the command
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo")
@@ -151,22 +117,22 @@ def prepare(
     parser.add_argument("--num-threads", type=int, default=-1)
     given, _ = parser.parse_known_args(options)
     register()
-    if command == "train" and given.num_threads > 0:
-        # The Zoo calls torch.set_num_threads. If the number is PyTorch's default, only this shows that the user has set it.
-        stack.enter_context(chosen(given.num_threads))
     if command == "train":
-        options, checkpoints = without_checkpoints(options)
-        if checkpoints is not None:
+        if given.num_threads > 0:
+            # The Zoo calls torch.set_num_threads, which does not show that the user has chosen the number.
+            stack.enter_context(chosen(given.num_threads))
+        ours, options = our_options().parse_known_args(options)
+        if ours.checkpoints is not None:
             if given.algo not in ALGORITHMS:
                 raise SystemExit(f"--checkpoints works with {', '.join(ALGORITHMS)}, not with {given.algo}")
             if {"-optimize", "--optimize-hyperparameters"} & set(options):
                 raise SystemExit("--checkpoints is for a single run; a search with -optimize is continued with its --storage")
-            experiment = partial(experiment, checkpoints=checkpoints)
+            experiment = partial(experiment, checkpoints=ours.checkpoints)
     if command not in PLOTS and given.env.startswith("dm_control/"):
-        if find_spec("dm_control") is None:
-            raise SystemExit(f"{given.env} needs the DeepMind control suite: {INSTALL.format('dm-control')}")
-        # This import registers the envs. Not every command has the Zoo's --gym-packages.
-        import shimmy  # noqa: F401
+        with needs("dm-control", given.env):
+            # This import registers the envs. Not every command has the Zoo's --gym-packages.
+            import dm_control  # noqa: F401
+            import shimmy  # noqa: F401
     stack.enter_context(replaced(rl_zoo3.train, "ExperimentManager", experiment))
     stack.enter_context(replaced(rl_zoo3.train, "StoreDict", BareWords))
     stack.enter_context(replaced(subprocess, "call", partial(call_ours, subprocess.call)))
@@ -190,23 +156,19 @@ def prepare(
     return options
 
 
-def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Experiment] = Experiment) -> None:
+def main(arguments: Sequence[str], experiment: Callable[..., Experiment] = Experiment) -> None:
     """
     Run one command of the Zoo.
 
-    :param arguments: the command and its options; ``None``: the command-line arguments of the process
+    :param arguments: the command and its options
     :param experiment: class of the experiment, for ``train``
-    :raises SystemExit: there is no such command
+    :raises SystemExit: an option does not work with the command
+    :raises MissingExtra: a package is missing
     """
-    command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("-h", "--help"):
-        print(__doc__.strip())
-        return
-    if command not in COMMANDS:
-        raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {', '.join(COMMANDS)}")
+    command, *options = arguments
     with ExitStack() as stack:
         options = prepare(command, options, stack, experiment)
-        stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo.zoo.cli {command}", *options]))
+        stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo {command}", *options]))
         if command == "train":
             if {"-h", "--help"} & set(options):
                 # Printed after the Zoo's own help, which ends the process.
@@ -219,22 +181,6 @@ def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Exper
         elif command in SCRIPTS:
             runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
         else:
-            plot(PLOTS[command])
-
-
-def plot(name: str) -> None:
-    """
-    Run a plot command of the Zoo.
-
-    :param name: a function of ``rl_zoo3.plots``
-    :raises SystemExit: a package for plots is missing
-    """
-    try:
-        from rl_zoo3 import plots
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"plots need the package {error.name}: {INSTALL.format('zoo')}") from None
-    getattr(plots, name)()
-
-
-if __name__ == "__main__":
-    main()
+            with needs("zoo", f"sb3_mbpo {command}"):
+                from rl_zoo3 import plots
+            getattr(plots, PLOTS[command])()

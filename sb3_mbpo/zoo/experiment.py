@@ -1,7 +1,6 @@
 """The RL Zoo's experiment and hyperparameter search for the algorithms of this package. Imports rl_zoo3, see cli.py."""
 
 import argparse
-import difflib
 import inspect
 import math
 import runpy
@@ -26,10 +25,15 @@ from sb3_mbpo.arguments.arguments import numbers_in
 from sb3_mbpo.checkpoints.resume_callback import ResumeCallback
 from sb3_mbpo.dhmbpo import DHMBPO
 from sb3_mbpo.mbpo import MBPO
+from sb3_mbpo.validation.rules import did_you_mean
 from sb3_mbpo.variants import MBTD3, MBTQC, MBCrossQ
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
-    **{"mbpo": MBPO, "dhmbpo": DHMBPO, "mbtd3": MBTD3, "mbtqc": MBTQC, "mbcrossq": MBCrossQ},
+    "mbpo": MBPO,
+    "dhmbpo": DHMBPO,
+    "mbtd3": MBTD3,
+    "mbtqc": MBTQC,
+    "mbcrossq": MBCrossQ,
 }
 
 # Number of evaluations in a run that is shorter than the Zoo's interval of 25,000 steps, and in a trial. The Zoo makes one per
@@ -42,27 +46,15 @@ INTERRUPTED = 75
 
 
 def hyperparams_folder() -> Path:
-    """
-    Find the settings per task: inside the package if it is installed, otherwise next to the package, as in a checkout.
-
-    :return: the folder
-    :raises FileNotFoundError: there is no such folder
-    """
+    """Settings per task: inside the package if it is installed, otherwise next to it, as in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    folders = [package / "hyperparams", package.parent / "hyperparams"]
-    for folder in folders:
-        if (folder / "mbpo.yml").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"there is no mbpo.yml in {folders[0]}, nor in {folders[1]}: this copy of sb3_mbpo is incomplete. Install it again, "
-        "or pass your own file with --conf-file"
-    )
+    inside = package / "hyperparams"
+    return inside if inside.is_dir() else package.parent / "hyperparams"
 
 
 def settings_file(config: str | None, algo: str) -> str | None:
     """
-    :param config: value of ``--conf-file``; a name without folder may be a file of this package, such as
-        ``mbpo_full_obs.yml``
+    :param config: value of ``--conf-file``; a name without folder may be a file of this package
     :param algo: name of an algorithm
     :return: the settings file; ``None``: the Zoo's own file for this algorithm
     """
@@ -75,12 +67,7 @@ def settings_file(config: str | None, algo: str) -> str | None:
 
 
 def read_settings(file: str) -> Any:
-    """
-    Read a settings file as the Zoo does.
-
-    :param file: a YAML file, or a Python file or module with a dictionary ``hyperparams``
-    :return: settings by env, if the file is valid
-    """
+    """:return: settings by env, from a YAML file, or from a Python file or module with a dictionary ``hyperparams``"""
     if file.endswith((".yml", ".yaml")):
         return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     return runpy.run_path(file)["hyperparams"] if file.endswith(".py") else import_module(file).hyperparams
@@ -91,10 +78,6 @@ def sample(algorithm: type, trial: Any, n_actions: int, n_envs: int, additional_
     Sample settings for ``-optimize``: those of model-based learning, and those of the algorithm that depend on them most.
 
     :param algorithm: a ModelBased class; the other arguments are those of the Zoo's samplers
-    :param trial: the trial
-    :param n_actions: number of action dimensions
-    :param n_envs: number of envs, not used
-    :param additional_args: not used
     :return: keyword arguments of the algorithm
     """
     params = {
@@ -122,12 +105,7 @@ def sample(algorithm: type, trial: Any, n_actions: int, n_envs: int, additional_
 
 
 def convert(params: dict[str, Any]) -> dict[str, Any]:
-    """
-    Convert the parameters of a trial.
-
-    :param params: parameters as stored in the study
-    :return: keyword arguments of the algorithm
-    """
+    """:return: keyword arguments of the algorithm, from the parameters of a trial as stored in the study"""
     rest = {key: value for key, value in params.items() if key not in ("one_minus_gamma", "batch_size_pow")}
     return {**rest, "gamma": 1 - params["one_minus_gamma"], "batch_size": 2 ** params["batch_size_pow"]}
 
@@ -141,17 +119,13 @@ def as_mapping(value: Any) -> Any:
 
 def flattened(wrappers: Any) -> Any:
     """
-    Add ``FLATTEN`` to the wrappers of an env, unless it is one of them.
-
     :param wrappers: ``env_wrapper`` of the settings: ``None``, a wrapper or a list of them, each a dotted name or a mapping
         from it to its arguments
     :return: the wrappers with ``FLATTEN``
     """
-    each = wrappers if isinstance(wrappers, list) else [] if wrappers is None else [wrappers]
-    names = [str(next(iter(item)) if isinstance(item, dict) else item) for item in each]
-    if any("FlattenObservation" in name for name in names):
+    if "FlattenObservation" in str(wrappers):
         return wrappers
-    return [*each, FLATTEN] if each else FLATTEN
+    return [*(wrappers if isinstance(wrappers, list) else [wrappers] if wrappers else []), FLATTEN]
 
 
 class BareWords(StoreDict):
@@ -182,8 +156,6 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         self, args: argparse.Namespace, algo: str, env_id: str, *rest: Any, checkpoints: Path | None = None, **kwargs: Any
     ) -> None:
         self.checkpoints = checkpoints
-        # Removed or closed if the run is refused.
-        self.new_folders: list[Path] = []
         self.made_envs: list[VecEnv] = []
         self.ours = algo in ALGORITHMS
         kwargs["config"] = settings_file(kwargs.get("config"), algo)
@@ -195,27 +167,15 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         try:
             return super().setup_experiment()
         except BaseException:
-            self._leave_nothing()
+            # A refused run leaves nothing open, and no folder. Its name was not used before.
+            for env in self.made_envs:
+                env.close()
+            shutil.rmtree(self.save_path, ignore_errors=True)
             raise
 
     def create_envs(self, *args: Any, **kwargs: Any) -> VecEnv:
         self.made_envs.append(super().create_envs(*args, **kwargs))
         return self.made_envs[-1]
-
-    def create_log_folder(self) -> None:
-        self.new_folders = [path for path in (Path(self.save_path), Path(self.log_path)) if not path.exists()]
-        super().create_log_folder()
-
-    def _leave_nothing(self) -> None:
-        """After an error: close the envs, which have open files, and remove the folders of this run."""
-        for env in self.made_envs:
-            with suppress(EOFError, ConnectionError):
-                env.close()
-        for folder in self.new_folders:
-            if folder == Path(self.save_path):
-                shutil.rmtree(folder, ignore_errors=True)
-            elif folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.storage and self.study_name and self.trial_id == 0:
@@ -267,8 +227,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         for key in settings:
             if key not in known:
                 # Otherwise, this would be a bare TypeError, or with -i an unused attribute.
-                near = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(f"{self.algo} has no setting {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+                raise ValueError(f"{self.algo} has no setting {key!r}{did_you_mean(key, known)}")
         if any(isinstance(callback, ParallelTrainCallback) for callback in callbacks):
             raise ValueError(f"ParallelTrainCallback trains a copy of the agent, which fails with {self.algo}; remove it")
 
@@ -296,19 +255,15 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         if not self.ours:
             super().learn(model)
             return
-        log_interval = (
-            {} if self.log_interval == -1 else {"log_interval": self.log_interval if self.log_interval >= 0 else None}
-        )
+        log_interval = {} if self.log_interval == -1 else {"log_interval": max(self.log_interval, 0) or None}
         # The Zoo would start with random actions again. An agent that has its replay buffer does not need them; without it, it
         # does, because a few transitions would spoil its critic.
         goes_on = self.continue_training and model.replay_buffer.size() > 0
         every = min(max(int(self.n_timesteps) // FEWEST_EVALUATIONS, 1), 5_000)
         resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, every, verbose=self.verbose)
         callbacks = self.callbacks if resume is None else [*self.callbacks, resume]
-        finished, before = False, model.num_timesteps
         try:
             model.learn(self.n_timesteps, callback=callbacks, reset_num_timesteps=not goes_on, **log_interval)
-            finished = True
         except KeyboardInterrupt:
             if resume is not None:
                 # This is the second interrupt: stop immediately.
@@ -317,14 +272,10 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
             for callback in self.callbacks:
                 if isinstance(callback, ProgressBarCallback):
                     callback.on_training_end()
-        except Exception:
-            if model.num_timesteps == before:
-                self._leave_nothing()
-            raise
         finally:
             # A signal to the process group may have ended the envs' processes.
             with suppress(EOFError, ConnectionError):
                 model.env.close()
-        if resume is not None and resume.interrupted is not None and finished:
+        if resume is not None and resume.interrupted is not None:
             print(f"{resume.interrupted}: saved in {self.checkpoints}; the same command resumes the run")
             raise SystemExit(INTERRUPTED)

@@ -66,7 +66,7 @@ class Record(Logger):
         super().dump(step)
 
 
-def run(folder, cut=None, moment="step", kind=MBPO, env_id="Hopper-v5", n_envs=1, normalize=False, total=120, **settings):
+def run(folder, cut=None, moment="step", kind=MBPO, env_id="Hopper-v5", n_envs=1, normalize=False, total=100, **settings):
     """Learn, be cut once; the state in the end and what was logged."""
     env, eval_env = make_vec_env(env_id, n_envs, seed=1), make_vec_env(env_id, 1, seed=5)
     if normalize:
@@ -97,8 +97,10 @@ def assert_same(ours, theirs):
     assert state == other_state
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalised"])
-@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize(
+    ("n_envs", "normalize"),
+    [(1, False), (3, True), *(pytest.param(*both, marks=pytest.mark.expensive) for both in ((1, True), (3, False)))],
+)
 def test_to_the_last_bit(tmp_path, n_envs, normalize):
     """
     Cut in the warm-up, in the midst of episodes, right before a fit, in a fit and right after one: each cut is a new process'
@@ -129,34 +131,24 @@ def pays(obs, actions, next_obs):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_sde": True},
-        {"use_sde": True, "sde_sample_freq": 3},
+        {"use_sde": True, "sde_sample_freq": 3, "train_freq": 7},
         {"train_freq": (1, "episode"), "gradient_steps": -1},
-        {"train_freq": 7},
         {"updates_per_transition": 0.3, "gradient_steps": -1, "train_freq": 7, "warmup_actions": 0.3},
-        {"real_ratio": 1.0},
-        {"fast_update": False, "termination_fn": "learned"},
-        {"ent_coef": 0.1, "learning_rate": falling},
-        {"kind": MBTD3, "env_id": "Pendulum-v1"},
-        {"action_noise": "OU", "env_id": "Pendulum-v1"},
-        {"learning_starts": 0, "buffer_size": 50, "model_buffer_size": 40},
+        {"real_ratio": 1.0, "use_sde": True},
+        {"fast_update": False, "termination_fn": "learned", "ent_coef": 0.1, "learning_rate": falling},
+        {"kind": MBTD3, "env_id": "Pendulum-v1", "action_noise": "OU", "rollout_filter": "m2ac", "rollout_schedule": 3},
+        {"learning_starts": 0, "buffer_size": 50, "model_buffer_size": 40, "rollout_filter": "macura", "rollout_schedule": 3},
         # As many steps from fit to fit as it takes to measure k.
         {
             **{"rollout_schedule": "auto", "model_train_freq": 25},
             **{"min_explained_variance": 0.1, "dynamics_kwargs": {"net_arch": [16, 16]}},
         },
-        {"rollout_filter": "macura", "rollout_schedule": 3},
-        {"rollout_filter": "infoprop", "rollout_schedule": 3, "reward_fn": pays, "termination_fn": "learned"},
-        {"rollout_filter": "m2ac", "rollout_schedule": 3, "kind": MBTD3, "env_id": "Pendulum-v1"},
-        {"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7},
+        {"rollout_filter": "infoprop", "rollout_schedule": 3, "reward_fn": pays},
+        pytest.param({"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7}, marks=pytest.mark.expensive),
         # What the dynamics was fitted to is partly overwritten when the run is cut.
         {"kind": DHMBPO, "rollout_schedule": 3, "distribution_freq": 7, "buffer_size": 50, "rollout_filter": "macura"},
     ],
-    ids=[
-        *"sde sde_often episodes seven_steps per_transition model_off slow fixed_entropy td3 noise small".split(),
-        *"auto macura infoprop".split(),
-        *"m2ac dhmbpo dhmbpo_small".split(),
-    ],
+    ids="sde episodes per_transition model_off slow td3 small auto infoprop dhmbpo dhmbpo_small".split(),
 )
 @pytest.mark.filterwarnings("ignore:reward_fn disagrees")
 def test_all_kinds_of_agents(tmp_path, settings):

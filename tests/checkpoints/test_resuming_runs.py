@@ -1,6 +1,7 @@
 """What a run's folder is given to, and what is taken from it: settings, agents that do not fit, runs that a callback ended."""
 
 import errno
+import itertools
 import os
 import signal
 import threading
@@ -94,20 +95,20 @@ def test_a_foreign_checkpoint_writes_no_logs_elsewhere(tmp_path):
 
 
 def test_a_foreign_checkpoint_without_its_parts(tmp_path):
-    """Each part is needed, by the callback and by ``resume``, and an error names what is missing."""
+    """Each part is needed, by the callback as by ``resume``, which take turns here, and an error names what is missing."""
     made().learn(3, ResumeCallback(tmp_path))
     state, tensors = read(next(listed(tmp_path)).path)
     parts = [(state, name) for name in ("class", "stopped", "origin", "life", "left", "settings", "agent", "learn", "state")]
     parts += [(state[part], name) for part in ("settings", "learn") for name in state[part]] + [(state["agent"], "arguments")]
+    ways = itertools.cycle([lambda: resume(tmp_path, "Pendulum-v1"), lambda: made().learn(5, ResumeCallback(tmp_path))])
     for owner, name in parts:
         kept = owner.pop(name)
         for wrong in ({}, {name: "x" if not isinstance(kept, str) else 3}):
             if name in ("class", "stopped", "origin", "life", "left", "settings", "agent", "learn", "state") or not wrong:
                 owner.update(wrong)
                 checkpoint.write(tmp_path, state, tensors, 3)
-                for go_on in (lambda: resume(tmp_path, "Pendulum-v1"), lambda: made().learn(5, ResumeCallback(tmp_path))):
-                    with pytest.raises(ValueError, match=rf"this is no checkpoint of a run: .*{name}"):
-                        go_on()
+                with pytest.raises(ValueError, match=rf"this is no checkpoint of a run: .*{name}"):
+                    next(ways)()
         owner[name] = kept
 
 

@@ -48,11 +48,11 @@ def made(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
     class Pretended(workers.LocalWorkers):
         def start(self, run: Run) -> None:
-            self.processes.append((run, None))  # type: ignore[arg-type]
+            self.active[str(run)] = run
 
         def collect(self) -> list[tuple[Run, str | None]]:
-            assert len(self.processes) <= self.count
-            (run, _), *self.processes = self.processes
+            assert self.count is None or len(self.active) <= self.count
+            run = self.active.pop(next(iter(self.active)))
             runs.append(run)
             folder = self.root / run.folder
             run.begin(folder)
@@ -63,7 +63,7 @@ def made(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
             return [(run, workers.outcome(folder, 1))]
 
         def stop(self) -> None:
-            self.processes = []
+            self.active = {}
 
     monkeypatch.setattr(compare, "LocalWorkers", Pretended)
     yield runs
@@ -230,10 +230,10 @@ def test_settings_files(compare: ModuleType, made: list[Run]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("mbpo sac", "mpbo sac"), "no algorithm 'mpbo'; did you mean mbpo"),
-        (("mbpo sac", "sac sac"), "'sac' and 'sac' are the same"),
+        (("mbpo sac", "mpbo sac"), "no algorithm 'mpbo' among .*; did you mean 'mbpo'"),
+        (("mbpo sac", "sac sac"), "share a folder"),
         (("mbpo sac", "sac:ent_coef=a/b sac:ent_coef=a?b"), "share a folder"),
-        (("Pendulum-v1", "Pendulum-v11"), "no environment 'Pendulum-v11'; did you mean Pendulum-v1"),
+        (("Pendulum-v1", "Pendulum-v11"), "no environment 'Pendulum-v11'; did you mean 'Pendulum-v1'"),
         (("Pendulum-v1", "Pendulum-v1 Pendulum-v1"), "names an environment twice"),
         (("--steps 40", "--steps 40 --baseline tqc"), "--baseline tqc is not among"),
         (("--steps 40", "--steps 40 --threshold 1 2"), "--threshold needs a number for each of the 1"),
@@ -297,7 +297,7 @@ def command(folder: Path, *options: str, **environment: str) -> subprocess.Popen
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"MPLBACKEND": "Agg", "MUJOCO_GL": "disable", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    line = [sys.executable, "-m", "sb3_mbpo.compare.cli", *options]
+    line = [sys.executable, "-m", "sb3_mbpo", "compare", *options]
     return subprocess.Popen(line, cwd=folder, env=os.environ | quiet | environment, **pipes)  # type: ignore[call-overload]
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from sb3_mbpo.compare.html import definitions, number, page, picture
+from sb3_mbpo.compare.html import definitions, number, page, picture, table
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,11 @@ def test_numbers(value: float, text: str) -> None:
 
 
 def test_page() -> None:
-    html = page(
-        "a <b", [picture(b"content", "webp", 'a "picture"', "of <i>something</i>"), definitions([("x", "y")])], "p { }"
-    )
+    parts = [picture(b"content", 'a "picture"', "of <i>something</i>", "webp"), definitions([("x<", "<b>y</b>")])]
+    html = page("a <b", [*parts, table(["<", "a, b"], [["c", ("d", "<e")]])], "p { }")
     assert "<title>a &lt;b</title>" in html and "<h1>a &lt;b</h1>" in html and "p { }</style>" in html
     kind, data = re.findall(r'src="data:image/(\w+);base64,([^"]+)"', html)[0]
     assert kind == "webp" and base64.b64decode(data) == b"content"
     assert 'alt="a &quot;picture&quot;"' in html and "<figcaption>of <i>something</i></figcaption>" in html
-    assert "<dl><dt>x</dt><dd>y</dd></dl>" in html
+    assert "<dl><dt>x&lt;</dt><dd><b>y</b></dd></dl>" in html
+    assert "<th>&lt;</th><th>a,&nbsp;b</th>" in html and "<tr><td>c</td><td>d<small>&lt;e</small></td></tr>" in html

@@ -47,7 +47,7 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=40)
     evaluated(tmp_path, RUNS[1], "20,0,1234.56\n")
     with RunProgress(3, 1, tmp_path, console) as shown:
-        shown.update(RUNS[1:])
+        shown.show(RUNS[1:])
         shown.ended(RUNS[1], None)
         shown.ended(RUNS[2], "exit code 1, see a_long_file_name_that_does_not_fit\n    Traceback")
     assert console.file.getvalue() == (  # type: ignore[attr-defined]
@@ -62,15 +62,15 @@ def test_bars_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     console = Console(file=io.StringIO(), width=150, force_terminal=True, force_interactive=True, color_system=None)
     evaluated(tmp_path, RUNS[0], "20,0,1234.56\n")
     with RunProgress(3, 0, tmp_path, console) as shown:
-        shown.update(RUNS[:2])
-        shown.progress.refresh()
-        tasks = {task.description: task for task in shown.progress.tasks}
+        shown.show(RUNS[:2])
+        shown.refresh()
+        tasks = {task.description: task for task in shown.tasks}
         assert tasks["E-v0, sac, seed 0"].completed == 20 and tasks["E-v0, sac, seed 1"].completed == 0
         shown.ended(RUNS[0], None)
-        assert shown.progress.tasks[0].completed == 1
-        shown.update([dataclasses.replace(RUNS[1])])
-        assert {task.description for task in shown.progress.tasks} == {"all runs", "E-v0, sac, seed 1"}
-        shown.progress.refresh()
+        assert shown.tasks[0].completed == 1
+        shown.show([dataclasses.replace(RUNS[1])])
+        assert {task.description for task in shown.tasks} == {"all runs", "E-v0, sac, seed 1"}
+        shown.refresh()
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "step 20, return 1,234.6" in text and "0 done, 2 active, 1 waiting, 0 failed" in text
     assert "1 done, 1 active, 1 waiting, 0 failed" in text

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,7 +45,7 @@ def all_of(pool: LocalWorkers, runs: list[Run]) -> dict[int, str | None]:
             pool.start(waiting.pop(0))
         most = max(most, len(pool.active))
         outcomes.update({run.seed: outcome for run, outcome in pool.collect()})
-    assert most == min(pool.count, len(runs))
+    assert pool.count is not None and most == min(pool.count, len(runs))
     return outcomes
 
 
@@ -79,36 +78,29 @@ def test_stop_ends_what_is_under_way(does: Does, tmp_path: Path) -> None:
     pool = LocalWorkers(tmp_path, 2)
     for run in seeds(2):
         pool.start(run)
-    files = [tmp_path / run.folder / "pid" for run in pool.active]
+    files = [tmp_path / run.folder / "pid" for run in pool.active.values()]
     while not all(file.exists() and file.read_text() for file in files):
         time.sleep(0.05)
     assert pool.collect() == []
     pool.stop()
-    assert pool.active == []
+    assert pool.active == {}
     for file in files:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
 
 
-def test_process_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", [None, "ACTIVE"])
+def test_process_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str | None) -> None:
+    """It has its threads, which leave the cores to other runs while they wait, and it is out of the reach of Ctrl-C."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    seen: dict[str, Any] = {}
-
-    def popen(command: list[str], **kwargs: Any) -> None:
-        seen.update(kwargs, command=command)
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    workers.start(dataclasses.replace(RUN, threads=3), tmp_path / "run")
-    # -u: the error comes after what was printed before it, whatever the environment says of buffers.
-    assert seen["command"] == [sys.executable, "-u", "-m", "sb3_mbpo.compare.run", str(tmp_path / "run")]
-    assert seen["env"]["OMP_NUM_THREADS"] == "3" and seen["stdin"] == subprocess.PIPE
-    # Other runs need the cores on which OpenMP's threads wait.
-    assert seen["env"]["OMP_WAIT_POLICY"] == "PASSIVE"
-    # Out of the reach of a terminal's Ctrl-C.
-    assert seen["start_new_session"]
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    workers.start(RUN, tmp_path / "another")
-    assert seen["env"]["OMP_WAIT_POLICY"] == "ACTIVE"
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    script = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY'], os.getsid(0) == os.getpid())"
+    (tmp_path / "python").write_text(f"#!{sys.executable}\n{script}")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    workers.start(dataclasses.replace(RUN, threads=3), tmp_path / "run").communicate()
+    assert (tmp_path / "run" / "output.txt").read_text().split() == ["3", policy or "PASSIVE", "True"]
 
 
 def test_run_elsewhere_returns_its_files(does: Does) -> None:
@@ -128,6 +120,6 @@ def test_killed_process_is_no_failed_run(does: Does) -> None:
 
 
 def test_missing_ray_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'pip install "\.\[ray\]"'):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r'--ray-address needs ray: .* pip install "\.\[ray\]"'):
         RayWorkers(tmp_path, "auto", None)

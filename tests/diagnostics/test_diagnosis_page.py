@@ -12,7 +12,22 @@ if find_spec("matplotlib") is None:
 
 from test_diagnosis_figures import made
 
-from sb3_mbpo.diagnostics.report_page import Findings, of_prediction, of_returns, of_trust, share, table, tiles, write_page
+from sb3_mbpo.diagnostics.report_page import (
+    Findings,
+    of_prediction,
+    of_returns,
+    of_trust,
+    share,
+    table_of_dimensions,
+    tiles,
+    write_page,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take longest, and are tested in test_diagnosis_figures.py."""
+    monkeypatch.setattr("sb3_mbpo.diagnostics.report_figures.png", lambda figure: b"PNG")
 
 
 def findings(**changes) -> Findings:
@@ -21,7 +36,7 @@ def findings(**changes) -> Findings:
             "diagnosis": made(),
             "imagined_returns": np.full((19, 1), 100.0),
             "deterministic_returns": [7.0, 8.0],
-            "deterministic_source": "",
+            "averaged_actor": False,
             "explained": [0.98765, 0.5],
             "termination": "learned",
             "rollout_length": 3,
@@ -79,7 +94,7 @@ def test_words_about_returns():
     assert "deterministic actions is 7.50, as <code>evaluate_policy</code> shows it, and that of" in said
     assert f"sampled actions {sampled}, as in model rollouts." in said
     assert "Imagined episodes with sampled actions from the same first states have a mean return of 100." in said
-    assert "as in model rollouts; from an average." in " ".join(of_returns(findings(deterministic_source="; from an average")))
+    assert "as in model rollouts; deterministic actions come from an av" in " ".join(of_returns(findings(averaged_actor=True)))
     assert "Imagined" not in " ".join(of_returns(findings(imagined_returns=np.full((19, 1), np.nan))))
 
 
@@ -118,11 +133,11 @@ def test_an_algorithm_that_the_theorem_is_not_about(tmp_path):
 
 
 def test_table():
-    html = table(findings())
+    html = table_of_dimensions(findings())
     assert html.count("<tr>") == 5 and "<td>reward</td>" in html and "<td>obs 2</td>" in html
     named = findings(diagnosis=dataclasses.replace(made(), names=["reward", "x", "y", "<z>"]))
-    assert "<td>x</td>" in table(named) and "<td>&lt;z&gt;</td>" in table(named)
-    assert "worst predicted of 61 columns" in table(findings(diagnosis=made(obs_dim=60)))
+    assert "<td>x</td>" in table_of_dimensions(named) and "<td>&lt;z&gt;</td>" in table_of_dimensions(named)
+    assert "worst predicted of 61 columns" in table_of_dimensions(findings(diagnosis=made(obs_dim=60)))
 
 
 def test_episodes_shorter_than_the_horizon(tmp_path):

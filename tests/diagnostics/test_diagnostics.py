@@ -2,7 +2,6 @@
 
 import copy
 import html
-import pickle
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +41,9 @@ def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_mbpo.diagnostics.report.MOST_FILMED", 20)
+    """Short videos, and no pictures of the figures, which have tests of their own."""
+    monkeypatch.setattr("sb3_mbpo.diagnostics.report.MOST_FILMED", 5)
+    monkeypatch.setattr("sb3_mbpo.diagnostics.report_figures.png", lambda figure: b"PNG")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
 
 
@@ -50,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_report(agents, tmp_path, capsys, safe):
     out = tmp_path / "page.html"
     options = [str(agents / "late.zip"), "--env", "Pendulum-v1", "--earlier", str(agents / "early.zip"), "--out", str(out)]
-    main(["report", *options, "--episodes", "1", "--horizon", "10", *safe])
+    main([*options, "--episodes", "1", "--horizon", "10", *safe])
     page = out.read_text()
     assert capsys.readouterr().out.strip() == str(out)
     assert "MBPO after 65 steps" in page and "1 new episode, 200 steps, seed 0" in page
@@ -60,14 +61,13 @@ def test_report(agents, tmp_path, capsys, safe):
     assert len(page) < 3_000_000
 
 
-def test_the_same_report_twice_and_another_agent(agents, tmp_path):
-    found = []
-    for _ in range(2):
-        agent = MBTD3("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
-        found.append(write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3).findings)
-    assert found[0].diagnosis.numbers(3) == pytest.approx(found[1].diagnosis.numbers(3), nan_ok=True)
-    np.testing.assert_array_equal(found[0].imagined_returns, found[1].imagined_returns)
-    assert found[0].optimal is None
+def test_the_same_report_twice_and_another_agent(tmp_path):
+    agent = MBTD3("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
+    options = {"n_episodes": 1, "horizon": 3, "max_episode_steps": 30}
+    first, second = (write_report(agent, tmp_path / "page.html", **options).findings for _ in range(2))
+    assert first.diagnosis.numbers(3) == pytest.approx(second.diagnosis.numbers(3), nan_ok=True)
+    np.testing.assert_array_equal(first.imagined_returns, second.imagined_returns)
+    assert first.optimal is None
 
 
 DOUBLE = {**FAST, "policy_kwargs": {"net_arch": [8]}, "gradient_steps": 1, "training_horizon": 2, "rollout_batch_size": 8}
@@ -94,9 +94,8 @@ def test_the_page_says_what_the_user_sees(tmp_path, make, settings):
     agent.save(tmp_path / "agent.zip")
     env.save(str(tmp_path / "statistics.pkl"))
     again = ["--env", "Pendulum-v1", "--normalize", str(tmp_path / "statistics.pkl"), "--episodes", "1", "--horizon", "2"]
-    for safe in ([], ["--safe"]):
-        main(["report", str(tmp_path / "agent.zip"), *again, *safe])
-        assert f"<code>dynamics/explained_obs</code> was {explained[1]:.3g} at" in (tmp_path / "agent.html").read_text()
+    main([str(tmp_path / "agent.zip"), *again])
+    assert f"<code>dynamics/explained_obs</code> was {explained[1]:.3g} at" in (tmp_path / "agent.html").read_text()
 
 
 def test_what_write_report_returns(tmp_path, monkeypatch):
@@ -119,7 +118,7 @@ def test_the_agent_is_only_looked_at(tmp_path, make, settings):
     for look in (True, False):
         agent = make("MlpPolicy", "Pendulum-v1", **settings).learn(25)
         if look:
-            write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3)
+            write_report(agent, tmp_path / "page.html", n_episodes=1, horizon=3, max_episode_steps=30)
         states.append(state_of(agent))
     assert same(*states)
 
@@ -127,34 +126,14 @@ def test_the_agent_is_only_looked_at(tmp_path, make, settings):
 def test_the_true_simulator_returns_what_it_promises(tmp_path):
     """Imagined returns are those of other actions, so they agree in the mean only."""
     agent = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=TruePendulum, **{**FAST, "dynamics_kwargs": {}}).learn(25)
-    found = write_report(agent, tmp_path / "page.html", n_episodes=4, horizon=5).findings
+    found = write_report(agent, tmp_path / "page.html", n_episodes=4, horizon=5, max_episode_steps=100).findings
     real = np.mean([episode.rewards.sum() for episode in found.diagnosis.episodes])
     assert found.imagined_returns.mean() == pytest.approx(real, rel=0.15)
     assert "compared with no change is 1.00." in (tmp_path / "page.html").read_text()
 
 
-def test_statistics_of_vec_normalize(tmp_path):
-    env = VecNormalize(make_vec_env("Pendulum-v1", 1))
-    MBPO("MlpPolicy", env, **FAST).learn(25).save(tmp_path / "agent.zip")
-    env.save(str(tmp_path / "statistics.pkl"))
-    options = ["--env", "Pendulum-v1", "--normalize", str(tmp_path / "statistics.pkl"), "--episodes", "1", "--horizon", "2"]
-    main(["report", str(tmp_path / "agent.zip"), *options])
-    assert (tmp_path / "agent.html").is_file()
-    assert isinstance(pickle.loads((tmp_path / "statistics.pkl").read_bytes()), VecNormalize)
-
-
-def test_env_without_a_spec_gets_no_video(tmp_path):
-    class Bare(gym.Wrapper):
-        spec = None
-
-    agent = MBPO("MlpPolicy", "Pendulum-v1", **FAST).learn(25)
-    make = lambda: Bare(gym.make("Pendulum-v1"))  # noqa: E731
-    found = write_report(agent, tmp_path / "page.html", env=make, n_episodes=1, horizon=2).findings
-    assert found.video == "it has no spec of Gymnasium's"
-
-
-def test_imagined_returns_are_as_long_as_real_ones(tmp_path):
-    """Under a time limit that no spec tells of, with the true system, which pays no less than -16.3 a step."""
+def test_env_without_a_spec(tmp_path):
+    """There is no video, and imagined episodes are as long as real ones. The true system pays no less than -16.3 a step."""
 
     class Bare(gym.Wrapper):
         spec = None
@@ -163,6 +142,7 @@ def test_imagined_returns_are_as_long_as_real_ones(tmp_path):
     agent = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=TruePendulum, **settings).learn(25)
     limited = lambda: gym.wrappers.TimeLimit(Bare(gym.make("Pendulum-v1").unwrapped), 7)  # noqa: E731
     found = write_report(agent, tmp_path / "page.html", env=limited, n_episodes=2, horizon=2).findings
+    assert found.video == "it has no spec of Gymnasium's"
     assert [len(episode.rewards) for episode in found.diagnosis.episodes] == [7, 7]
     assert found.imagined_returns.min() > 7 * -16.3 and found.imagined_returns.max() < 0
 
@@ -173,7 +153,7 @@ def test_arguments_of_the_env(agents, tmp_path, capsys):
     found = []
     with mock.patch("sb3_mbpo.diagnostics.report.write_page", lambda path, findings, about: found.append((findings, about))):
         for more in ([], ["--env-kwargs", "g:0.0"]):
-            main(["report", *options, *more, "--out", str(tmp_path / "page.html")])
+            main([*options, *more, "--out", str(tmp_path / "page.html")])
     first, second = (findings.diagnosis.episodes[0] for findings, _ in found)
     assert np.array_equal(first.obs[0], second.obs[0]) and not np.allclose(first.obs, second.obs)
     assert found[1][1]["command"].endswith("--env-kwargs g:0.0 --out " + str(tmp_path / "page.html"))
@@ -205,14 +185,14 @@ def test_arguments_of_the_env(agents, tmp_path, capsys):
 def test_one_sentence_each(agents, monkeypatch, agent, options, message):
     monkeypatch.chdir(agents)
     with pytest.raises(SystemExit, match=message) as caught:
-        main(["report", agent, "--env", "Pendulum-v1", "--episodes", "1", "--horizon", "2", *options])
+        main([agent, "--env", "Pendulum-v1", "--episodes", "1", "--horizon", "2", *options])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["episodes", "horizon"])
 def test_options_out_of_range(name, capsys):
     with pytest.raises(SystemExit):
-        main(["report", "x.zip", "--env", "x", f"--{name}", "0"])
+        main(["x.zip", "--env", "x", f"--{name}", "0"])
     assert f"--{name} must be at least 1" in capsys.readouterr().err
 
 

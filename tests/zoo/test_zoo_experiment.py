@@ -63,14 +63,6 @@ def test_settings_file(zoo: ModuleType, tmp_path: Path) -> None:
     assert settings_file("mbpo.yml", "mbpo") == "mbpo.yml"
 
 
-def test_incomplete_copy_says_so(zoo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sb3_mbpo.zoo.experiment as experiment
-
-    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "sb3_mbpo" / "zoo" / "experiment.py"))
-    with pytest.raises(FileNotFoundError, match="this copy of sb3_mbpo is incomplete"):
-        zoo.hyperparams_folder()
-
-
 def test_env_kwargs_of_the_file_reach_the_evaluation(zoo: ModuleType) -> None:
     train(zoo, "--env", "Ant-v5", "--eval-freq", "15", "--eval-episodes", "1", n=15)
     folder, config = saved("mbpo", "Ant-v5")
@@ -118,25 +110,11 @@ def test_misspelt_settings_are_refused(zoo: ModuleType, trained: bool) -> None:
     if trained:
         train(zoo, *options, n=5)
         options += ["-i", str(saved("mbpo", "Pendulum-v1")[0] / "Pendulum-v1.zip")]
-    with pytest.raises(ValueError, match="mbpo has no setting 'real_ration'; did you mean real_ratio"):
+    with pytest.raises(ValueError, match="mbpo has no setting 'real_ration'; did you mean 'real_ratio'"):
         train(zoo, *options, tiny=["real_ration:0.1"])
 
 
-def test_a_refused_run_leaves_no_folder(zoo: ModuleType) -> None:
-    with pytest.raises(ValueError, match="gamma"):
-        train(zoo, "--env", "Pendulum-v1", tiny=["gamma:2"])
-    assert not Path("logs", "mbpo").exists()
-
-
-def test_a_run_refused_when_learning_begins_leaves_no_folder(zoo: ModuleType) -> None:
-    options = ["--env", "Pendulum-v1", "--checkpoints", "saved"]
-    train(zoo, *options, algo="mbtd3", n=2)
-    with pytest.raises(ValueError, match="is a checkpoint of MBTD3, not of MBPO"):
-        train(zoo, *options)
-    assert not Path("logs", "mbpo").exists()
-
-
-def test_a_refused_run_leaves_those_of_others(zoo: ModuleType) -> None:
+def test_a_refused_run_leaves_only_the_folders_of_others(zoo: ModuleType) -> None:
     before = Path("logs", "mbpo", "Pendulum-v1_1")
     before.mkdir(parents=True)
     with pytest.raises(ValueError, match="gamma"):
@@ -156,7 +134,7 @@ def test_dynamics_kwargs_are_merged_with_the_files(zoo: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("wrappers", "expected"),
     [
-        (None, FLATTEN),
+        (None, [FLATTEN]),
         (FLATTEN, FLATTEN),
         ("my.Wrapper", ["my.Wrapper", FLATTEN]),
         ([FLATTEN, {"my.Wrapper": {"a": 1}}], [FLATTEN, {"my.Wrapper": {"a": 1}}]),
@@ -180,7 +158,7 @@ def test_dm_control_is_flattened_whatever_the_file(zoo: ModuleType, monkeypatch:
     folder, config = saved("mbpo", "dm_control-pendulum-swingup-v0")
     assert zoo.ALGORITHMS["mbpo"].load(folder / "dm_control-pendulum-swingup-v0.zip").observation_space.shape == (3,)
     # Where enjoy finds it.
-    assert config["env_wrapper"] == FLATTEN
+    assert config["env_wrapper"] == [FLATTEN]
 
 
 def test_parallel_training_is_refused(zoo: ModuleType) -> None:
