@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sb3_mbpo.arguments.arguments import numbers_in
+from sb3_mbpo.validation.rules import numbers_in
 
 
 @dataclass(frozen=True)
