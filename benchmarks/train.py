@@ -30,7 +30,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.arguments.arguments import numbers_in, resolve
+from sb3_mbpo.validation.rules import numbers_in, resolve
 
 matplotlib.use("Agg")
 
@@ -60,7 +60,7 @@ def make_env(env_id: str, env_kwargs: dict[str, Any], env_wrapper: str | None) -
         # Registers them.
         import shimmy  # noqa: F401
     env = gym.make(env_id, **env_kwargs)
-    env = env if env_wrapper is None else resolve(env_wrapper, "env_wrapper")(env)
+    env = env if env_wrapper is None else resolve(env_wrapper)(env)
     is_dict = isinstance(env.observation_space, gym.spaces.Dict)
     return gym.wrappers.FlattenObservation(env) if env_id.startswith("dm_control/") and is_dict else env
 

@@ -42,8 +42,6 @@ class MBPO(ModelBased, SAC):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self.fast_update is not None and not isinstance(self.fast_update, bool):
-            raise ValueError(f"fast_update={self.fast_update!r} must be None, True or False")
         self._said_update = ""
         self._is_fast()
 

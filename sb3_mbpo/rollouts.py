@@ -9,10 +9,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.trust.filters import RolloutFilter
 from sb3_mbpo.validation.registry import described
-from sb3_mbpo.validation.rules import is_number, is_whole, shown, whole
-
-# Maximum k. Larger values are longer than any time limit and almost certainly typos.
-MOST_STEPS = 10_000
+from sb3_mbpo.validation.rules import is_number, shown, whole
+from sb3_mbpo.validation.table import ARGUMENTS, MOST_STEPS
 
 RolloutSchedule = Callable[[int], int]
 
@@ -127,20 +125,13 @@ def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> Rollout
     :return: callable from env transitions to k
     :raises ValueError: ``spec`` is none of these, or a length is below 1
     """
+    ARGUMENTS["rollout_schedule"].check("rollout_schedule", spec)
     keys = ["min_length", "max_length", "start", "end"]
     if isinstance(spec, dict):
         if set(spec) != set(keys):
             raise ValueError(f"rollout_schedule={shown(spec)} must have exactly the keys {', '.join(keys)}")
         return LinearRolloutSchedule(**spec)
-    if is_whole(spec, 1, MOST_STEPS):
-        assert isinstance(spec, int)
-        return LinearRolloutSchedule(spec, spec, 0, 0)
-    if callable(spec):
-        return spec
-    raise ValueError(
-        f"rollout_schedule={shown(spec)} must be a length, a whole number of at least 1 and at most {MOST_STEPS:,}; 'auto'; a "
-        f"mapping with {', '.join(keys)}; or a callable from env transitions to a length, or its dotted name"
-    )
+    return spec if callable(spec) else LinearRolloutSchedule(spec, spec, 0, 0)  # type: ignore[arg-type]
 
 
 def rollout_length(spec: int | str | dict[str, int] | RolloutSchedule, num_timesteps: int) -> int:

@@ -15,16 +15,13 @@ from sb3_mbpo.trust.filters import FILTERS, FilterResult, RolloutStep
 from sb3_mbpo.validation.rules import RATE, shown
 
 
-def check_learning_rate(value: Any) -> None:
+def check_schedule(value: Any) -> None:
     """
-    Check a learning rate.
+    Call a schedule of the learning rate with the progress at both ends of a run.
 
-    :param value: a number, or a schedule, which is called with the progress at both ends of a run
-    :raises ValueError: a learning rate is out of range
+    :param value: the schedule
+    :raises ValueError: it raises, or a learning rate is out of range
     """
-    if not callable(value):
-        RATE.check("learning_rate", value, ", or a function of the remaining progress")
-        return
     for progress in (1.0, 0.0):
         when = f"at progress_remaining={progress:g}, where it must return {RATE.expected}"
         try:
@@ -73,21 +70,19 @@ def check_noise(noise: Any, n_envs: int, action_shape: tuple[int, ...]) -> None:
     """
     state = np.random.get_state()
     try:
-        sample = np.asarray(copy.deepcopy(noise)(), dtype=np.float64)
+        copied = copy.deepcopy(noise)
+        copied.reset()
+        sample = np.asarray(copied(), dtype=np.float64)
+        np.broadcast_to(sample, (n_envs, *action_shape))
+        if not np.isfinite(sample).all():
+            raise ValueError(f"it returned {sample}")
     except Exception as error:
         raise ValueError(
-            f"action_noise={shown(noise)} raised {type(error).__name__}: {error}; it must return noise of shape {action_shape}"
+            f"action_noise={shown(noise)} must be None or an ActionNoise of Stable-Baselines3 that returns finite noise of "
+            f"shape {action_shape} ({type(error).__name__}: {error})"
         ) from error
     finally:
         np.random.set_state(state)
-    try:
-        np.broadcast_to(sample, (n_envs, *action_shape))
-    except ValueError:
-        fits = False
-    else:
-        fits = bool(np.isfinite(sample).all())
-    if not fits:
-        raise ValueError(f"action_noise={shown(noise)} returned {sample}; it must return finite noise of shape {action_shape}")
 
 
 def _made_up(space: spaces.Box, n: int, generator: th.Generator, device: th.device | str) -> th.Tensor:

@@ -16,6 +16,7 @@ from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.normalization import normalize_obs, normalize_rewards, to_device_async
 from sb3_mbpo.codec import Codec, Observation
 from sb3_mbpo.validation.episode_ends import Steps, lost_ends, reported_limit
+from sb3_mbpo.validation.table import REPLAY_BUFFERS
 
 # Maximum number of values drawn at once: enough to make the calls cheap, few enough for a CPU's caches.
 BLOCK_NUMBERS = 2**20
@@ -461,3 +462,6 @@ class MixedReplayBuffer(ReplayBuffer):
         size = self.size() * self.n_envs if isinstance(there, slice) else len(there)
         rows = th.randint(size, (n,), generator=self.generator, device=self.device).cpu().numpy()
         return self._tensor(self._flat(self.observations)[rows if isinstance(there, slice) else there[rows]])
+
+
+REPLAY_BUFFERS.append(MixedReplayBuffer)

@@ -145,7 +145,7 @@ def put_agent(agent: Any, state: dict[str, Any], tensors: Tensors) -> None:
     for name in agent._get_torch_save_params()[1]:
         if variables.get(name) is not None:
             reach(agent, name).data.copy_(variables[name])
-    vars(agent).update(decode_state(state["state"]))
+    vars(agent).update(decode_state(state["state"], agent.codec.obs_dim))
     without = _not_of_the_run(agent)
     for name, value in decode(state["attributes"], tensors).items():
         present = vars(agent).get(name)

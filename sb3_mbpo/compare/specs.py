@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sb3_mbpo.arguments.arguments import numbers_in
-from sb3_mbpo.validation.rules import did_you_mean
+from sb3_mbpo.validation.rules import did_you_mean, numbers_in
 
 
 class Spec(NamedTuple):

@@ -24,7 +24,7 @@ from sb3_mbpo.model_based.constructor_arguments import SACArguments
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.rollouts import branched_rollout
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
-from sb3_mbpo.validation.rules import is_number, number, shown, whole
+from sb3_mbpo.validation.rules import shown
 
 # Number of target critics whose minimum is the target value.
 TARGET_CRITICS = 2
@@ -107,8 +107,6 @@ class DHMBPO(ModelBased, SAC):
         super().__init__(policy, env, *args, **{**defaults, **kwargs})
 
     def _setup_model(self) -> None:
-        if self.real_ratio == "auto":
-            self.real_ratio = 0.0
         super()._setup_model()
         self._check_arguments()
         if not isinstance(self.policy, DHMBPOPolicy):
@@ -116,17 +114,10 @@ class DHMBPO(ModelBased, SAC):
         if self.actor_tau < 1 and self.real_ratio < 1:
             self.policy.begin_average()
 
+    def _balanced_ratio(self) -> float:
+        return 0.0
+
     def _check_arguments(self) -> None:
-        whole(1, 1000).check("training_horizon", self.training_horizon)
-        whole(1).check("distribution_freq", self.distribution_freq)
-        number(0, 1).check("real_roots", self.real_roots)
-        number(0, 1).check("actor_tau", self.actor_tau)
-        # A list is the tuple of YAML, and of JSON.
-        quantiles = tuple(self.value_quantiles) if isinstance(self.value_quantiles, list) else self.value_quantiles
-        self.value_quantiles = quantiles
-        two = isinstance(quantiles, tuple) and len(quantiles) == 2 and all(is_number(q, 0, 1) for q in quantiles)
-        if not two or quantiles[0] >= quantiles[1]:
-            raise ValueError(f"value_quantiles={shown(quantiles)} must be two numbers from 0 to 1, the lower one first")
         if self.real_ratio not in (0, 1):
             raise ValueError(
                 f"real_ratio={shown(self.real_ratio)} must be 0, or 1 for SAC without a model. For training rollouts that "

@@ -18,7 +18,7 @@ from sb3_mbpo.dynamics.holdout import held_out
 from sb3_mbpo.dynamics.input_gradient import InputGradient
 from sb3_mbpo.dynamics.layers import EnsembleMLP, Standardizer
 from sb3_mbpo.validation.registry import named
-from sb3_mbpo.validation.rules import ENSEMBLE_RULES, check_ensemble
+from sb3_mbpo.validation.table import check_ensemble
 
 # Number of gradient steps between two evaluations on the hold-out set.
 LOOK_EVERY = 50
@@ -117,9 +117,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         target_mode: str = "auto",
         normalize_targets: bool = True,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in ENSEMBLE_RULES}
+        check_ensemble(locals())
         super().__init__(obs_dim, action_dim, seed=seed, device=device)
-        check_ensemble(given)
         self.n_elites, self.batch_size = n_elites, batch_size
         self.holdout_ratio, self.max_holdout = holdout_ratio, max_holdout
         self.patience, self.min_improvement = patience, min_improvement

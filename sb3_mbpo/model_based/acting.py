@@ -3,10 +3,8 @@
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import ActionNoise
 
-from sb3_mbpo.arguments.arguments import resolve
 from sb3_mbpo.model_based.counting import Counting
 from sb3_mbpo.restarting_env import LOST_STEP
 from sb3_mbpo.validation.faults import copied
@@ -17,22 +15,6 @@ class Acting(Counting):
     """The part of :class:`ModelBased` that chooses the actions before ``learning_starts``, and drops lost steps."""
 
     warmup_actions: Any
-
-    def _read_warmup_actions(self) -> None:
-        """
-        Check ``warmup_actions``, and import it if it is a dotted name.
-
-        :raises ValueError: it is none of those that :class:`.ModelBased` names
-        """
-        given = resolve(self.warmup_actions, "warmup_actions")
-        # Its policy acts alike and, unlike an agent with an env, can always be saved.
-        self.warmup_actions = given.policy if isinstance(given, BaseAlgorithm) else given
-        acts = hasattr(given, "predict") or (callable(given) and not isinstance(given, type))
-        if not (given is None or acts or (is_number(given, 0, 1) and given > 0)):
-            raise ValueError(
-                f"warmup_actions={shown(given)} must be None, a number above 0 and at most 1 (part of the range of the "
-                "actions), a function from raw observations (n_envs, *obs_shape) to actions, or a policy with predict()"
-            )
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

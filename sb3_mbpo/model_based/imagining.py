@@ -7,7 +7,6 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mbpo.arguments.arguments import resolve
 from sb3_mbpo.buffers.normalization import normalize_obs
 from sb3_mbpo.codec import Observation
 from sb3_mbpo.dynamics.base import DynamicsModel, KnownReward
@@ -36,9 +35,8 @@ class Imagining(Collecting):
     @property
     def known_reward(self) -> Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor] | None:
         """``reward_fn`` for flat observations and actions in [-1, 1]; ``None`` if it is not a function."""
-        if self.reward_fn is None or (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
+        if not callable(reward_fn := self.reward_fn):
             return None
-        reward_fn = resolve(self.reward_fn, "reward_fn")
         return lambda *transition: reward_fn(*self.codec.decode(*transition))
 
     @property
@@ -99,8 +97,7 @@ class Imagining(Collecting):
         """
         if self.rollout_filter is None:
             return None
-        name = self.rollout_filter if isinstance(self.rollout_filter, str) else ""
-        rule = FILTERS.get(name) or resolve(self.rollout_filter, "rollout_filter")
+        rule: Any = FILTERS[self.rollout_filter] if isinstance(self.rollout_filter, str) else self.rollout_filter
         return RolloutFilter(rule() if isinstance(rule, type) else rule, self.dynamics, transitions, self.filter_state)
 
     @contextmanager

@@ -8,7 +8,6 @@ from math import inf
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
@@ -18,8 +17,6 @@ from sb3_mbpo.arguments.arguments import (
     joined_signature,
     read_arguments,
     read_first,
-    read_learn,
-    resolve,
 )
 from sb3_mbpo.arguments.moving_statistics import moving_statistics
 from sb3_mbpo.arguments.user_functions import dry_run, dry_run_filter
@@ -40,7 +37,9 @@ from sb3_mbpo.saving.export import Exporting
 from sb3_mbpo.terminations.known import NeverTerminates, known_termination
 from sb3_mbpo.terminations.learned import LearnedTermination
 from sb3_mbpo.trust.filters import Rule
-from sb3_mbpo.validation.rules import check_before_learning, whole
+from sb3_mbpo.validation.misuse import check_before_learning, updates_are_few
+from sb3_mbpo.validation.rules import read_all, shown, whole
+from sb3_mbpo.validation.table import LEARN_ARGUMENTS
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
@@ -132,9 +131,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
         defaults = self.DEFAULTS if updates_per_transition is None else {**self.DEFAULTS, "gradient_steps": -1}
         kwargs |= {name: value for name, value in defaults.items() if name not in ours and name not in given}
         bound = signature.bind_partial(policy, env, *args, **kwargs)
-        passed = bound.arguments
         takes_dict = "MultiInputPolicy" in self.policy_aliases
-        for warning in read_first(policy, env, passed, uses_default_gradient_steps, takes_dict):
+        if (warning := read_first(policy, env, bound.arguments, takes_dict)) is not None:
             warnings.warn(warning, stacklevel=3)
 
         self.updates_per_transition = updates_per_transition
@@ -159,6 +157,10 @@ class ModelBased(Pretraining, Resuming, Exporting):
         self._printed_threads = ""
         self.begin_state()
         super().__init__(*bound.args, **bound.kwargs)
+        # ``load`` reads gradient_steps from the file.
+        if uses_default_gradient_steps and bound.arguments.get("_init_setup_model", True):
+            if (warning := updates_are_few(self)) is not None:
+                warnings.warn(warning, stacklevel=3)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -166,9 +168,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
         cls.__signature__ = joined_signature(cls, ModelBased, **cls.DEFAULTS)  # type: ignore[attr-defined]
 
     def _setup_model(self) -> None:
-        read_arguments(self, (ReplayBuffer, DictReplayBuffer, MixedReplayBuffer))
+        read_arguments(self)
         self.codec = Codec(self.observation_space, self.action_space)
-        self._read_warmup_actions()
         if self.updates_per_transition is not None and self.gradient_steps != -1:
             raise ValueError(
                 f"updates_per_transition={self.updates_per_transition} replaces gradient_steps={self.gradient_steps}: pass "
@@ -198,9 +199,8 @@ class ModelBased(Pretraining, Resuming, Exporting):
             self.termination = self._find_termination()
         self._warn_of_moving_statistics(7)
         self._warned_of = []
-        if self.reward_fn is not None and not (isinstance(self.reward_fn, str) and self.reward_fn == "joint"):
-            reward_fn = resolve(self.reward_fn, "reward_fn")
-            dry_run(reward_fn, "reward_fn", self.codec, self.device, returns="float")
+        if callable(self.reward_fn):
+            dry_run(self.reward_fn, "reward_fn", self.codec, self.device, returns="float")
         if self.rollout_filter is not None:
             dry_run_filter(self.make_rollout_filter, self.rollout_filter, self.dynamics)
         if self.verbose >= 1:
@@ -215,19 +215,17 @@ class ModelBased(Pretraining, Resuming, Exporting):
         return balanced_ratio(inf if updates is None else updates)
 
     def _make_dynamics(self) -> DynamicsModel:
-        make = resolve(self.dynamics_class, "dynamics_class")
+        make: Any = self.dynamics_class
         is_class = isinstance(make, type) and issubclass(make, DynamicsModel) and not inspect.isabstract(make)
         if not is_class and (isinstance(make, type) or not callable(make)):
-            raise ValueError(f"dynamics_class={self.dynamics_class!r} must be a subclass of sb3_mbpo.DynamicsModel")
+            raise ValueError(f"dynamics_class={shown(make)} must be a subclass of sb3_mbpo.DynamicsModel")
         kwargs = check_keywords(self.dynamics_kwargs or {}, make, "dynamics_kwargs")
         try:
             dynamics = make(self.codec.obs_dim, self.codec.action_dim, seed=self.seed, device=self.device, **kwargs)
         except TypeError as error:
-            raise ValueError(
-                f"dynamics_class={self.dynamics_class!r} cannot be called as a DynamicsModel is: {error}"
-            ) from error
+            raise ValueError(f"dynamics_class={shown(make)} cannot be called as a DynamicsModel is: {error}") from error
         if not isinstance(dynamics, DynamicsModel):
-            raise ValueError(f"dynamics_class={self.dynamics_class!r} made a {type(dynamics).__name__}, no DynamicsModel")
+            raise ValueError(f"dynamics_class={shown(make)} made a {type(dynamics).__name__}, no DynamicsModel")
         return dynamics
 
     def _warn_of_moving_statistics(self, stacklevel: int) -> None:
@@ -242,13 +240,10 @@ class ModelBased(Pretraining, Resuming, Exporting):
             if self.verbose >= 1:
                 print(reason)
             return "learned" if known is None else known
-        if self.termination_fn is None or (isinstance(self.termination_fn, str) and self.termination_fn == "learned"):
-            return "learned"
-        if isinstance(self.termination_fn, str) and self.termination_fn == "never":
-            return NeverTerminates()
-        termination = resolve(self.termination_fn, "termination_fn")
-        dry_run(termination, "termination_fn", self.codec, self.device)
-        return termination
+        if not callable(self.termination_fn):
+            return NeverTerminates() if self.termination_fn == "never" else "learned"
+        dry_run(self.termination_fn, "termination_fn", self.codec, self.device)
+        return self.termination_fn
 
     @property
     def waits_for_transitions(self) -> bool:
@@ -328,16 +323,15 @@ class ModelBased(Pretraining, Resuming, Exporting):
         :raises ValueError: an argument is out of range
         :raises RuntimeError: the second process has failed; the agent keeps its transitions
         """
-        total_timesteps = read_learn(
-            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar, background
-        )
-        tb_log_name = tb_log_name or type(self).__name__
-        if background:
+        given = {name: value for name, value in locals().items() if name in LEARN_ARGUMENTS}
+        given = read_all(given, LEARN_ARGUMENTS, "learn: ")
+        given["tb_log_name"] = tb_log_name or type(self).__name__
+        if given["background"]:
             self._check_background()
-        self.learns_in_background = bool(background)
+        self.learns_in_background = bool(given.pop("background"))
         try:
             with self.computing():
-                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+                return super().learn(**given)
         finally:
             self.stop_learner()
             self.learns_in_background = False

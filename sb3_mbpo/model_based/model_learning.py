@@ -22,7 +22,8 @@ from sb3_mbpo.trust.imagined_fraction import imagined_fraction
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.trust.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
 from sb3_mbpo.validation.episode_ends import endless, lost_ends_warning
-from sb3_mbpo.validation.rules import LONGEST_AUTO, whole
+from sb3_mbpo.validation.rules import whole
+from sb3_mbpo.validation.table import LONGEST_AUTO
 
 # Real transitions that an agent needs after `forget_transitions` to fit and train again, docs/benchmarks/changed_world.csv.
 ROWS_AFTER_FORGETTING = 200

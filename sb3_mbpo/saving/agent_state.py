@@ -6,7 +6,8 @@ import typing
 from typing import Annotated, Any
 
 from sb3_mbpo.saving.serialization import decode, encode, is_a
-from sb3_mbpo.validation.rules import LONGEST_AUTO, shown
+from sb3_mbpo.validation.rules import shown
+from sb3_mbpo.validation.table import LONGEST_AUTO
 
 
 class SB3State:
@@ -52,7 +53,7 @@ class AgentState(SB3State):
     #: Whether the last ``learn`` saw observations that a ``VecNormalize`` had normalized.
     normalized_observations: bool
     #: Updates that the learner of ``learn(background=True)`` had not made when it ended; the next one begins with them.
-    updates_owed: int
+    updates_owed: Annotated[int, 0, 10**7] = 0
     #: Updates of ``pretrain``, which belong to no env transition of this agent.
     pretraining_updates: int
     #: Names of warnings that were issued and are not repeated. A loaded agent repeats them.
@@ -107,9 +108,10 @@ def encode_state(agent: Any) -> dict[str, Any]:
     return {name: encode(getattr(agent, name), name=name) for name in HINTS}
 
 
-def decode_state(encoded: Any) -> dict[str, Any]:
+def decode_state(encoded: Any, obs_dim: int) -> dict[str, Any]:
     """
     :param encoded: the result of :func:`encode_state`, read from JSON; anyone may have written it
+    :param obs_dim: size of the agent's flat observations
     :return: the attributes of an agent, by name
     :raises ValueError: an attribute is missing, unknown, or of a wrong type or range
     """
@@ -119,4 +121,8 @@ def decode_state(encoded: Any) -> dict[str, Any]:
     for name, value in values.items():
         if not _is_valid(value, HINTS[name]):
             raise ValueError(f"state: {name}={shown(value)} is out of range, or of a wrong type")
+    # Empty before the first fit.
+    for name, size in {"forward_errors": 1 + obs_dim, "explained_at_fit": 2, "prediction_bounds": 6 + 2 * obs_dim}.items():
+        if len(values[name]) not in (0, size):
+            raise ValueError(f"state: {name} has {len(values[name])} numbers, but must have {size}")
     return values

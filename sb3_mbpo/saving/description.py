@@ -11,13 +11,14 @@ from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule, check_for_correct_spaces
 
-from sb3_mbpo.arguments.arguments import resolve
+from sb3_mbpo.codec import Codec
 from sb3_mbpo.runtime.provenance import versions
 from sb3_mbpo.saving import foreign_classes  # noqa: F401  registers the classes of PyTorch and SB3
 from sb3_mbpo.saving.agent_state import decode_state, encode_state
 from sb3_mbpo.saving.serialization import decode, encode, is_a
-from sb3_mbpo.validation.registry import AGENTS, OF_ARGUMENT, WORDS
-from sb3_mbpo.validation.rules import shown
+from sb3_mbpo.validation.registry import AGENTS, OF_ARGUMENT
+from sb3_mbpo.validation.rules import is_number, shown
+from sb3_mbpo.validation.table import ARGUMENTS
 from sb3_mbpo.validation.unsupported import check_spaces
 
 FORMAT = 2
@@ -25,24 +26,17 @@ _KEYS = {"format", "versions", "class", "policy", "arguments", "observation_spac
 _KEYS |= {"state"}
 # Passed by the caller, or described under a key of its own.
 _NO_ARGUMENTS = {"policy", "env", "device", "_init_setup_model"}
-_NUMBER: tuple[type, ...] = (int, float)
-_NOTHING: tuple[type, ...] = (type(None),)
-# Types that an argument may have in a file, beside those in the register; of the others, the type of the default.
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("prediction_clip_margin", "min_explained_variance"), (*_NUMBER, *_NOTHING)),
-    **dict.fromkeys(("ent_coef", "target_entropy"), (*_NUMBER, str)),
-    **dict.fromkeys(("replay_buffer_kwargs", "policy_kwargs", "dynamics_kwargs"), (*_NOTHING, dict)),
-    **dict.fromkeys(("seed", "model_buffer_size", "dynamics_window"), (*_NOTHING, int)),
-    **dict.fromkeys(("termination_fn", "reward_fn", "rollout_filter", "tensorboard_log"), (*_NOTHING, str)),
-    "learning_rate": (*_NUMBER, ConstantSchedule, LinearSchedule, FloatSchedule),
-    "train_freq": (int, tuple),
-    "action_noise": (*_NOTHING, ActionNoise),
-    "replay_buffer_class": _NOTHING,
-    "real_ratio": _NUMBER,
-    **dict.fromkeys(("updates_per_transition", "warmup_actions"), (*_NUMBER, *_NOTHING)),
-    "rollout_schedule": (int, dict, str),
+# Classes of SB3 whose objects an argument may be in a file, and classes of ours by their names; more are in the register.
+_OBJECTS: dict[str, tuple[type, ...]] = {
+    "learning_rate": (ConstantSchedule, LinearSchedule, FloatSchedule),
+    "action_noise": (ActionNoise,),
     "dynamics_class": (type,),
-    "fast_update": (*_NOTHING, bool),
+}
+_PLAIN = (type(None), bool, int, float, str, tuple, list, dict)
+# Larger numbers in a file would make an agent that never ends an update, or fills the memory with a batch.
+_MOST_IN_FILE = {
+    **dict.fromkeys(("gradient_steps", "batch_size", "dynamics_kwargs: batch_size", "dynamics_kwargs: max_updates"), 10**6),
+    **{"updates_per_transition": 10**4, "rollout_batch_size": 10**7},
 }
 
 
@@ -112,11 +106,6 @@ def _argument(agent: Any, name: str) -> Any:
         return None
     if isinstance(value, TrainFreq):
         value = (value.frequency, value.unit.value)
-    if isinstance(value, str) and name == "dynamics_class":
-        value = resolve(value, name)
-    if isinstance(value, str) and value not in WORDS.get(name, (value,)):
-        # A dotted name. Only the caller may decide to import it.
-        return {"$yours": value}
     return encode(value.item() if isinstance(value, np.generic) else value, objects=True)
 
 
@@ -147,7 +136,7 @@ def build(
     check_spaces(spaces_of["observation_space"], spaces_of["action_space"])
     policy = overrides.pop("policy", None) or _policy(description["policy"], kind)
     arguments = _arguments(description["arguments"], kind, overrides)
-    state = decode_state(description["state"])
+    state = decode_state(description["state"], Codec(**spaces_of).obs_dim)
     termination = _termination(description["termination"])
     if env is not None:
         env = kind._wrap_env(maybe_make_env(env, arguments["verbose"]), int(arguments["verbose"]))
@@ -214,27 +203,32 @@ def _arguments(encoded: dict[str, Any], cls: type, overrides: dict[str, Any]) ->
     arguments = {name: overrides.get(name, parameters[name].default) for name in known}
     for name in encoded:
         if name not in overrides and name != "tensorboard_log":
-            arguments[name] = decode(encoded[name], where=name, objects=True)
-            _check_argument(name, arguments[name], parameters[name].default)
+            arguments[name] = _read(name, decode(encoded[name], where=name, objects=True))
     return arguments
 
 
-def _check_argument(name: str, value: Any, default: Any) -> None:
-    kinds = _TYPES.get(name, ())
-    if not kinds and default is not None:
-        kinds = _NUMBER if is_a(default, _NUMBER) else (type(default),)
-    if kinds and not is_a(value, (*kinds, *OF_ARGUMENT.get(name, ()))):
-        raise ValueError(f"{name}={shown(value)} is of a type that it cannot have in a file")
-    if isinstance(value, str) and value not in WORDS.get(name, (value,)):
+def _read(name: str, value: Any) -> Any:
+    """
+    :param name: name of an argument
+    :param value: its value in the file. No text in it may be the name of a function, which would be imported
+    :return: the value
+    :raises ValueError: the value is invalid, or may not be in a file
+    """
+    rule = ARGUMENTS.get(name)
+    if isinstance(value, str) and rule is not None and rule.words is not None and value not in rule.words:
         raise ValueError(f"{name}={shown(value)} is no name that a file may hold")
-    if name == "policy_kwargs":
-        for key, item in (value or {}).items():
+    if not is_a(value, (*_PLAIN, *_OBJECTS.get(name, ()), *OF_ARGUMENT.get(name, ()))):
+        raise ValueError(f"{name}={shown(value)} is of a type that it cannot have in a file")
+    if name == "policy_kwargs" and isinstance(value, dict):
+        for key, item in value.items():
             if key in ("activation_fn", "optimizer_class", "features_extractor_class") and not isinstance(item, type):
                 raise ValueError(f"policy_kwargs: {key}={shown(item)} is no class that a file may name")
-    if name == "replay_buffer_kwargs":
-        for key, item in (value or {}).items():
-            if key != "handle_timeout_termination" or not isinstance(item, bool):
-                raise ValueError(f"replay_buffer_kwargs: {shown(key)} is nothing that a file may hold")
+    value = value if rule is None else rule.read(name, value)
+    numbers = {f"{name}: {key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    for key, most in _MOST_IN_FILE.items():
+        if is_number(numbers.get(key), most + 1):
+            raise ValueError(f"{key}={numbers[key]} is more than a file may ask for, {most:,}; pass your own: {name}=...")
+    return value
 
 
 def _termination(encoded: Any) -> Any:

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.layers import ROUNDING, Standardizer
 from sb3_mbpo.trust.disagreement import draw, geometric_jsd, information_fusion, information_loss, one_vs_rest_kl
-from sb3_mbpo.validation.registry import WORDS, described
+from sb3_mbpo.validation.registry import described
 from sb3_mbpo.validation.rules import number, whole
 
 # Maximum number of real transitions that a rule computes its limits from.
@@ -196,7 +196,6 @@ class M2AC:
 
 #: The rules by their names in ``rollout_filter``.
 FILTERS: dict[str, type] = {"macura": Macura, "infoprop": Infoprop, "m2ac": M2AC}
-WORDS["rollout_filter"] = tuple(FILTERS)
 
 
 class RolloutFilter:

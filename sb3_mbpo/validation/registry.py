@@ -43,12 +43,6 @@ DESCRIBED: dict[type, Described] = {}
 NAMED: dict[str, type] = {}
 #: Our algorithms, by name.
 AGENTS: dict[str, type] = {}
-#: Text that an argument of our algorithms may be in a file. Other text would be the name of a function, to be imported.
-WORDS: dict[str, tuple[str, ...]] = {
-    "termination_fn": ("learned", "never"),
-    "reward_fn": ("joint",),
-    "rollout_schedule": ("auto",),
-}
 #: Classes whose objects an argument of our algorithms may be in a file, by the name of the argument.
 OF_ARGUMENT: dict[str, list[type]] = {}
 

@@ -1,4 +1,4 @@
-"""Checks for envs, spaces and replay options that MBPO does not support."""
+"""Checks for envs and spaces that MBPO does not support."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_mbpo.validation.misuse import check_wrappers
-from sb3_mbpo.validation.rules import FLAG, MAPPING, is_flag, is_whole, shown
+from sb3_mbpo.validation.rules import shown
 
 
 def check_env(env: Any) -> None:
@@ -80,32 +80,3 @@ def _observation_remedy(space: spaces.Space, takes_dict: bool) -> str | None:
             "gymnasium.wrappers.FlattenObservation(env), and pass policy='MlpPolicy'"
         )
     return None
-
-
-def check_replay(agent: Any, allowed: tuple[type, ...]) -> None:
-    """
-    Check the replay options.
-
-    :param agent: an agent with the options it was given
-    :param allowed: allowed values of ``replay_buffer_class``
-    :raises ValueError: imagined transitions do not support a replay option
-    """
-    if not any(agent.replay_buffer_class is kind for kind in (None, *allowed)):
-        raise ValueError(
-            f"replay_buffer_class={shown(agent.replay_buffer_class)} is not supported; MBPO mixes real and imagined "
-            "transitions in its own buffer (no HER, no n-step, no custom classes). Leave it at None"
-        )
-    if not is_whole(agent.n_steps, 1, 1):
-        raise ValueError(
-            f"n_steps={shown(agent.n_steps)} is not supported; imagined transitions are single steps. Leave it at 1"
-        )
-    if not (is_flag(agent.optimize_memory_usage) and not agent.optimize_memory_usage):
-        raise ValueError(
-            f"optimize_memory_usage={shown(agent.optimize_memory_usage)} is not supported; it loses the last observation "
-            "of an episode, which the dynamics needs. Leave it at False, or reduce buffer_size"
-        )
-    MAPPING.check("replay_buffer_kwargs", agent.replay_buffer_kwargs)
-    for key, value in agent.replay_buffer_kwargs.items():
-        if key != "handle_timeout_termination":
-            raise ValueError(f"replay_buffer_kwargs has no key {key!r}; it takes handle_timeout_termination")
-        FLAG.check(f"replay_buffer_kwargs: {key}", value)

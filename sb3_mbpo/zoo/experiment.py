@@ -21,11 +21,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.arguments.arguments import numbers_in
 from sb3_mbpo.checkpoints.resume_callback import ResumeCallback
 from sb3_mbpo.dhmbpo import DHMBPO
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.validation.rules import did_you_mean
+from sb3_mbpo.validation.rules import did_you_mean, numbers_in
 from sb3_mbpo.variants import MBTD3, MBTQC, MBCrossQ
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {

@@ -6,17 +6,19 @@ import pytest
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.arguments import arguments
+from sb3_mbpo.validation import rules
+from sb3_mbpo.validation.table import LEARN_ARGUMENTS
 
 
 def test_resolve():
-    assert arguments.resolve("collections.OrderedDict", "x") is collections.OrderedDict
-    assert arguments.resolve(dict, "x") is dict and arguments.resolve(3, "x") == 3
+    assert rules.resolve("collections.OrderedDict") is collections.OrderedDict
+    assert rules.resolve(dict) is dict and rules.resolve(3) == 3
 
 
-@pytest.mark.parametrize("name", ["OrderedDict", "collections.NoSuchThing", "no_such_package.thing", ""])
+@pytest.mark.parametrize("name", ["OrderedDict", "collections.NoSuchThing", "no_such_package.thing", "", ".a.b", "."])
 def test_resolve_nothing(name):
-    with pytest.raises(ValueError, match=r"dynamics_class='.*' must be an object or its dotted name"):
-        arguments.resolve(name, "dynamics_class")
+    with pytest.raises(ValueError, match=r"^fn='.*' must be a function, or its dotted name"):
+        rules.imported("a function").read("fn", name)
 
 
 @pytest.mark.parametrize(
@@ -32,17 +34,36 @@ def test_resolve_nothing(name):
         (3, 0.5, 3),
         ([1], 1, [1]),
         (None, 1, None),
+        (0, True, 0),
+        ("7", "text", "7"),
     ],
 )
-def test_as_number(value, default, expected):
-    result = arguments.as_number(value, "x", default)
+def test_arguments_without_a_row(value, default, expected):
+    result = rules.read_all({"x": value}, {}, defaults={"x": default})["x"]
     assert result == expected and type(result) is type(expected)
 
 
-@pytest.mark.parametrize(("value", "default"), [("many", 1), ("auto", 0.5), ("1.5", 1), (2.5, 1), ("nan", 1), ("inf", 1)])
-def test_no_number(value, default):
-    with pytest.raises(ValueError, match=r"batch_size=.* must be a"):
-        arguments.as_number(value, "batch_size", default)
+@pytest.mark.parametrize(
+    ("value", "default"), [("many", 1), ("auto", 0.5), ("1.5", 1), (2.5, 1), ("nan", 1), ("inf", 1), ("false", True)]
+)
+def test_text_where_the_default_is_a_number(value, default):
+    with pytest.raises(ValueError, match=rf"^mine: x=.* must be .*\. The default is {default}$"):
+        rules.read_all({"x": value}, {}, "mine: ", {"x": default})
+
+
+class Bolder(MBPO):
+    """With an argument of a user's own."""
+
+    def __init__(self, *args, boldness: float = 0.5, **kwargs):
+        self.boldness = boldness
+        super().__init__(*args, **kwargs)
+
+
+def test_arguments_of_a_users_algorithm():
+    kwargs = {"policy": "MlpPolicy", "env": "Pendulum-v1", "buffer_size": 10}
+    assert Bolder(**kwargs, boldness="1e-3").boldness == 1e-3
+    with pytest.raises(ValueError, match=r"boldness=.high. must be a number\. The default is 0\.5"):
+        Bolder(**kwargs, boldness="high")
 
 
 def test_keywords():
@@ -65,7 +86,7 @@ def test_keywords():
             arguments.check_keywords(nothing, make, "kwargs")
     with pytest.raises(ValueError, match="kwargs has no key 3"):
         arguments.check_keywords({3: 1}, lambda **kwargs: None, "kwargs")
-    assert arguments.check_keywords({"anything": 1}, lambda **kwargs: None, "kwargs") == {"anything": 1}
+    assert arguments.check_keywords({"anything": ["1"]}, lambda **kwargs: None, "kwargs") == {"anything": [1]}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +103,7 @@ def test_keywords():
     ],
 )
 def test_numbers_in(value, expected):
-    result = arguments.numbers_in(value)
+    result = rules.numbers_in(value)
     assert result == expected and type(result) is type(expected)
 
 
@@ -98,5 +119,5 @@ def test_unknown_keywords():
 
 @pytest.mark.parametrize("steps", [5, 5.0, "5", np.int32(5), np.float32(5)])
 def test_forms_of_total_timesteps(steps):
-    result = arguments.read_learn(steps, None, 4, None, True, False, False)
+    result = LEARN_ARGUMENTS["total_timesteps"].read("total_timesteps", steps)
     assert result == 5 and type(result) is int

@@ -8,7 +8,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 
-from sb3_mbpo.arguments.user_functions import check_device, check_learning_rate, check_noise, dry_run, dry_run_filter
+from sb3_mbpo.arguments.user_functions import check_device, check_noise, check_schedule, dry_run, dry_run_filter
 from sb3_mbpo.codec import Codec
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
@@ -92,9 +92,9 @@ def test_dry_run_accepts() -> None:
 # ---------------------------------------------------------------- learning rates
 
 
-@pytest.mark.parametrize("rate", [0, 3e-4, 1, 1000.0, lambda progress: progress * 1e-3, lambda progress: np.float32(0.1)])
+@pytest.mark.parametrize("rate", [lambda progress: progress * 1e-3, lambda progress: np.float32(0.1)])
 def test_learning_rates(rate):
-    check_learning_rate(rate)
+    check_schedule(rate)
 
 
 def ends_badly(progress):
@@ -104,13 +104,6 @@ def ends_badly(progress):
 @pytest.mark.parametrize(
     ("rate", "message"),
     [
-        (-1, "learning_rate=-1 must be a number from 0 to 1000, such as 3e-4, or a function of the remaining progress"),
-        (math.nan, "learning_rate=nan must be"),
-        (math.inf, "learning_rate=inf must be"),
-        (10**400, "learning_rate=1000.* must be"),
-        (True, "learning_rate=True must be"),
-        (None, "learning_rate=None must be"),
-        ([1e-3], r"learning_rate=\[0.001\] must be"),
         (ends_badly, "learning_rate=.*ends_badly returned nan at progress_remaining=0, where it must return a number"),
         (lambda progress: progress - 0.5, "returned -0.5 at progress_remaining=0"),
         (lambda progress: "fast", "learning_rate=.* raised ValueError: .* at progress_remaining=1"),
@@ -120,7 +113,7 @@ def ends_badly(progress):
 )
 def test_no_learning_rates(rate, message):
     with pytest.raises(ValueError, match=message):
-        check_learning_rate(rate)
+        check_schedule(rate)
 
 
 # ---------------------------------------------------------------- noise
@@ -139,14 +132,14 @@ def test_noise_is_tried_on_a_copy():
 @pytest.mark.parametrize(
     ("noise", "words"),
     [
-        (NormalActionNoise(np.zeros(3), np.ones(3)), "returned"),
-        (NormalActionNoise(np.zeros(2), np.full(2, np.nan)), "finite noise of shape"),
-        (NormalActionNoise(np.zeros(2), -np.ones(2)), "raised ValueError"),
-        (VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), 3), "returned"),
+        (NormalActionNoise(np.zeros(3), np.ones(3)), "could not be broadcast"),
+        (NormalActionNoise(np.zeros(2), np.full(2, np.nan)), "it returned"),
+        (NormalActionNoise(np.zeros(2), -np.ones(2)), "ValueError"),
+        (VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), 3), "could not be broadcast"),
     ],
 )
 def test_noise_that_fits_no_action(noise, words):
-    with pytest.raises(ValueError, match=f"(?s)action_noise=.*{words}"):
+    with pytest.raises(ValueError, match=f"(?s)action_noise=.* finite noise of shape .*{words}"):
         check_noise(noise, 1, (2,))
 
 

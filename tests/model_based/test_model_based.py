@@ -6,7 +6,7 @@ import pytest
 import torch as th
 import yaml
 from gymnasium import spaces
-from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3 import SAC
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
@@ -150,38 +150,6 @@ def test_the_callers_dictionaries_stay_as_they_are():
             dynamics_kwargs=dynamics_kwargs,
         )
     assert policy_kwargs == dynamics_kwargs == {"net_arch": [8]} and buffer_kwargs == {"handle_timeout_termination": True}
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"real_ratio": 1.2}, r"real_ratio=1.2 must be .auto. or a number between 0"),
-        ({"real_ratio": -0.1}, r"real_ratio=-0.1"),
-        ({"model_train_freq": 0}, r"model_train_freq=0 must be a whole number"),
-        ({"rollout_batch_size": -5}, r"rollout_batch_size=-5"),
-        ({"retained_rollouts": 0}, r"retained_rollouts=0"),
-        ({"model_buffer_size": 0}, r"model_buffer_size=0"),
-        ({"rollout_schedule": 0}, r"rollout_schedule"),
-        ({"rollout_schedule": {"min_length": 3, "max_length": 1, "start": 0, "end": 9}}, r"never shrink"),
-        ({"n_steps": 3}, r"n_steps=3 is not supported.*Leave it at 1"),
-        ({"optimize_memory_usage": True}, r"optimize_memory_usage=True is not supported.*Leave it at False"),
-        ({"replay_buffer_class": HerReplayBuffer}, r"replay_buffer_class=.*Leave it at None"),
-        ({"dynamics_kwargs": {"members": 7}}, r"dynamics_kwargs has no key 'members'; .* takes n_members"),
-        ({"dynamics_kwargs": {"n_elites": 9}}, r"dynamics_kwargs: n_elites=9"),
-        ({"dynamics_class": "sb3_mbpo.NoSuchModel"}, r"dynamics_class='sb3_mbpo.NoSuchModel' must be an object"),
-        ({"dynamics_class": th.nn.Linear}, r"dynamics_class"),
-        ({"termination_fn": "sometimes"}, r"termination_fn='sometimes'"),
-        ({"termination_fn": pays}, r"termination_fn"),
-        ({"reward_fn": falls}, r"reward_fn"),
-        ({"learning_rate": "fast"}, r"learning_rate='fast' must be an object or its dotted name"),
-        ({"dynamics_kwargs": {"normalize_targets": "false"}}, r"normalize_targets='false' must be true or false"),
-        ({"rollout_schedule": {"min_length": 1, "max_length": 2.5, "start": 0, "end": 9}}, r"max_length=2.5 must be a whole"),
-        ({"fast_update": "no"}, r"fast_update='no' must be None, True or False"),
-    ],
-)
-def test_refused_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        MBPO("MlpPolicy", "Pendulum-v1", **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ def test_the_test_sees_a_counter_that_is_not_declared() -> None:
     assert forgotten(made(Counts)) == {("agent", "n_trains"), ("agent", "details"), ("dynamics", "n_trains")}
 
 
+# With three observations.
+SIZES = {"forward_errors": 4, "explained_at_fit": 2, "prediction_bounds": 12}
+
+
 def another(hint: Any) -> Any:
     """A valid value that is not the initial one."""
     if typing.get_origin(hint) is Annotated:
@@ -96,6 +100,7 @@ def another(hint: Any) -> Any:
 def changed() -> Any:
     agent = made().learn(25)
     vars(agent).update({name: another(hint) for name, hint in HINTS.items()})
+    vars(agent).update({name: [0.5] * size for name, size in SIZES.items()})
     return agent
 
 
@@ -143,17 +148,17 @@ WRONG: dict[Any, list[Any]] = {
 @pytest.mark.parametrize("name", HINTS)
 def test_what_no_file_may_say(changed: Any, name: str) -> None:
     hint, good = HINTS[name], encode_state(changed)
-    assert decode_state(good)[name] == another(hint)
+    assert decode_state(good, 3)[name] == getattr(changed, name) != []
     kind, *bounds = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     wrong = WRONG.get(kind) or [-1, 0.5, True, "3"]
     for value in [*wrong, *(bound + sign for bound, sign in zip(bounds, (-1, 1), strict=False)), {"$class": "os.system"}]:
         with pytest.raises(ValueError, match=rf"^state: {name}( is of an unknown kind|=)"):
-            decode_state({**good, name: value})
+            decode_state({**good, name: value}, 3)
     with pytest.raises(ValueError, match=r"^state must have num_timesteps"):
-        decode_state({key: value for key, value in good.items() if key != name})
+        decode_state({key: value for key, value in good.items() if key != name}, 3)
 
 
 @pytest.mark.parametrize("hostile", [None, [], 3, {}, {"num_timesteps": 3}])
 def test_what_is_no_state(hostile: Any) -> None:
     with pytest.raises(ValueError, match=r"^state must have"):
-        decode_state(hostile)
+        decode_state(hostile, 3)

@@ -259,11 +259,11 @@ def test_no_pickle_can_be_reached():
             waiting += [name for name in imported_modules(sources[module], module) if not name.startswith("background.")]
     read = ("description", "serialization", "checked_tensors", "safe_files", "save_load", "agent_state")
     resumed = ("resume_callback", "checkpoint", "training_state", "callback_state", "env_state")
-    assert {"arguments.arguments", *(f"saving.{name}" for name in read)} <= reached
+    assert {"validation.rules", *(f"saving.{name}" for name in read)} <= reached
     assert {f"checkpoints.{name}" for name in resumed} <= reached
     assert {module: forbidden_names(sources[module]) for module in reached if forbidden_names(sources[module])} == {}
     # The one import by a name serves what the caller passes; a description's text never gets there, see test_description.py.
-    assert [module for module in reached if "import_module" in sources[module]] == ["arguments.arguments"]
+    assert [module for module in reached if "import_module" in sources[module]] == ["validation.rules"]
     for name in ("serialization", "safe_loading", "checked_tensors", "agent_state"):
         assert "resolve" not in sources[f"saving.{name}"]
 

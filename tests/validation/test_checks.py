@@ -7,14 +7,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import sb3_contrib  # noqa: F401  its absence is tested in test_variants.py
+import torch as th
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from tiny import FAST
 
-from sb3_mbpo import MBPO, MBTD3, MBTQC, MBCrossQ
+from sb3_mbpo import DHMBPO, MBPO, MBTD3, MBTQC, MBCrossQ
 from sb3_mbpo.validation import rules as checks
+from sb3_mbpo.validation.misuse import check_before_learning
+from sb3_mbpo.validation.table import ARGUMENTS, ENSEMBLE_ARGUMENTS
 
 NAN, INF = math.nan, math.inf
 
@@ -49,15 +54,21 @@ def test_what_is():
 
 # ---------------------------------------------------------------- the constructor
 
-# Checked elsewhere: what is built, called, tried out or not supported.
-ELSEWHERE = {"policy", "env", "learning_rate", "policy_kwargs", "device", "replay_buffer_class", "n_steps"}
-ELSEWHERE |= {"optimize_memory_usage", "rollout_schedule", "termination_fn", "reward_fn", "dynamics_class", "fast_update"}
-ELSEWHERE |= {"rollout_filter", "warmup_actions"}
+# Checked by trying them out.
+ELSEWHERE = {"policy", "env", "device", "action_noise"}
 
 
-@pytest.mark.parametrize("cls", [MBPO, MBTD3, MBTQC, MBCrossQ])
-def test_every_argument_has_a_check(cls):
-    assert cls.__signature__.parameters.keys() - checks.RULES.keys() - ELSEWHERE == {"_init_setup_model"}
+@pytest.mark.parametrize("cls", [MBPO, DHMBPO, MBTD3, MBTQC, MBCrossQ])
+def test_every_argument_has_a_row(cls):
+    assert cls.__signature__.parameters.keys() - ARGUMENTS.keys() - ELSEWHERE == {"_init_setup_model"}
+
+
+def falls(obs, actions, next_obs):
+    return next_obs[:, 0] < 0
+
+
+def pays(obs, actions, next_obs):
+    return next_obs[:, 0]
 
 
 REFUSED = [
@@ -78,32 +89,46 @@ REFUSED = [
     ),
     *((MBPO, {"buffer_size": value}, "buffer_size=.* must be a whole number") for value in (0, -1, NAN, INF, 10**12, "big")),
     *((MBPO, {"learning_starts": value}, "learning_starts=.* whole number of at least 0") for value in (-1, 0.5, NAN, None)),
-    *((MBPO, {"train_freq": value}, "train_freq=.* must be a whole number") for value in (0, -1, NAN, 1.5, None, 10**12, "4")),
+    *((MBPO, {"train_freq": value}, "train_freq=.* must be a whole number") for value in (0, -1, NAN, 1.5, None, 10**12, "x")),
     *(
         (MBPO, {"train_freq": value}, "train_freq=")
-        for value in ((0, "step"), (1, "day"), (1,), (), (1, "step", 2), ("1", "step"))
+        for value in ((0, "step"), (1, "day"), (1,), (), (1, "step", 2), ("x", "step"))
     ),
-    *((MBPO, {"gradient_steps": value}, "gradient_steps=.* or -1 .*default is 20") for value in (-2, 0.5, NAN, None, "many")),
+    *(
+        (MBPO, {"gradient_steps": value}, "gradient_steps=.* -1 for one .*default is 20")
+        for value in (-2, 0.5, NAN, None, "many")
+    ),
     *((MBPO, {"target_update_interval": value}, "target_update_interval=.* at least 1") for value in (0, -1, 1.5, None)),
     *((MBPO, {"use_sde": value}, "use_sde=.* must be true or false") for value in ("false", 2, None, np.array([1, 2]))),
     (MBPO, {"use_sde_at_warmup": "no"}, "use_sde_at_warmup='no' must be true or false"),
-    *((MBPO, {"sde_sample_freq": value}, "sde_sample_freq=.* or -1") for value in (0, -2, 1.5, None)),
+    *((MBPO, {"sde_sample_freq": value}, "sde_sample_freq=.* -1 for new noise") for value in (0, -2, 1.5, None)),
     *((MBPO, {"stats_window_size": value}, "stats_window_size=.* at least 1") for value in (0, -1, NAN, None)),
     *((MBPO, {"seed": value}, "seed=.* must be None or a whole number") for value in (-1, 2**32, 0.5, NAN, "s", True)),
     *((MBPO, {"verbose": value}, "verbose=.* must be 0, 1 or 2") for value in (-1, "loud", None, 0.5)),
     *((MBPO, {"device": value}, 'device=.* must be "auto"') for value in ("gpu", "meta", None, 0.5)),
     *((MBPO, {"tensorboard_log": value}, "tensorboard_log=.* must be None or a folder") for value in (3, True, [1])),
     *((MBPO, {"action_noise": value}, "action_noise=.* must be None or") for value in (0.1, "normal", NormalActionNoise)),
-    (MBPO, {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}, "action_noise=.* returned"),
+    (MBPO, {"action_noise": NormalActionNoise(np.zeros(2), np.ones(2))}, "action_noise=.* finite noise of shape"),
     *((MBPO, {"policy_kwargs": value}, "policy_kwargs=.* must be None or a mapping") for value in (3, "x", [1])),
-    (MBPO, {"policy_kwargs": {"net_archs": [8]}}, "policy_kwargs has no key 'net_archs'; .*did you mean 'net_arch'"),
     *(
         (MBPO, {"policy_kwargs": {"net_arch": value}}, "policy_kwargs: net_arch=")
         for value in ([0], [8.5], 8, "8", {"pi": [8]})
     ),
     (MBPO, {"policy_kwargs": {"n_critics": 0}}, "policy_kwargs: n_critics=0"),
     (MBPO, {"policy_kwargs": {"activation_fn": 3}}, "policy_kwargs: activation_fn=3 must be a class"),
-    *((MBPO, {"replay_buffer_kwargs": value}, "replay_buffer_kwargs") for value in (3, [1], {"n_steps": 3})),
+    *(
+        (MBPO, {"replay_buffer_kwargs": value}, "replay_buffer_kwargs=.* no other key than handle_timeout_termination")
+        for value in (3, [1], {"n_steps": 3}, {"handle_timeout_termination": "no"})
+    ),
+    *(
+        (MBPO, {"replay_buffer_class": value}, "replay_buffer_class=.* must be None: MBPO mixes real and imagined")
+        for value in (dict, HerReplayBuffer, np.array([1, 2]))
+    ),
+    *((MBPO, {"n_steps": value}, "n_steps=.* must be 1: imagined transitions are single") for value in (3, None, True)),
+    *(
+        (MBPO, {"optimize_memory_usage": value}, "optimize_memory_usage=.* must be False: .*buffer_size")
+        for value in (1, "no")
+    ),
     *(
         (MBPO, {"updates_per_transition": value}, "updates_per_transition=.* must be None or a number above 0")
         for value in (0, -1, NAN, INF, "many", True)
@@ -121,20 +146,30 @@ REFUSED = [
     (MBPO, {"rollout_schedule": lambda step: None}, "rollout_schedule=.* returns None at step 0"),
     (MBPO, {"rollout_schedule": lambda step: [][step]}, "rollout_schedule=.* raises IndexError"),
     (MBPO, {"rollout_schedule": {"min_length": 1, 2: 3}}, "rollout_schedule=.* must have exactly the keys min_length"),
+    (MBPO, {"rollout_schedule": {"min_length": 3, "max_length": 1, "start": 0, "end": 9}}, "never shrink"),
+    (MBPO, {"rollout_schedule": {"min_length": 1, "max_length": 2.5, "start": 0, "end": 9}}, "max_length=2.5 must be a whole"),
     *(
         (MBPO, {"dynamics_class": value}, "dynamics_class=")
-        for value in (3, None, dict, "sb3_mbpo.Nothing", "sb3_mbpo.DynamicsModel")
+        for value in (3, None, dict, th.nn.Linear, "sb3_mbpo.DynamicsModel")
     ),
     (MBPO, {"dynamics_class": lambda *args, **kwargs: 3, "dynamics_kwargs": None}, "dynamics_class=.* made a int"),
-    *((MBPO, {"dynamics_kwargs": value}, "dynamics_kwargs=.* must be None or a mapping") for value in (0, "x", [1])),
-    *((MBPO, {"termination_fn": value}, "termination_fn=") for value in (3, True, "sometimes", np.zeros(2), lambda o: o)),
-    *((MBPO, {"reward_fn": value}, "reward_fn=") for value in (3, True, "learned", lambda o, a, n: o * NAN)),
     *(
-        (MBPO, {"rollout_filter": value}, "rollout_filter=.* must be None, 'macura', 'infoprop', 'm2ac', or a rule")
+        (MBPO, {"dynamics_class": value}, "dynamics_class=.* must be a subclass .*dotted name .(module|No module)")
+        for value in ("sb3_mbpo.Nothing", "no_such.Model")
+    ),
+    *((MBPO, {"dynamics_kwargs": value}, "dynamics_kwargs=.* must be None or a mapping") for value in (0, "x", [1])),
+    (MBPO, {"dynamics_kwargs": {"members": 7}}, "dynamics_kwargs has no key 'members'; .* takes n_members"),
+    *(
+        (MBPO, {"termination_fn": value}, "termination_fn=")
+        for value in (3, True, "sometimes", np.zeros(2), lambda o: o, pays)
+    ),
+    *((MBPO, {"reward_fn": value}, "reward_fn=") for value in (3, True, "learned", lambda o, a, n: o * NAN, falls)),
+    *(
+        (MBPO, {"rollout_filter": value}, "rollout_filter=.* must be None(,| or) 'macura', 'infoprop', 'm2ac', or a rule")
         for value in (3, True, "maccura", "os.nothing", object, lambda o, a, n: o)
     ),
     (MBPO, {"rollout_filter": "macura", "dynamics_kwargs": {"n_elites": 1}}, "rollout_filter='macura' .*2 members or more"),
-    (MBPO, {"fast_update": "no"}, "fast_update='no' must be"),
+    (MBPO, {"fast_update": "no"}, "fast_update='no' must be None or True or False"),
     (MBPO, {"env": 3}, "env=3 must be an env"),
     (MBPO, {"env": None}, "env=None must be an env"),
     (MBPO, {"policy": 3}, "policy=3 must be a policy class"),
@@ -182,7 +217,7 @@ def test_refused_for_the_ensemble(name, value):
 
 
 def test_every_argument_of_the_ensemble_has_a_rule():
-    assert checks.ENSEMBLE_RULES.keys() == ENSEMBLE.keys()
+    assert ENSEMBLE_ARGUMENTS.keys() == ENSEMBLE.keys()
 
 
 def halves(progress):
@@ -203,6 +238,8 @@ TAKEN = [
     (MBPO, {"gradient_steps": -1, "train_freq": (1, "episode")}),
     (MBPO, {"train_freq": [np.int64(2), "step"], "batch_size": np.int64(8), "seed": np.int64(3)}),
     (MBPO, {"train_freq": 2.0}),
+    (MBPO, {"replay_buffer_class": ReplayBuffer, "n_steps": np.int64(1), "optimize_memory_usage": 0}),
+    (MBPO, {"replay_buffer_kwargs": {"handle_timeout_termination": False}}),
     (MBPO, {"learning_starts": 0, "stats_window_size": 1}),
     (MBPO, {"learning_starts": 10**15}),
     (MBPO, {"use_sde": 1, "sde_sample_freq": 2, "use_sde_at_warmup": True}),
@@ -298,7 +335,7 @@ def agent_of(n_envs, **changed):
 def test_warnings_before_learning(changed, words, n_envs):
     # The envs share the buffer: three get 99 of 100.
     changed = {key: value - (key == "batch_size" and n_envs == 3 and value > 99) for key, value in changed.items()}
-    warnings = list(checks.check_before_learning(agent_of(n_envs, **changed)))
+    warnings = list(check_before_learning(agent_of(n_envs, **changed)))
     assert len(warnings) == len(words)
     assert all(word.split("=")[0] in warning for word, warning in zip(words, warnings, strict=True))
 

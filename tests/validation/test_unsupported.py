@@ -1,11 +1,8 @@
-from types import SimpleNamespace
-
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces, wrappers
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from tiny import FAST
 
@@ -102,47 +99,6 @@ def test_remedies_work(env, remedy, policy):
     assert any(name in str(refused.value) for name in names)
     agent = MBPO(policy, remedy(env), **FAST).learn(30)
     assert len(agent.replay_buffer.model_buffer) > 0
-
-
-def options(**changed):
-    usual = {"replay_buffer_class": None, "n_steps": 1, "optimize_memory_usage": False, "replay_buffer_kwargs": {}}
-    return SimpleNamespace(**{**usual, **changed})
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {},
-        {"replay_buffer_class": ReplayBuffer},
-        {"n_steps": np.int64(1)},
-        {"replay_buffer_kwargs": {"handle_timeout_termination": False}},
-    ],
-)
-def test_replay_options(changed):
-    unsupported.check_replay(options(**changed), (ReplayBuffer,))
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"replay_buffer_class": dict}, "replay_buffer_class=<class 'dict'> is not supported.*Leave it at None"),
-        ({"replay_buffer_class": np.array([1, 2])}, r"replay_buffer_class=array\(\[1, 2\]\) is not supported"),
-        ({"n_steps": 3}, "n_steps=3 is not supported.*Leave it at 1"),
-        ({"n_steps": None}, "n_steps=None is not supported"),
-        ({"n_steps": True}, "n_steps=True is not supported"),
-        ({"optimize_memory_usage": True}, "optimize_memory_usage=True is not supported.*Leave it at False"),
-        ({"optimize_memory_usage": "no"}, "optimize_memory_usage='no' is not supported"),
-        ({"replay_buffer_kwargs": [1]}, r"replay_buffer_kwargs=\[1\] must be a mapping"),
-        ({"replay_buffer_kwargs": {"n_steps": 3}}, "replay_buffer_kwargs has no key 'n_steps'; it takes handle_timeout"),
-        (
-            {"replay_buffer_kwargs": {"handle_timeout_termination": "no"}},
-            "replay_buffer_kwargs: handle_timeout_termination='no' must be true or false",
-        ),
-    ],
-)
-def test_refused_replay_options(changed, message):
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        unsupported.check_replay(options(**changed), (ReplayBuffer,))
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
