@@ -12,6 +12,18 @@ from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 _ROWS_AT_ONCE = 10_000
 
 
+def other_n_envs(theirs: int, ours: int) -> str:
+    """
+    :param theirs: number of envs of a replay buffer
+    :param ours: number of envs of an agent
+    :return: why the agent cannot use the buffer, and how it can use its transitions
+    """
+    return (
+        f"this replay buffer has n_envs={theirs}, but the agent's must have n_envs={ours}. To add its transitions to the "
+        f"agent's, load it in an agent with n_envs={theirs}, here called other, and call agent.prefill(other.replay_buffer)"
+    )
+
+
 def check_fits(buffer: ReplayBuffer, n_envs: int, observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
     :param buffer: plain or mixed
@@ -21,6 +33,8 @@ def check_fits(buffer: ReplayBuffer, n_envs: int, observation_space: spaces.Spac
     expected = {"n_envs": n_envs, "obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
     for name, ours in {**expected, "optimize_memory_usage": False}.items():
         theirs = getattr(buffer, name)
+        if name == "n_envs" and theirs != ours:
+            raise ValueError(other_n_envs(theirs, ours))
         # Stored entries of a Dict have an order.
         if theirs != ours or (isinstance(ours, dict) and list(theirs) != list(ours)):
             raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
