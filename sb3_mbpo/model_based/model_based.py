@@ -41,6 +41,7 @@ from sb3_mbpo.terminations.known import NeverTerminates, known_termination
 from sb3_mbpo.terminations.learned import LearnedTermination
 from sb3_mbpo.trust.filters import Rule
 from sb3_mbpo.validation.rules import check_before_learning, whole
+from sb3_mbpo.validation.unsupported import check_policy
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
@@ -167,6 +168,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
 
     def _setup_model(self) -> None:
         read_arguments(self, (ReplayBuffer, DictReplayBuffer, MixedReplayBuffer))
+        check_policy(self.policy_class, self.observation_space)
         self.codec = Codec(self.observation_space, self.action_space)
         self._read_warmup_actions()
         if self.updates_per_transition is not None and self.gradient_steps != -1:
