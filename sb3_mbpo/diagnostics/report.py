@@ -266,7 +266,7 @@ def write_report(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "sb3_mbpo.diagnostics.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "sb3_mbpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     report = parser.add_subparsers(dest="command", required=True).add_parser("report", help="write the report")
     report.add_argument("agent", type=Path, help="the saved agent, a zip file")

@@ -28,7 +28,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "rl_zoo3":
         raise
-    MISSING = 'sb3_mbpo.zoo.cli needs the RL Zoo: in the checkout of sb3_mbpo, pip install ".[zoo]"'
+    MISSING = 'this command needs the RL Zoo: in the checkout of sb3_mbpo, pip install ".[zoo]"'
     # `sb3_mbpo compare` uses the name to ask for its own extra.
     raise (SystemExit(MISSING) if __name__ == "__main__" else ModuleNotFoundError(MISSING, name="rl_zoo3")) from None
 
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None, experiment: Callable[..., Exper
         raise SystemExit(f"sb3_mbpo: there is no command {command!r}; commands are {', '.join(COMMANDS)}")
     with ExitStack() as stack:
         options = prepare(command, options, stack, experiment)
-        stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo.zoo.cli {command}", *options]))
+        stack.enter_context(replaced(sys, "argv", [f"sb3_mbpo {command}", *options]))
         if command == "train":
             if {"-h", "--help"} & set(options):
                 # Printed after the Zoo's own help, which ends the process.

@@ -203,7 +203,8 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         return self.made_envs[-1]
 
     def create_log_folder(self) -> None:
-        self.new_folders = [path for path in (Path(self.save_path), Path(self.log_path)) if not path.exists()]
+        folder = Path(self.save_path)
+        self.new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
         super().create_log_folder()
 
     def _leave_nothing(self) -> None:

@@ -235,7 +235,7 @@ def test_without_the_zoo(tmp_path: Path) -> None:
         result = subprocess.run([sys.executable, "-c", code.format(line)], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 1
         remedy = 'in the checkout of sb3_mbpo, pip install ".[zoo]"'
-        assert result.stderr.splitlines()[-1] == f"{prefix}sb3_mbpo.zoo.cli needs the RL Zoo: {remedy}"
+        assert result.stderr.splitlines()[-1] == f"{prefix}this command needs the RL Zoo: {remedy}"
 
 
 def test_usage(zoo: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +253,7 @@ def test_our_algorithms_are_choices(zoo: ModuleType, command: str, capsys: pytes
     with pytest.raises(SystemExit):
         zoo.main([command, "--help"])
     printed = capsys.readouterr().out
-    assert f"usage: sb3_mbpo.zoo.cli {command}" in printed and "sac" in printed
+    assert f"usage: sb3_mbpo {command}" in printed and "sac" in printed
     assert all(f"{name}" in printed for name in zoo.ALGORITHMS)
     assert ("--checkpoints FOLDER" in printed and "SIGUSR1" in printed) == (command == "train")
     assert sys.argv is before
