@@ -30,11 +30,11 @@ def check_fits(buffer: ReplayBuffer, n_envs: int, observation_space: spaces.Spac
     :param n_envs: of the agent, as its spaces
     :raises ValueError: the buffer was made for other envs, or without next observations
     """
-    expected = {"n_envs": n_envs, "obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
+    if buffer.n_envs != n_envs:
+        raise ValueError(other_n_envs(buffer.n_envs, n_envs))
+    expected = {"obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
     for name, ours in {**expected, "optimize_memory_usage": False}.items():
         theirs = getattr(buffer, name)
-        if name == "n_envs" and theirs != ours:
-            raise ValueError(other_n_envs(theirs, ours))
         # Stored entries of a Dict have an order.
         if theirs != ours or (isinstance(ours, dict) and list(theirs) != list(ours)):
             raise ValueError(f"this replay buffer has {name}={theirs}, but the agent's must have {name}={ours}")
