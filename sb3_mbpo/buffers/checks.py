@@ -12,13 +12,27 @@ from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 _ROWS_AT_ONCE = 10_000
 
 
+def other_n_envs(theirs: int, ours: int) -> str:
+    """
+    :param theirs: number of envs of a replay buffer
+    :param ours: number of envs of an agent
+    :return: why the agent cannot use the buffer, and how it can use its transitions
+    """
+    return (
+        f"this replay buffer has n_envs={theirs}, but the agent's must have n_envs={ours}. To add its transitions to the "
+        f"agent's, load it in an agent with n_envs={theirs}, here called other, and call agent.prefill(other.replay_buffer)"
+    )
+
+
 def check_fits(buffer: ReplayBuffer, n_envs: int, observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
     :param buffer: plain or mixed
     :param n_envs: of the agent, as its spaces
     :raises ValueError: the buffer was made for other envs, or without next observations
     """
-    expected = {"n_envs": n_envs, "obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
+    if buffer.n_envs != n_envs:
+        raise ValueError(other_n_envs(buffer.n_envs, n_envs))
+    expected = {"obs_shape": get_obs_shape(observation_space), "action_dim": get_action_dim(action_space)}
     for name, ours in {**expected, "optimize_memory_usage": False}.items():
         theirs = getattr(buffer, name)
         # Stored entries of a Dict have an order.

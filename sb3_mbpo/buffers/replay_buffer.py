@@ -11,7 +11,7 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_mbpo.buffers.checks import check_finite, check_fits
+from sb3_mbpo.buffers.checks import check_finite, check_fits, other_n_envs
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.normalization import normalize_obs, normalize_rewards, to_device_async
 from sb3_mbpo.codec import Codec, Observation
@@ -128,8 +128,8 @@ class MixedReplayBuffer(ReplayBuffer):
                 filled = self.codec.flatten({key: array[: buffer.size()] for key, array in taken[name].items()})
                 taken[name] = _with_room(filled, buffer.buffer_size)
         check_finite({name: taken[name][: buffer.size()] for name in ROWS}, imagined)
-        own = ("real_ratio", "model_buffer", "generator", "device", "check", "copies_ends", "codec")
-        self.__dict__.update({key: value for key, value in taken.items() if key not in own})
+        own = ("real_ratio", "model_buffer", "generator", "device", "check", "codec")
+        self.__dict__.update({"copies_ends": False} | {key: value for key, value in taken.items() if key not in own})
         self.model_buffer.restore(imagined, refills)
 
     def contents(self, imagined: bool = True) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class MixedReplayBuffer(ReplayBuffer):
         rows, refills = self.model_buffer.contents() if imagined else (self.model_buffer.rows[:0].clone(), [])
         return {
             "rows": {name: getattr(self, name)[: self.size()] for name in ROWS},
-            **{name: getattr(self, name) for name in ("buffer_size", "pos", "full")},
+            **{name: getattr(self, name) for name in ("buffer_size", "pos", "full", "copies_ends")},
             # Flat rows do not say where an entry of a Dict ends.
             "entries": self.codec.entries,
             **{"imagined": rows, "refills": refills},
@@ -164,14 +164,15 @@ class MixedReplayBuffer(ReplayBuffer):
         else:
             oldest = contents["pos"] if contents["full"] else 0
             self.insert({name: np.roll(rows[name], -oldest, axis=0) for name in ROWS})
+        self.copies_ends = contents["copies_ends"]
         self.model_buffer.restore(contents["imagined"], contents["refills"])
 
     def _check_contents(self, contents: Mapping[str, Any]) -> int:
         """:return: number of filled rows; raises ``ValueError`` as :meth:`restore` does"""
-        names = ("rows", "buffer_size", "pos", "full", "entries", "imagined", "refills")
+        names = ("rows", "buffer_size", "pos", "full", "copies_ends", "entries", "imagined", "refills")
         if not isinstance(contents, Mapping) or set(contents) != set(names):
             raise ValueError(f"the contents of a replay buffer must be {', '.join(names)}")
-        rows, size, pos, full, entries, imagined, refills = (contents[name] for name in names)
+        rows, size, pos, full, copies_ends, entries, imagined, refills = (contents[name] for name in names)
         if entries != self.codec.entries:
             raise ValueError(f"its observations have the entries {entries!r:.200}, but this agent's have {self.codec.entries}")
         if not isinstance(rows, Mapping) or set(rows) != set(ROWS):
@@ -180,13 +181,15 @@ class MixedReplayBuffer(ReplayBuffer):
             ours = getattr(self, name)
             if not isinstance(array, np.ndarray) or array.dtype != ours.dtype:
                 raise ValueError(f"{name} must be an array of {ours.dtype}")
+            if array.ndim == ours.ndim and array.shape[1] != self.n_envs:
+                raise ValueError(other_n_envs(array.shape[1], self.n_envs))
             if array.ndim != ours.ndim or array.shape[1:] != ours.shape[1:]:
                 raise ValueError(f"{name} has shape {array.shape}, but this agent's steps have {ours.shape[1:]}")
         lengths, n_rows = [len(array) for array in rows.values()], len(rows["rewards"])
         if len(set(lengths)) > 1:
             raise ValueError(f"rows must have the same number of steps, not {lengths}")
-        if not isinstance(full, bool):
-            raise ValueError("full must be true or false")
+        if not isinstance(full, bool) or not isinstance(copies_ends, bool):
+            raise ValueError("full and copies_ends must be true or false")
         if type(size) is not int or type(pos) is not int or not (0 <= pos < size and n_rows == (size if full else pos)):
             raise ValueError(f"buffer_size, pos and full do not fit {n_rows} steps")
         width = sum(self.model_buffer.widths)

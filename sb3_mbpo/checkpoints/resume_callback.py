@@ -156,6 +156,7 @@ class ResumeCallback(BaseCallback):
             else:
                 if left["rollout_end"]:
                     self._all.on_rollout_end()
+                self.model.owe_updates(left["steps"])
                 result = RolloutReturn(left["steps"], 0, continue_training=True)
         except Interrupted:
             steps = self.locals["num_collected_steps"] * self.model.n_envs if left is None else left["steps"]

@@ -56,6 +56,15 @@ class BesideActing(Collecting):
             self.updates_owed = 0
         self._learner = LearnerProcess(self)
 
+    def owe_updates(self, transitions: int) -> None:
+        """
+        Let the next learner make the updates of a rollout that was begun without ``background``, and resumed with it.
+
+        :param transitions: number of env transitions of the rollout, already counted
+        """
+        if self.learns_in_background and self.num_timesteps > self.learning_starts:
+            self.updates_owed += self.updates_of(transitions)
+
     def _store_transition(self, replay_buffer: Any, *args: Any, **kwargs: Any) -> None:
         before = replay_buffer.pos
         super()._store_transition(replay_buffer, *args, **kwargs)

@@ -40,6 +40,7 @@ from sb3_mbpo.trust.filters import Rule
 from sb3_mbpo.validation.misuse import check_before_learning, updates_are_few
 from sb3_mbpo.validation.rules import read_all, shown, whole
 from sb3_mbpo.validation.table import LEARN_ARGUMENTS
+from sb3_mbpo.validation.unsupported import check_policy
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
@@ -169,6 +170,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
 
     def _setup_model(self) -> None:
         read_arguments(self)
+        check_policy(self.policy_class, self.observation_space)
         self.codec = Codec(self.observation_space, self.action_space)
         if self.updates_per_transition is not None and self.gradient_steps != -1:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Hooks in ``learn`` and ``collect_rollouts`` that let a ResumeCallback save, stop and resume a run."""
 
+import os
 from functools import partial
 from typing import Any, TypeVar
 
@@ -52,6 +53,22 @@ class Resuming(BesideActing):
         finally:
             if self.resume_callback is not None:
                 self.resume_callback.end()
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        # SB3 finds no earlier runs if the name contains a folder: a resumed run would get another log.
+        group, name = os.path.split(tb_log_name)
+        folder, self.tensorboard_log = self.tensorboard_log, self.tensorboard_log and os.path.join(self.tensorboard_log, group)
+        try:
+            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
+        finally:
+            self.tensorboard_log = folder
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """See SB3. A run is saved, resumed and stopped right before it."""

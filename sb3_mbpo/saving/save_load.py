@@ -25,7 +25,7 @@ from sb3_mbpo.buffers.checks import check_fits
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.replay_buffer import MixedReplayBuffer
 from sb3_mbpo.codec import Codec
-from sb3_mbpo.saving.agent_state import OURS, AgentState
+from sb3_mbpo.saving.agent_state import AgentState
 from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.saving.checked_tensors import check_weights
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
@@ -382,13 +382,13 @@ class Saving(AgentState, OffPolicyAlgorithm):
         """
         algorithms = [kind for kind in type(self).__mro__ if issubclass(kind, OffPolicyAlgorithm)]
         base: Any = next(kind for kind in algorithms if not issubclass(kind, Saving))
-        ours = {*inspect.signature(type(self)).parameters, *OURS, "termination"} - {*inspect.signature(base).parameters}
+        # Not the attributes of this package, nor those of a user's subclass.
+        theirs = {*vars(base(self.policy_class, None, _init_setup_model=False)), "observation_space", "action_space", "n_envs"}
         excluded = {
-            *ours,
             *self._excluded_save_params(),
             *(name.split(".")[0] for name in chain(*self._get_torch_save_params())),
         }
-        data = {name: value for name, value in vars(self).items() if name not in excluded}
+        data = {name: value for name, value in vars(self).items() if name in theirs - excluded}
         state_dicts, variables = base._get_torch_save_params(self)
         parameters = {name: value for name, value in self.get_parameters().items() if name in state_dicts}
         parameters |= {} if policy is None else {"policy": policy}

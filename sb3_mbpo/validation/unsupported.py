@@ -39,23 +39,63 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space, ta
     """
     if (remedy := _observation_remedy(observation_space, takes_dict)) is not None:
         raise ValueError(f"env: the observation space {observation_space} is not supported; {remedy}")
-    if not isinstance(action_space, spaces.Box):
-        raise ValueError(
-            f"env: the action space {action_space} is not supported; MBPO needs a Box of continuous actions. "
-            "For discrete actions use DQN or PPO"
+    if (remedy := _action_remedy(action_space)) is not None:
+        raise ValueError(f"env: the action space {action_space} is not supported; {remedy}")
+
+
+def check_policy(policy_class: Any, observation_space: spaces.Space) -> None:
+    """
+    Check that the policy can read the observations. SB3 itself finds Dict observations with ``"MlpPolicy"``.
+
+    :param policy_class: class of the policy
+    :param observation_space: a supported one
+    :raises ValueError: the policy needs Dict observations, and there are none
+    """
+    kinds = getattr(policy_class, "__mro__", ())
+    if not isinstance(observation_space, spaces.Dict) and any(kind.__name__ == "MultiInputPolicy" for kind in kinds):
+        raise ValueError(f"policy='MultiInputPolicy' is for Dict observations, not {observation_space}. Pass 'MlpPolicy'")
+
+
+def _action_remedy(space: spaces.Space) -> str | None:
+    """:return: why an action space is not supported, and what to do; ``None`` if it is supported"""
+    transform = "gymnasium.wrappers.TransformAction"
+    if isinstance(space, spaces.Discrete):
+        return "MBPO needs continuous actions. Use DQN or PPO"
+    if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
+        return "MBPO needs continuous actions. Use PPO"
+    if not isinstance(space, spaces.Box):
+        if _has_only_boxes(space):
+            return (
+                f"MBPO needs a Box. Flatten it with {transform}(env, lambda action: gymnasium.spaces.unflatten("
+                "env.action_space, action), gymnasium.spaces.flatten_space(env.action_space))"
+            )
+        return f"MBPO needs a Box of continuous actions. Make one with {transform}(env, function, box)"
+    if len(space.shape) == 0:
+        box = f"gymnasium.spaces.Box({space.low}, {space.high}, (1,))"
+        return f"it has no dimension. Give it one with {transform}(env, lambda action: action[0], {box})"
+    if 0 in space.shape:
+        return "it has no entries, so there is nothing to learn"
+    with np.errstate(over="ignore", invalid="ignore"):
+        span = space.high.astype(np.float32) - space.low.astype(np.float32)
+    if not np.isfinite(span).all():
+        return (
+            "it is unbounded, and MBPO scales actions to [-1, 1]. If gymnasium.wrappers.ClipAction removed the bounds, remove "
+            f"this wrapper: MBPO never exceeds bounds. Otherwise, set some: {transform}(env, lambda action: action, "
+            f"gymnasium.spaces.Box(-1, 1, {space.shape}))"
         )
-    if not np.all(np.isfinite(action_space.low) & np.isfinite(action_space.high)):
-        raise ValueError(
-            f"env: the action space {action_space} is unbounded; MBPO scales actions to [-1, 1]. If "
-            "gymnasium.wrappers.ClipAction removed the bounds, remove this wrapper: MBPO never exceeds bounds. Otherwise, set "
-            f"some: gymnasium.wrappers.TransformAction(env, lambda action: action, gymnasium.spaces.Box(-1, 1, "
-            f"{action_space.shape}))"
+    if not (span > 0).all():
+        fixed = np.flatnonzero(~(span > 0)).tolist()
+        return (
+            f"its entries {fixed} have low = high, which cannot be scaled to [-1, 1]. Leave them out with {transform}(env, "
+            "function, box): box has the other entries, and function inserts the constants"
         )
-    if not np.all(action_space.low < action_space.high):
-        raise ValueError(
-            f"env: the action space {action_space} has dimensions with low = high, which cannot be scaled to [-1, 1]. "
-            "Remove them with gymnasium.wrappers.TransformAction"
-        )
+    return None
+
+
+def _has_only_boxes(space: spaces.Space) -> bool:
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        return all(map(_has_only_boxes, space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces))
+    return isinstance(space, spaces.Box)
 
 
 def _observation_remedy(space: spaces.Space, takes_dict: bool) -> str | None:
@@ -70,6 +110,13 @@ def _observation_remedy(space: spaces.Space, takes_dict: bool) -> str | None:
         return (
             "it has no fixed size, but MBPO's dynamics predicts vectors. Make a Box of it with "
             "gymnasium.wrappers.TransformObservation(env, function, box)"
+        )
+    if any(0 in parts[key].shape for key in vectors) or not parts:  # type: ignore[operator]
+        return "an observation, or an entry of it, is empty. Leave it out with gymnasium.wrappers.TransformObservation"
+    if any(parts[key].shape == () for key in vectors):
+        return (
+            "networks need vectors, and it has numbers without a dimension. Flatten it with "
+            "gymnasium.wrappers.FlattenObservation(env), and pass policy='MlpPolicy'"
         )
     if len(vectors) < len(parts):
         kinds = "a Box or a Dict of Boxes" if takes_dict else "a Box"

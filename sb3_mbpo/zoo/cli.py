@@ -23,7 +23,7 @@ from typing import Any
 from sb3_mbpo.runtime.extras import needs
 from sb3_mbpo.runtime.threads import chosen
 
-with needs("zoo", "sb3_mbpo.zoo"):
+with needs("zoo", "this command"):
     import rl_zoo3.train
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
     from rl_zoo3.utils import ALGOS

@@ -156,6 +156,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
     ) -> None:
         self.checkpoints = checkpoints
         self.made_envs: list[VecEnv] = []
+        self.new_folders: list[Path] = []
         self.ours = algo in ALGORITHMS
         kwargs["config"] = settings_file(kwargs.get("config"), algo)
         if self.ours and kwargs.get("n_evaluations") is None:
@@ -166,15 +167,29 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         try:
             return super().setup_experiment()
         except BaseException:
-            # A refused run leaves nothing open, and no folder. Its name was not used before.
-            for env in self.made_envs:
-                env.close()
-            shutil.rmtree(self.save_path, ignore_errors=True)
+            # A refused run leaves nothing.
+            self._leave_nothing()
             raise
 
     def create_envs(self, *args: Any, **kwargs: Any) -> VecEnv:
         self.made_envs.append(super().create_envs(*args, **kwargs))
         return self.made_envs[-1]
+
+    def create_log_folder(self) -> None:
+        folder = Path(self.save_path)
+        self.new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+        super().create_log_folder()
+
+    def _leave_nothing(self) -> None:
+        """After an error: close the envs, which have open files, and remove the folders of this run."""
+        for env in self.made_envs:
+            with suppress(EOFError, ConnectionError):
+                env.close()
+        for folder in self.new_folders:
+            if folder == Path(self.save_path):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.storage and self.study_name and self.trial_id == 0:
@@ -261,6 +276,7 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
         every = min(max(int(self.n_timesteps) // FEWEST_EVALUATIONS, 1), 5_000)
         resume = None if self.checkpoints is None else ResumeCallback(self.checkpoints, every, verbose=self.verbose)
         callbacks = self.callbacks if resume is None else [*self.callbacks, resume]
+        before = model.num_timesteps
         try:
             model.learn(self.n_timesteps, callback=callbacks, reset_num_timesteps=not goes_on, **log_interval)
         except KeyboardInterrupt:
@@ -271,6 +287,10 @@ class Experiment(rl_zoo3.exp_manager.ExperimentManager):
             for callback in self.callbacks:
                 if isinstance(callback, ProgressBarCallback):
                     callback.on_training_end()
+        except Exception:
+            if model.num_timesteps == before:
+                self._leave_nothing()
+            raise
         finally:
             # A signal to the process group may have ended the envs' processes.
             with suppress(EOFError, ConnectionError):

@@ -189,3 +189,16 @@ def test_a_checkpoint_does_not_choose_who_learns(background, tmp_path):
     agent = made()
     agent.learn(45, [watch, ResumeCallback(tmp_path)], background=not background)
     assert seen == [(not background, not background)]
+
+
+def test_the_updates_of_a_rollout_that_was_interrupted_without_background(tmp_path, monkeypatch):
+    def interrupt(agent, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        agent.resume_callback.check()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MBPO, "fit_dynamics", interrupt)
+        agent = made(train_freq=4).learn(60, ResumeCallback(tmp_path))
+    assert agent.num_timesteps == 24 and agent._n_updates == 0
+    again = made(train_freq=4).learn(60, [At(), ResumeCallback(tmp_path)], background=True)
+    assert again.num_timesteps == 60 and again._n_updates == 2 * 40 and again.updates_owed == 0

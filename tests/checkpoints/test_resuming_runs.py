@@ -84,7 +84,7 @@ def test_a_foreign_checkpoint_writes_no_logs_elsewhere(tmp_path):
     state["learn"] |= {"total_timesteps": 4, "reset_num_timesteps": True, "callback": None}
     checkpoint.write(tmp_path / "run", state, tensors, 3)
     assert resume(tmp_path / "run", "Pendulum-v1", tensorboard_log=logs).num_timesteps == 4
-    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["group"]
+    assert [str(path.relative_to(logs)) for path in sorted((tmp_path / "logs").rglob("*/"))] == ["group", "group/x_1"]
     for name in ("../x", "a/../../x", "/x", "..", "C:x", "a\\..\\x", "a\0", 3, ["x"]):
         state["learn"]["tb_log_name"] = name
         written = checkpoint.write(tmp_path / "run", state, tensors, 3)

@@ -413,15 +413,33 @@ def test_what_is_no_buffer_leaves_the_agents_own(tmp_path, content):
     agent.learn(5, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize("kind", ["plain", "mixed"])
-def test_buffers_of_other_envs_leave_the_agents_own(tmp_path, kind):
-    other = (SAC if kind == "plain" else MBPO)("MlpPolicy", make_vec_env("Pendulum-v1", 2), gradient_steps=1).learn(10)
-    other.save_replay_buffer(tmp_path / "file")
+@pytest.mark.parametrize(("kind", "name"), [(SAC, "file.pkl"), (MBPO, "file.pkl"), (MBPO, "file.pt")])
+def test_buffers_of_other_envs_leave_the_agents_own(tmp_path, kind, name):
+    """The error names a way to use the transitions, which works."""
+    learned = kind("MlpPolicy", make_vec_env("Pendulum-v1", 2), gradient_steps=1).learn(10)
+    learned.save_replay_buffer(tmp_path / name)
     agent = make().learn(5)
     buffer, before = agent.replay_buffer, all_of(agent)
-    with pytest.raises(ValueError, match=r"load_replay_buffer: .*file: this replay buffer has n_envs=2, but the agent's must"):
-        agent.load_replay_buffer(tmp_path / "file")
+    message = r"load_replay_buffer: .*file.p.*: this replay buffer has n_envs=2, but .* agent\.prefill\(other\.replay_buffer\)"
+    with pytest.raises(ValueError, match=message):
+        agent.load_replay_buffer(tmp_path / name)
     assert agent.replay_buffer is buffer and all_of(agent) == before
+    other = MBPO("MlpPolicy", make_vec_env("Pendulum-v1", 2), gradient_steps=1)
+    other.load_replay_buffer(tmp_path / name)
+    agent.prefill(other.replay_buffer)
+    assert agent.replay_buffer.size() == 15
+    assert np.array_equal(agent.replay_buffer.rewards[5:15].flatten(), learned.replay_buffer.rewards[:5].T.flatten())
+
+
+@pytest.mark.parametrize("name", ["file.pkl", "file.pt"])
+def test_that_ends_are_copied_is_saved(tmp_path, name):
+    """Otherwise, a loaded agent takes episodes that all end where they start for lost ones, until it learns in its env."""
+    learned, loaded = make().learn(5), make()
+    learned.save_replay_buffer(tmp_path / name)
+    loaded.load_replay_buffer(tmp_path / name)
+    assert learned.replay_buffer.copies_ends and loaded.replay_buffer.copies_ends
+    learned.replay_buffer = plain_buffer()
+    assert not learned.replay_buffer.copies_ends
 
 
 def plain_buffer(n=20):

@@ -353,6 +353,17 @@ def test_the_model_free_agent(tmp_path, cls, base, method, monkeypatch):
     assert set(vars(loaded)) == set(vars(base("MlpPolicy", "Pendulum-v1").learn(2)))
 
 
+def test_the_model_free_agent_of_a_subclass():
+    class Mine(MBPO):
+        def __init__(self, *args, of_mine=3, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.of_mine, self.file = of_mine, open(__file__)
+
+    agent = Mine("MlpPolicy", "Pendulum-v1", **FAST)
+    with agent.file:
+        assert vars(agent.to_sac()).keys() == vars(SAC("MlpPolicy", "Pendulum-v1")).keys()
+
+
 def true_transitions(buffer):
     """For each stored step, whether Pendulum goes from that observation by that action to the next one."""
     obs, actions, next_obs = (

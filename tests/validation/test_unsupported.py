@@ -22,11 +22,22 @@ UNBOUNDED = spaces.Box(-np.inf, np.inf, (2,))
         (IMAGE, BOX, "vectors, not images. Use SAC or another model-free algorithm$"),
         (spaces.Dict(a=BOX, camera=IMAGE), BOX, r"vectors, not images.*FilterObservation\(env, \['a'\]\)"),
         (spaces.Dict(a=spaces.Sequence(BOX)), BOX, "no fixed size.*TransformObservation"),
-        (BOX, spaces.Discrete(2), "action space Discrete.*use DQN or PPO"),
-        (BOX, spaces.MultiDiscrete([2, 3]), "action space MultiDiscrete"),
+        (spaces.Dict(a=BOX, b=spaces.Box(0, 9, ())), BOX, "without a dimension.*FlattenObservation"),
+        (spaces.Box(0, 9, (0,)), BOX, "empty.*TransformObservation"),
+        (spaces.Dict(), BOX, "empty"),
+        (BOX, spaces.Discrete(2), "action space Discrete.*Use DQN or PPO$"),
+        (BOX, spaces.MultiDiscrete([2, 3]), "action space MultiDiscrete.*Use PPO$"),
+        (BOX, spaces.MultiBinary(3), "action space MultiBinary.*Use PPO$"),
+        (BOX, spaces.Dict(a=BOX, b=spaces.Discrete(2)), r"Make one with .*TransformAction\(env, function, box"),
+        (BOX, spaces.Box(-1, 1, (0,)), "no entries"),
+        (BOX, spaces.Box(-3e38, 3e38, (1,), np.float32), "unbounded"),
         (BOX, UNBOUNDED, r"unbounded.*ClipAction.*TransformAction.*Box\(-1, 1, \(2,\)\)"),
         (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, np.inf], np.float32)), "unbounded"),
-        (BOX, spaces.Box(np.zeros(2, np.float32), np.array([1, 0], np.float32)), "low = high.*TransformAction"),
+        (
+            BOX,
+            spaces.Box(np.zeros(2), np.array([1.0, 0.0]), dtype=np.float64),
+            r"entries \[1\] have low = high.*TransformAction",
+        ),
     ],
 )
 def test_refused_spaces(observation_space, action_space, message):
@@ -37,7 +48,7 @@ def test_refused_spaces(observation_space, action_space, message):
 def test_accepted_spaces():
     unsupported.check_spaces(spaces.Box(-np.inf, np.inf, (2, 3), np.float64), spaces.Box(-2, 5, (2, 2)))
     unsupported.check_spaces(spaces.Box(0, 9, (4,), np.int64), BOX)
-    unsupported.check_spaces(spaces.Dict(a=BOX, b=spaces.Box(0, 9, (), np.int64)), BOX)
+    unsupported.check_spaces(spaces.Dict(a=BOX, b=spaces.Box(0, 9, (1,), np.int64)), BOX)
 
 
 class Draws(gym.Env):
@@ -51,8 +62,9 @@ class Draws(gym.Env):
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        assert self.action_space.contains(np.asarray(action, np.float32))
-        return self.observation_space.sample(), float(action[0]), False, False, {}
+        space = self.action_space
+        assert space.contains(np.asarray(action, space.dtype) if isinstance(space, spaces.Box) else action)
+        return self.observation_space.sample(), 0.1, False, False, {}
 
 
 def last_two(obs):
@@ -80,6 +92,25 @@ def last_two(obs):
             "MlpPolicy",
         ),
         (wrappers.ClipAction(Draws(BOX)), lambda env: env.env, "MlpPolicy"),
+        (
+            Draws(BOX, spaces.Dict(a=BOX, b=spaces.Tuple([spaces.Box(0, 2, (2,))]))),
+            lambda env: wrappers.TransformAction(
+                env, lambda action: spaces.unflatten(env.action_space, action), spaces.flatten_space(env.action_space)
+            ),
+            "MlpPolicy",
+        ),
+        (
+            Draws(BOX, spaces.Box(np.array([0, 2]), np.array([1, 2]), dtype=np.float64)),
+            lambda env: wrappers.TransformAction(env, lambda action: np.append(action, 2.0), spaces.Box(0, 1, (1,))),
+            "MlpPolicy",
+        ),
+        (
+            Draws(BOX, spaces.Box(-2, 3, ())),
+            lambda env: wrappers.TransformAction(env, lambda action: action[0], spaces.Box(-2.0, 3.0, (1,))),
+            "MlpPolicy",
+        ),
+        (Draws(spaces.Box(-1, 1, ())), wrappers.FlattenObservation, "MlpPolicy"),
+        (Draws(spaces.Text(5)), wrappers.FlattenObservation, "MlpPolicy"),
         (gym.make_vec("Pendulum-v1", num_envs=2), lambda env: make_vec_env("Pendulum-v1", 2), "MlpPolicy"),
     ],
     ids=lambda part: "" if isinstance(part, type) else str(getattr(part, "observation_space", ""))[:30],
@@ -99,6 +130,11 @@ def test_remedies_work(env, remedy, policy):
     assert any(name in str(refused.value) for name in names)
     agent = MBPO(policy, remedy(env), **FAST).learn(30)
     assert len(agent.replay_buffer.model_buffer) > 0
+
+
+def test_a_policy_for_dicts_without_dicts():
+    with pytest.raises(ValueError, match=r"policy='MultiInputPolicy' is for Dict observations, not Box.*Pass 'MlpPolicy'"):
+        MBPO("MultiInputPolicy", "Pendulum-v1")
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))

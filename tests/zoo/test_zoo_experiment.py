@@ -114,7 +114,21 @@ def test_misspelt_settings_are_refused(zoo: ModuleType, trained: bool) -> None:
         train(zoo, *options, tiny=["real_ration:0.1"])
 
 
-def test_a_refused_run_leaves_only_the_folders_of_others(zoo: ModuleType) -> None:
+def test_a_refused_run_leaves_no_folder(zoo: ModuleType) -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        train(zoo, "--env", "Pendulum-v1", tiny=["gamma:2"])
+    assert not Path("logs").exists()
+
+
+def test_a_run_refused_when_learning_begins_leaves_no_folder(zoo: ModuleType) -> None:
+    options = ["--env", "Pendulum-v1", "--checkpoints", "saved"]
+    train(zoo, *options, algo="mbtd3", n=2)
+    with pytest.raises(ValueError, match="is a checkpoint of MBTD3, not of MBPO"):
+        train(zoo, *options)
+    assert not Path("logs", "mbpo").exists()
+
+
+def test_a_refused_run_leaves_those_of_others(zoo: ModuleType) -> None:
     before = Path("logs", "mbpo", "Pendulum-v1_1")
     before.mkdir(parents=True)
     with pytest.raises(ValueError, match="gamma"):
