@@ -48,6 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "gamma_0.99": {"gamma": 0.99},
     "fit_half": {"dynamics_kwargs": "dict(max_updates=500)"},
     "fit_double": {"dynamics_kwargs": "dict(max_updates=2000)"},
+    "fit_batch_128": {"dynamics_kwargs": "dict(batch_size=128, patience=150)"},
 }
 COLUMNS = ("arm", "env", "seed", "step", "return", "length", "cpu_seconds", "commit")
 AT = (5_000, 10_000, 15_000)
