@@ -42,8 +42,9 @@ from sb3_mbpo import DHMBPO
 
 # %%
 agent = DHMBPO("MlpPolicy", "Pendulum-v1", learning_starts=100, seed=0)
-evaluation = EvalCallback(Monitor(gym.make("Pendulum-v1")), eval_freq=100, log_path="first_agent", verbose=0)
-agent.learn(STEPS, callback=evaluation)
+env = Monitor(gym.make("Pendulum-v1"))
+evaluation = EvalCallback(env, eval_freq=100, log_path="first_agent", verbose=0)
+agent = agent.learn(STEPS, callback=evaluation)
 
 # %% [markdown]
 # ## The learning curve
@@ -83,10 +84,11 @@ def play(policy, seed):
     return angles, torques, total
 
 
+SEED = 4  # an episode that begins with the pendulum hanging down
 rng = np.random.default_rng(0)
 episodes = {
-    "random actions": play(lambda obs: rng.uniform(-2, 2, 1), seed=1),
-    "the agent": play(lambda obs: agent.predict(obs, deterministic=True)[0], seed=1),
+    "random actions": play(lambda obs: rng.uniform(-2, 2, 1), seed=SEED),
+    "the agent": play(lambda obs: agent.predict(obs, deterministic=True)[0], seed=SEED),
 }
 figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(7, 4.5))
 for name, (angles, torques, total) in episodes.items():
@@ -109,7 +111,7 @@ agent.save_replay_buffer("first_agent/buffer")
 loaded = DHMBPO.load("first_agent/agent", env=gym.make("Pendulum-v1"))
 loaded.load_replay_buffer("first_agent/buffer")
 loaded.learn(50, reset_num_timesteps=False)
-print(f"{loaded.num_timesteps:,} steps in all, {loaded.replay_buffer.size():,} real transitions")
+print(f"{loaded.num_timesteps} steps in all, {loaded.replay_buffer.size()} real transitions")
 
 # %% [markdown]
 # ## Next

@@ -40,7 +40,12 @@ from sb3_mbpo import MBPO, ModelErrorCallback, write_report
 # predict well? To be quick, this agent makes 4 updates per step instead of 20 and imagines less.
 
 # %%
-SMALLER = {"gradient_steps": 4, "rollout_batch_size": 10_000, "model_train_freq": 200, "learning_starts": 200}
+SMALLER = {
+    "gradient_steps": 4,
+    "rollout_batch_size": 10_000,
+    "model_train_freq": 200,
+    "learning_starts": 200,
+}
 
 
 def learn(env, folder, **arguments):
@@ -52,7 +57,8 @@ def learn(env, folder, **arguments):
 
 
 agent, diagnosis, log = learn("Pendulum-v1", "trust/pendulum", rollout_schedule="auto")
-columns = ["time/total_timesteps", "model_error/error_1", "model_error/error_20", "model_error/rollout_length"]
+names = ("error_1", "error_20", "rollout_length")
+columns = ["time/total_timesteps", *(f"model_error/{name}" for name in names)]
 log[columns].dropna().round(3)
 
 # %% [markdown]
@@ -72,16 +78,19 @@ for _ in range(60):
     action, _ = agent.predict(obs, deterministic=True)
     obs, *_ = env.step(action)
     real.append(obs)
-    actions.append(action / 2)  # the dynamics takes actions in [-1, 1], Pendulum's are in [-2, 2]
+    # The dynamics takes actions in [-1, 1], Pendulum's are in [-2, 2].
+    actions.append(th.as_tensor(action / 2).repeat(20, 1))
 
 imagined = [th.as_tensor(real[0]).repeat(20, 1)]
 for action in actions:
-    next_obs, _ = agent.dynamics.sample(imagined[-1], th.as_tensor(action).repeat(20, 1))
+    with th.no_grad():
+        next_obs, _ = agent.dynamics.sample(imagined[-1], action)
     imagined.append(next_obs)
 imagined = th.stack(imagined).numpy()  # (61, 20, 3)
 
 figure, panels = plt.subplots(3, sharex=True, figsize=(7, 5.5))
-for dimension, (panel, name) in enumerate(zip(panels, ("cos(angle)", "sin(angle)", "angular velocity"))):
+labels = ("cos(angle)", "sin(angle)", "angular velocity")
+for dimension, (panel, name) in enumerate(zip(panels, labels)):
     panel.plot(imagined[:, :, dimension], color="tab:orange", linewidth=0.6, alpha=0.6)
     panel.plot(np.array(real)[:, dimension], color="tab:blue")
     panel.set_ylabel(name)
@@ -97,11 +106,13 @@ plt.show()
 
 # %%
 lengths = range(1, 21)
-errors = [np.sqrt(np.nanmean((diagnosis.errors(k)[:, 1:] / diagnosis.spread[1:]) ** 2)) for k in lengths]
+scaled = [diagnosis.errors(k)[:, 1:] / diagnosis.spread[1:] for k in lengths]  # without the reward
+errors = [np.sqrt(np.nanmean(error**2)) for error in scaled]
 figure, axes = plt.subplots(figsize=(7, 3))
 axes.plot(lengths, errors, marker="o")
 axes.axhline(0.1, color="gray", linestyle="--")
-axes.set(xlabel="steps ahead", ylabel="error, standard deviations", title=f"k of auto is {agent.rollout_length}", ylim=0)
+axes.set(xlabel="steps ahead", ylabel="error, standard deviations", ylim=0)
+axes.set_title(f"k of auto is {agent.rollout_length}")
 plt.show()
 
 # %% [markdown]
@@ -121,8 +132,10 @@ class Noise(gym.RewardWrapper):
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     noisy, _, noisy_log = learn(Noise(gym.make("Pendulum-v1")), "trust/noise")
-columns = ["dynamics/explained_obs", "dynamics/explained_reward", "dynamics/gate", "dynamics/real_share"]
-table = pd.concat({"Pendulum-v1": log[columns].dropna().tail(1), "reward is noise": noisy_log[columns].dropna().tail(1)})
+names = ("explained_obs", "explained_reward", "gate", "real_share")
+columns = [f"dynamics/{name}" for name in names]
+last = {"Pendulum-v1": log, "reward is noise": noisy_log}
+table = pd.concat({name: each[columns].dropna().tail(1) for name, each in last.items()})
 table.droplevel(1).round(2)
 
 # %% [markdown]
