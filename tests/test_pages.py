@@ -1,7 +1,9 @@
 """The programs of the documentation run: each page's in order, with small networks and few steps."""
 
+import functools
 import re
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,8 +63,6 @@ class Tracker:
         return SimpleNamespace(id="1", finish=lambda: None)
 
     def start_run(self) -> Any:
-        from contextlib import nullcontext
-
         return nullcontext()
 
     def log_params(self, arguments: dict[str, Any]) -> None:
@@ -77,6 +77,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks, at most 60 steps, a fit after 20 steps; the programs are not changed."""
     init, learn = ModelBased.__init__, ModelBased.learn
 
+    # inspect.signature, which DHMBPO asks, sees the original.
+    @functools.wraps(init)
     def small_init(self: Any, policy: Any, env: Any, *args: Any, **kwargs: Any) -> None:
         quick = {"policy_kwargs": FAST["policy_kwargs"], "dynamics_kwargs": FAST["dynamics_kwargs"], "seed": 0}
         given = "dynamics_class" in kwargs
