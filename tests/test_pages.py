@@ -39,7 +39,8 @@ class ToGoal(gym.Env):
     action_space = gym.spaces.Box(-1, 1, (2,), dtype=np.float32)
 
     def _observe(self) -> dict[str, np.ndarray]:
-        return {name: np.float32(self.at) for name in ("observation", "achieved_goal")} | {"desired_goal": np.float32(self.goal)}
+        at, goal = self.at.astype(np.float32), self.goal.astype(np.float32)
+        return {"observation": at, "achieved_goal": at, "desired_goal": goal}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -136,10 +137,8 @@ def test_programs_use_public_names() -> None:
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")) + [DOCS.parent / "README.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md"], ids=lambda page: page.stem)
 def test_files_that_are_linked_exist(page: Path) -> None:
     """As on the web page of a repository, where nothing is built."""
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
-
-
