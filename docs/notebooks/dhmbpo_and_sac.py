@@ -12,7 +12,7 @@
 import os
 import sys
 
-# Google Colab: there is no released package. Put the address of your copy of the repository here.
+# Google Colab: there is no released package. Put the address of your repository here.
 REPOSITORY = ""  # "https://github.com/YOU/sb3_mbpo"
 if "google.colab" in sys.modules:
     os.system(f'{sys.executable} -m pip install -q "sb3_mbpo[extra] @ git+{REPOSITORY}"')
