@@ -39,7 +39,9 @@ def cells_of(program: str) -> list[str]:
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.stem)
 def test_the_notebook_is_that_of_its_program(program: Path) -> None:
     """`make notebooks` makes them anew."""
-    notebook = json.loads(program.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    text = program.with_suffix(".ipynb").read_text(encoding="utf-8")
+    assert "site-packages" not in text, "a warning with a path of this machine"
+    notebook = json.loads(text)
     cells = ["".join(cell["source"]).strip() for cell in notebook["cells"]]
     assert cells == cells_of(program.read_text(encoding="utf-8"))
     errors = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if output["output_type"] == "error"]
