@@ -48,15 +48,19 @@ SMALLER = {
 }
 
 
-def learn(env, folder, **arguments):
-    agent = MBPO("MlpPolicy", env, seed=0, **SMALLER, **arguments)
+def learn(make_env, folder, **arguments):
+    agent = MBPO("MlpPolicy", make_env(), seed=0, **SMALLER, **arguments)
     agent.set_logger(configure(folder, ["csv"]))
-    callback = ModelErrorCallback(every=200, n_episodes=2)
+    callback = ModelErrorCallback(make_env, every=200, n_episodes=2)
     agent.learn(STEPS, callback=callback, log_interval=1)
     return agent, callback.diagnosis, pd.read_csv(f"{folder}/progress.csv")
 
 
-agent, diagnosis, log = learn("Pendulum-v1", "trust/pendulum", rollout_schedule="auto")
+def make_pendulum():
+    return gym.make("Pendulum-v1")
+
+
+agent, diagnosis, log = learn(make_pendulum, "trust/pendulum", rollout_schedule="auto")
 names = ("error_1", "error_20", "rollout_length")
 columns = ["time/total_timesteps", *(f"model_error/{name}" for name in names)]
 log[columns].dropna().round(3)
@@ -131,7 +135,7 @@ class Noise(gym.RewardWrapper):
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    noisy, _, noisy_log = learn(Noise(gym.make("Pendulum-v1")), "trust/noise")
+    noisy, _, noisy_log = learn(lambda: Noise(make_pendulum()), "trust/noise")
 names = ("explained_obs", "explained_reward", "gate", "real_share")
 columns = [f"dynamics/{name}" for name in names]
 last = {"Pendulum-v1": log, "reward is noise": noisy_log}
