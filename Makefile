@@ -2,7 +2,7 @@ SHELL = /bin/bash
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
-LINT_PATHS = sb3_mbpo/ tests/ benchmarks/ docs/conf.py setup.py
+LINT_PATHS = sb3_mbpo/ tests/ benchmarks/ docs/conf.py docs/notebook_parser.py setup.py
 
 ENV ?= InvertedPendulum-v5
 SEED ?= 0
@@ -31,7 +31,7 @@ WAIT := $(if $(shell command -v flock),flock $(VENV)/.lock)
 help:
 	@echo "make train [ENV=$(ENV)] [SEED=$(SEED)] [STEPS=...] [THREADS=...]   train MBPO on one task"
 	@echo "make test | test-expensive | test-all   quick tests, slow tests, both"
-	@echo "make format | lint | type | doc | audit | commit-checks"
+	@echo "make format | lint | type | doc | notebooks | audit | commit-checks"
 
 $(STAMP):
 	@mkdir -p $(VENV)
@@ -98,6 +98,14 @@ commit-checks: format type lint
 doc: $(STAMP)
 	$(RUN) -m sphinx -q -W -b html docs docs/_build/html
 
+# Runs the programs of docs/notebooks and stores them with their pictures. The tools are not locked: no test needs them.
+notebooks: $(STAMP)
+	$(PIP) jupytext nbclient ipykernel
+	mkdir -p build/notebooks
+	$(RUN) -m jupytext --quiet --to build/notebooks//ipynb docs/notebooks/*.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/jupyter-execute --inplace --timeout 3600 build/notebooks/*.ipynb
+	cp build/notebooks/*.ipynb docs/notebooks/
+
 # The fast update against SB3's, far below what is claimed: it fails where the speed is lost, not where a machine is busy.
 speed: $(STAMP)
 	$(RUN) benchmarks/speed.py updates --rounds 7 --at-least 1.4
@@ -109,4 +117,4 @@ audit: $(STAMP)
 clean:
 	rm -rf docs/_build build dist *.egg-info
 
-.PHONY: help install install-train train test pytest test-expensive test-all type lint format check-codestyle commit-checks doc speed audit clean
+.PHONY: help install install-train train test pytest test-expensive test-all type lint format check-codestyle commit-checks doc notebooks speed audit clean

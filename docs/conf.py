@@ -1,6 +1,9 @@
 """Sphinx configuration; build with `make doc`."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "sb3_mbpo"
 author = "sb3_mbpo contributors"
@@ -9,7 +12,7 @@ release = (Path(__file__).parent.parent / "sb3_mbpo" / "version.txt").read_text(
 version = release
 
 # No intersphinx: with warnings as errors, a build without a network would fail.
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton", "notebook_parser"]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]

@@ -103,7 +103,7 @@ NAMED_TEST = r"`(test_\w+\.py)(?:::(test_\w+))?`|`(test_\w+)`"
 
 
 # The tests that sb3_tests.md names are SB3's.
-GUIDE = [page for page in sorted((ROOT / "docs" / "guide").glob("*.md")) if page.stem != "sb3_tests"]
+GUIDE = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.stem != "sb3_tests"]
 
 
 @pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
