@@ -102,7 +102,8 @@ doc: $(STAMP)
 notebooks: $(STAMP)
 	$(PIP) jupytext nbclient ipykernel
 	mkdir -p build/notebooks
-	$(RUN) -m jupytext --quiet --to build/notebooks//ipynb docs/notebooks/*.py
+	cp docs/notebooks/*.py build/notebooks/
+	$(RUN) -m jupytext --quiet --to ipynb build/notebooks/*.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/jupyter-execute --inplace --timeout 3600 build/notebooks/*.ipynb
 	cp build/notebooks/*.ipynb docs/notebooks/
 
