@@ -1,6 +1,6 @@
 """Branched rollouts: imagined trajectories of k steps from real states, and the schedules of k."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch as th
@@ -127,7 +127,9 @@ def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> Rollout
     """
     ARGUMENTS["rollout_schedule"].check("rollout_schedule", spec)
     keys = ["min_length", "max_length", "start", "end"]
-    if isinstance(spec, dict):
+    if isinstance(spec, str):
+        raise ValueError(f"rollout_schedule={shown(spec)} is no schedule: the length follows from the dynamics")
+    if isinstance(spec, Mapping):
         if set(spec) != set(keys):
             raise ValueError(f"rollout_schedule={shown(spec)} must have exactly the keys {', '.join(keys)}")
         return LinearRolloutSchedule(**spec)

@@ -174,6 +174,7 @@ def test_forms_of_a_schedule(spec):
         2.5,
         True,
         None,
+        "auto",
         [1, 15],
         {"min_length": 1},
         {"min_length": 5, "max_length": 1, "start": 0, "end": 10},

@@ -248,14 +248,18 @@ def main(options: Sequence[str]) -> None:
     failures: dict[str, str] = {}
     try:
         open_runs = [run for run in runs if not run.is_finished(args.folder / run.folder)]
-        if open_runs:
-            of_ray = None if args.ray_address is None else RayWorkers(args.folder, args.ray_address, args.workers)
-            with RunProgress(len(runs), len(runs) - len(open_runs), args.folder) as progress:
-                failures = make(open_runs, of_ray or LocalWorkers(args.folder, args.workers), progress)
-        else:
-            print(f"all {len(runs)} runs were finished before")
+        on_ray = open_runs and args.ray_address is not None
+        workers = (
+            RayWorkers(args.folder, args.ray_address, args.workers) if on_ray else LocalWorkers(args.folder, args.workers)
+        )
     except (ValueError, ImportError, ConnectionError) as error:
         raise SystemExit(f"sb3_mbpo compare: {error}") from None
+    try:
+        if open_runs:
+            with RunProgress(len(runs), len(runs) - len(open_runs), args.folder) as progress:
+                failures = make(open_runs, workers, progress)
+        else:
+            print(f"all {len(runs)} runs were finished before")
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted. Finished runs are kept; the same command resumes the comparison") from None
     finished = [run for run in runs if str(run) not in failures]

@@ -6,7 +6,7 @@ Figures of a comparison: return against env steps and against wall-clock time.
 One figure per env is saved as PNG and SVG. Lines are interquartile means over seeds, bands are 95 % bootstrap intervals.
 """
 
-import sys
+import argparse
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,9 +94,11 @@ def save_figures(rows: pd.DataFrame, folder: Path, thresholds: Mapping[str, floa
 
 
 def main() -> None:
-    results = Path(sys.argv[1])
-    folder = Path(sys.argv[2]) if sys.argv[2:] else results.parent
-    for picture in save_figures(pd.read_csv(results), folder).values():
+    parser = argparse.ArgumentParser(description="Draw the figures of a comparison.")
+    parser.add_argument("results", type=Path, help="results.csv of the comparison")
+    parser.add_argument("folder", type=Path, nargs="?", help="where they are saved (default: that of results.csv)")
+    args = parser.parse_args()
+    for picture in save_figures(pd.read_csv(args.results), args.folder or args.results.parent).values():
         print(picture)
 
 

@@ -22,16 +22,18 @@ class Spec(NamedTuple):
 
 def parts(text: str) -> list[str]:
     """:return: parts of ``text`` between the commas outside of brackets and quotes"""
-    found: list[str] = []
-    for part in text.split(","):
-        last = found[-1] if found else ""
-        is_open = (
-            any(last.count(a) > last.count(b) for a, b in ("()", "[]", "{}")) or last.count("'") % 2 or last.count('"') % 2
-        )
-        if is_open:
-            found[-1] += f",{part}"
+    found, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
         else:
-            found.append(part)
+            depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not (depth or quote):
+            found.append("")
+        else:
+            found[-1] += letter
     return found
 
 

@@ -64,7 +64,9 @@ class Resuming(BesideActing):
     ) -> tuple[int, BaseCallback]:
         # SB3 finds no earlier runs if the name contains a folder: a resumed run would get another log.
         group, name = os.path.split(tb_log_name)
-        folder, self.tensorboard_log = self.tensorboard_log, self.tensorboard_log and os.path.join(self.tensorboard_log, group)
+        folder = self.tensorboard_log
+        if folder is not None and group:
+            self.tensorboard_log = os.path.join(folder, group)
         try:
             return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
         finally:

@@ -21,7 +21,7 @@ def needs(extra: str, what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package == "sb3_mbpo":
+        if package in ("", "sb3_mbpo"):
             raise
         missing = f'{what} needs {package}: in the checkout of sb3_mbpo, pip install ".[{extra}]"'
         raise MissingExtra(missing, name=package) from None

@@ -185,7 +185,7 @@ def one_of(*values: Any, expected: str = "") -> ArgumentCheck:
     """
     return ArgumentCheck(
         lambda value: any(type(value) is type(one) and value == one for one in values),
-        expected or " or ".join(map(repr, values)),
+        expected or " or ".join(", ".join(map(repr, values)).rsplit(", ", 1)),
     )
 
 
@@ -212,13 +212,13 @@ def imported(
 
 def like(default: Any) -> ArgumentCheck | None:
     """
-    The rule for an argument without one: text is refused where the default is a number, other types are left to the class.
+    The rule for an argument without one, by its default: a flag must be true or false, and a number must not be text.
 
     :param default: default of the argument
     :return: the rule; ``None``: every value is valid
     """
     if isinstance(default, bool):
-        return ArgumentCheck(lambda value: not isinstance(value, str), "true or false")
+        return FLAG
     if isinstance(default, int):
         return ArgumentCheck(lambda value: not isinstance(value, str | float), "a whole number", count_in)
     if isinstance(default, float):

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -118,7 +119,8 @@ ARGUMENTS: dict[str, ArgumentCheck] = {
     ),
     "dynamics_window": NONE | whole(1, MOST),
     "dynamics_class": imported("a subclass of sb3_mbpo.DynamicsModel"),
-    "dynamics_kwargs": NONE | MAPPING,
+    # `check_keywords` converts its values, which depends on the parameters of dynamics_class.
+    "dynamics_kwargs": NONE | replace(MAPPING, convert=lambda value: value),
     # MBPO
     "fast_update": one_of(None, True, False),
     # DHMBPO
@@ -199,6 +201,7 @@ POLICY_ARGUMENTS: dict[str, ArgumentCheck] = {
     "log_std_init": number(-20, 20),
     "clip_mean": _COEFFICIENT,
     **{name: imported("a class") for name in ("activation_fn", "optimizer_class", "features_extractor_class")},
+    **{name: NONE | MAPPING for name in ("optimizer_kwargs", "features_extractor_kwargs")},
     **{name: FLAG for name in ("use_sde", "use_expln", "normalize_images", "share_features_extractor")},
 }
 #: Arguments of ``ProbabilisticEnsemble``.

@@ -66,8 +66,8 @@ def _action_remedy(space: spaces.Space) -> str | None:
     if not isinstance(space, spaces.Box):
         if _has_only_boxes(space):
             return (
-                f"MBPO needs a Box. Flatten it with {transform}(env, lambda action: gymnasium.spaces.unflatten("
-                "env.action_space, action), gymnasium.spaces.flatten_space(env.action_space))"
+                f"MBPO needs a Box. Flatten it with {transform}(env, lambda action, space=env.action_space: "
+                "gymnasium.spaces.unflatten(space, action), gymnasium.spaces.flatten_space(env.action_space))"
             )
         return f"MBPO needs a Box of continuous actions. Make one with {transform}(env, function, box)"
     if len(space.shape) == 0:

@@ -4,7 +4,7 @@ import inspect
 import numpy as np
 import pytest
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import MBPO, ProbabilisticEnsemble
 from sb3_mbpo.arguments import arguments
 from sb3_mbpo.validation import rules
 from sb3_mbpo.validation.table import LEARN_ARGUMENTS
@@ -44,9 +44,10 @@ def test_arguments_without_a_row(value, default, expected):
 
 
 @pytest.mark.parametrize(
-    ("value", "default"), [("many", 1), ("auto", 0.5), ("1.5", 1), (2.5, 1), ("nan", 1), ("inf", 1), ("false", True)]
+    ("value", "default"),
+    [("many", 1), ("auto", 0.5), ("1.5", 1), (2.5, 1), ("nan", 1), ("inf", 1), ("false", True), (2, True), (None, True)],
 )
-def test_text_where_the_default_is_a_number(value, default):
+def test_what_does_not_fit_the_default(value, default):
     with pytest.raises(ValueError, match=rf"^mine: x=.* must be .*\. The default is {default}$"):
         rules.read_all({"x": value}, {}, "mine: ", {"x": default})
 
@@ -64,6 +65,25 @@ def test_arguments_of_a_users_algorithm():
     assert Bolder(**kwargs, boldness="1e-3").boldness == 1e-3
     with pytest.raises(ValueError, match=r"boldness=.high. must be a number\. The default is 0\.5"):
         Bolder(**kwargs, boldness="high")
+
+
+class Named(ProbabilisticEnsemble):
+    """A dynamics with a text that may look like a number."""
+
+    def __init__(self, *args, name: str = "x", **kwargs):
+        self.name = name
+        super().__init__(*args, **kwargs)
+
+
+def test_text_for_a_users_dynamics_stays_text():
+    kwargs = {"name": "7", "max_updates": 100, "net_arch": [8], "weight_decays": ["1e-5", "1e-4"]}
+    dynamics = MBPO("MlpPolicy", "Pendulum-v1", dynamics_class=Named, dynamics_kwargs=kwargs, buffer_size=10).dynamics
+    assert (dynamics.name, dynamics.max_updates, dynamics.weight_decays) == ("7", 100, [1e-5, 1e-4])
+
+
+def test_policy_kwargs_that_are_mappings():
+    with pytest.raises(ValueError, match="policy_kwargs: optimizer_kwargs=3 must be None or a mapping"):
+        MBPO("MlpPolicy", "Pendulum-v1", policy_kwargs={"optimizer_kwargs": 3})
 
 
 def test_keywords():

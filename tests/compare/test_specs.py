@@ -44,6 +44,7 @@ def test_values(text: str, value: Any) -> None:
         ("a=[1,2],b=2", ["a=[1,2]", "b=2"]),
         ("a=dict(x=1,y=[2,3],z=(4,5)),b={c: 1, d: 2}", ["a=dict(x=1,y=[2,3],z=(4,5))", "b={c: 1, d: 2}"]),
         ("a='1,2',b=\"3,4\",c=1", ["a='1,2'", 'b="3,4"', "c=1"]),
+        ("a=\"it's\",b='3\"4',c=1", ['a="it\'s"', "b='3\"4'", "c=1"]),
     ],
 )
 def test_commas_in_brackets_and_quotes_part_nothing(text: str, expected: list[str]) -> None:

@@ -82,7 +82,7 @@ def test_several_envs_and_time_limits(tmp_path):
     other.load_replay_buffer(tmp_path / "buffer.pt", safe=True)
     assert agent.replay_buffer.timeouts.sum() == other.replay_buffer.timeouts.sum() == 2
     assert same_rows(agent.replay_buffer, other.replay_buffer)
-    with pytest.raises(ValueError, match="observations has shape"):
+    with pytest.raises(ValueError, match="this replay buffer has n_envs=2, but the agent's must have n_envs=1"):
         make().load_replay_buffer(tmp_path / "buffer.pt", safe=True)
 
 
@@ -211,7 +211,7 @@ def in_rows(name, array):
         (lambda v: v.update(rows=[]), "rows must be"),
         (lambda v: v.update(rows={key: v["rows"][key] for key in ROWS[1:]}), "rows must be"),
         (in_rows("rewards", np.zeros((41, 1), np.float32)), "rows must have the same number of steps"),
-        (in_rows("rewards", np.zeros((40, 2), np.float32)), r"rewards has shape \(40, 2\)"),
+        (in_rows("rewards", np.zeros((40, 2), np.float32)), "this replay buffer has n_envs=2"),
         (in_rows("rewards", np.zeros((40, 1))), "rewards must be an array of float32"),
         (in_rows("rewards", [0.0] * 40), "rewards must be an array"),
         (in_rows("rewards", np.float32(0)), "rewards must be an array"),

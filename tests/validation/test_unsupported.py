@@ -95,7 +95,9 @@ def last_two(obs):
         (
             Draws(BOX, spaces.Dict(a=BOX, b=spaces.Tuple([spaces.Box(0, 2, (2,))]))),
             lambda env: wrappers.TransformAction(
-                env, lambda action: spaces.unflatten(env.action_space, action), spaces.flatten_space(env.action_space)
+                env,
+                lambda action, space=env.action_space: spaces.unflatten(space, action),
+                spaces.flatten_space(env.action_space),
             ),
             "MlpPolicy",
         ),
