@@ -106,7 +106,8 @@ plt.show()
 # ## How errors grow with the number of steps
 #
 # This is why MBPO branches short rollouts from real states, and does not imagine whole episodes. The dashed line is the limit
-# of "auto": an error of a tenth of a standard deviation.
+# of "auto": an error of a tenth of a standard deviation. "auto" measures it on the agent's newest steps at the last fit, and
+# this figure on new episodes, so the two may differ.
 
 # %%
 lengths = range(1, 21)
