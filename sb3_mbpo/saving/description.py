@@ -17,7 +17,7 @@ from sb3_mbpo.saving import foreign_classes  # noqa: F401  registers the classes
 from sb3_mbpo.saving.agent_state import decode_state, encode_state
 from sb3_mbpo.saving.serialization import decode, encode, is_a
 from sb3_mbpo.validation.registry import AGENTS, OF_ARGUMENT
-from sb3_mbpo.validation.rules import is_number, shown
+from sb3_mbpo.validation.rules import is_number, numbers_in, shown
 from sb3_mbpo.validation.table import ARGUMENTS
 from sb3_mbpo.validation.unsupported import check_spaces
 
@@ -224,7 +224,8 @@ def _read(name: str, value: Any) -> Any:
             if key in ("activation_fn", "optimizer_class", "features_extractor_class") and not isinstance(item, type):
                 raise ValueError(f"policy_kwargs: {key}={shown(item)} is no class that a file may name")
     value = value if rule is None else rule.read(name, value)
-    numbers = {f"{name}: {key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    # Those of dynamics_kwargs may still be text.
+    numbers = {f"{name}: {key}": numbers_in(item) for key, item in value.items()} if isinstance(value, dict) else {name: value}
     for key, most in _MOST_IN_FILE.items():
         if is_number(numbers.get(key), most + 1):
             raise ValueError(f"{key}={numbers[key]} is more than a file may ask for, {most:,}; pass your own: {name}=...")

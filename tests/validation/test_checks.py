@@ -169,7 +169,7 @@ REFUSED = [
         for value in (3, True, "maccura", "os.nothing", object, lambda o, a, n: o)
     ),
     (MBPO, {"rollout_filter": "macura", "dynamics_kwargs": {"n_elites": 1}}, "rollout_filter='macura' .*2 members or more"),
-    (MBPO, {"fast_update": "no"}, "fast_update='no' must be None or True or False"),
+    (MBPO, {"fast_update": "no"}, "fast_update='no' must be None, True or False"),
     (MBPO, {"env": 3}, "env=3 must be an env"),
     (MBPO, {"env": None}, "env=None must be an env"),
     (MBPO, {"policy": 3}, "policy=3 must be a policy class"),
