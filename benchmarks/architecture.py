@@ -99,7 +99,7 @@ ORDER = [
     ["buffers", "dynamics"],
     ["rewards", "terminations"],
     ["trust"],
-    ["rollouts", "arguments"],
+    ["rollouts", "rollout_schedule", "arguments"],
     ["runtime"],
     ["saving"],
     ["checkpoints"],
@@ -113,7 +113,7 @@ ORDER = [
 ]
 
 # What a newcomer reads to understand MBPO.
-CORE = ("mbpo", "model_based", "rollouts", "buffers", "dynamics")
+CORE = ("mbpo", "model_based", "rollouts", "rollout_schedule", "buffers", "dynamics")
 
 
 def reduced(found: dict[str, set[str]]) -> dict[str, set[str]]:

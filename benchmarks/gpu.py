@@ -37,7 +37,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo import MBPO, ProbabilisticEnsemble
 from sb3_mbpo.dynamics.probabilistic_ensemble import FIRST_FIT
 from sb3_mbpo.fast_sac import cuda_graph as cuda_update
-from sb3_mbpo.rollouts import rollout_length
+from sb3_mbpo.rollout_schedule import rollout_length
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = "date measure round value unit gpu cpu torch cuda stable_baselines3".split()

@@ -15,7 +15,8 @@ from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_based.model_based import ModelBased
 from sb3_mbpo.model_based.rollout_callback import RolloutCallback
 from sb3_mbpo.restarting_env import RestartingEnv
-from sb3_mbpo.rollouts import LinearRolloutSchedule, branched_rollout
+from sb3_mbpo.rollout_schedule import LinearRolloutSchedule
+from sb3_mbpo.rollouts import branched_rollout
 from sb3_mbpo.terminations.learned import LearnedTermination
 from sb3_mbpo.validation.faults import InvalidTransition
 

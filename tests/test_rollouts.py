@@ -6,7 +6,8 @@ import pytest
 import torch as th
 
 from sb3_mbpo.dynamics.base import DynamicsModel
-from sb3_mbpo.rollouts import LinearRolloutSchedule, branched_rollout, make_schedule, rollout_length
+from sb3_mbpo.rollout_schedule import LinearRolloutSchedule, make_schedule, rollout_length
+from sb3_mbpo.rollouts import branched_rollout
 
 
 class Counter(DynamicsModel):

@@ -8,8 +8,8 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.noise import VectorizedActionNoise
 
 from sb3_mbpo.arguments.user_functions import check_device, check_noise, check_schedule
+from sb3_mbpo.validation.argument_table import ARGUMENTS, POLICY_ARGUMENTS
 from sb3_mbpo.validation.rules import MAPPING, did_you_mean, numbers_in, read_all, shown
-from sb3_mbpo.validation.table import ARGUMENTS, POLICY_ARGUMENTS
 from sb3_mbpo.validation.unsupported import check_env, check_spaces
 
 # SB3 stores this argument under another name.

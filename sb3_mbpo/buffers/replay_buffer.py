@@ -15,8 +15,8 @@ from sb3_mbpo.buffers.checks import check_finite, check_fits, other_n_envs
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.normalization import normalize_obs, normalize_rewards, to_device_async
 from sb3_mbpo.codec import Codec, Observation
+from sb3_mbpo.validation.argument_table import REPLAY_BUFFERS
 from sb3_mbpo.validation.episode_ends import Steps, lost_ends, reported_limit
-from sb3_mbpo.validation.table import REPLAY_BUFFERS
 
 # Maximum number of values drawn at once: enough to make the calls cheap, few enough for a CPU's caches.
 BLOCK_NUMBERS = 2**20

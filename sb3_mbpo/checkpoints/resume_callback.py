@@ -27,8 +27,8 @@ from sb3_mbpo.checkpoints.lock import FolderLock
 from sb3_mbpo.checkpoints.training_state import put_agent, put_training, take_agent, take_training
 from sb3_mbpo.saving.description import build, describe
 from sb3_mbpo.saving.serialization import Tensors
+from sb3_mbpo.validation.class_registry import AGENTS
 from sb3_mbpo.validation.faults import InvalidTransition
-from sb3_mbpo.validation.registry import AGENTS
 
 # All saves so far, and one more like the last, take at most 1/50 of the time (2 %). The last save of a run is never delayed.
 _PATIENCE = 50

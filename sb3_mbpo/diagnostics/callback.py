@@ -12,7 +12,7 @@ from sb3_mbpo.diagnostics.diagnosis import Diagnosis, diagnose
 from sb3_mbpo.diagnostics.metrics import root_mean_square
 from sb3_mbpo.diagnostics.open_loop import own_env, untouched
 from sb3_mbpo.diagnostics.policy_shift import policy_shift, snapshot
-from sb3_mbpo.rollouts import MOST_STEPS
+from sb3_mbpo.rollout_schedule import MOST_STEPS
 from sb3_mbpo.theory import optimal_rollout_length
 from sb3_mbpo.validation.rules import ArgumentCheck, is_whole, whole
 

@@ -11,14 +11,14 @@ from torch import nn
 
 from sb3_mbpo.dynamics.base import DynamicsModel, Progress
 from sb3_mbpo.dynamics.divergence import LastGood
+from sb3_mbpo.dynamics.early_stopping import FitSchedule
 from sb3_mbpo.dynamics.explained_variance import constant_errors, explained, squared_errors
-from sb3_mbpo.dynamics.fit_schedule import FitSchedule
 from sb3_mbpo.dynamics.fused_nll import Gradient, LikelihoodGradient, autograd_of, is_replaced
 from sb3_mbpo.dynamics.holdout import held_out
 from sb3_mbpo.dynamics.input_gradient import InputGradient
 from sb3_mbpo.dynamics.layers import EnsembleMLP, Standardizer
-from sb3_mbpo.validation.registry import named
-from sb3_mbpo.validation.table import check_ensemble
+from sb3_mbpo.validation.argument_table import check_ensemble
+from sb3_mbpo.validation.class_registry import named
 
 # Number of gradient steps between two evaluations on the hold-out set.
 LOOK_EVERY = 50

@@ -29,7 +29,7 @@ from sb3_mbpo.model_based.pretraining import Pretraining
 from sb3_mbpo.model_based.resuming import Resuming
 from sb3_mbpo.model_based.rollout_callback import RolloutCallback
 from sb3_mbpo.rewards.learned import LearnedReward
-from sb3_mbpo.rollouts import rollout_length
+from sb3_mbpo.rollout_schedule import rollout_length
 from sb3_mbpo.runtime.denormals import flush_denormals
 from sb3_mbpo.runtime.memory import estimate, too_large
 from sb3_mbpo.runtime.threads import one_thread_by_default
@@ -37,9 +37,9 @@ from sb3_mbpo.saving.export import Exporting
 from sb3_mbpo.terminations.known import NeverTerminates, known_termination
 from sb3_mbpo.terminations.learned import LearnedTermination
 from sb3_mbpo.trust.filters import Rule
+from sb3_mbpo.validation.argument_table import LEARN_ARGUMENTS
 from sb3_mbpo.validation.misuse import check_before_learning, updates_are_few
 from sb3_mbpo.validation.rules import read_all, shown, whole
-from sb3_mbpo.validation.table import LEARN_ARGUMENTS
 from sb3_mbpo.validation.unsupported import check_policy
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")

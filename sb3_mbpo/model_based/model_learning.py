@@ -15,15 +15,16 @@ from sb3_mbpo.dynamics.base import Progress
 from sb3_mbpo.dynamics.explained_variance import Explained, constant_errors, explained, smoothed, squared_errors
 from sb3_mbpo.model_based.imagining import Imagining
 from sb3_mbpo.rewards.audit import audit_rewards, judged_rows
-from sb3_mbpo.rollouts import MOST_STEPS, branched_rollout, rollout_length
+from sb3_mbpo.rollout_schedule import MOST_STEPS, rollout_length
+from sb3_mbpo.rollouts import branched_rollout
 from sb3_mbpo.terminations.known import KNOWN_TERMINATIONS, disagreement
 from sb3_mbpo.trust.auto_rollout_length import drift, reliable_length
 from sb3_mbpo.trust.imagined_fraction import imagined_fraction
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.trust.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
+from sb3_mbpo.validation.argument_table import LONGEST_AUTO
 from sb3_mbpo.validation.episode_ends import endless, lost_ends_warning
 from sb3_mbpo.validation.rules import whole
-from sb3_mbpo.validation.table import LONGEST_AUTO
 
 # Real transitions that an agent needs after `forget_transitions` to fit and train again, docs/benchmarks/changed_world.csv.
 ROWS_AFTER_FORGETTING = 200

@@ -11,8 +11,8 @@ import torch as th
 
 from sb3_mbpo.buffers.replay_buffer import ROWS
 from sb3_mbpo.buffers.rollout_blocks import ROLLOUT_BLOCK
-from sb3_mbpo.rollouts import LinearRolloutSchedule, make_schedule
-from sb3_mbpo.validation.table import LONGEST_AUTO
+from sb3_mbpo.rollout_schedule import LinearRolloutSchedule, make_schedule
+from sb3_mbpo.validation.argument_table import LONGEST_AUTO
 
 # Bytes of a float32 and of an index.
 NUMBER, INDEX = 4, 8

@@ -6,8 +6,8 @@ import typing
 from typing import Annotated, Any
 
 from sb3_mbpo.saving.serialization import decode, encode, is_a
+from sb3_mbpo.validation.argument_table import LONGEST_AUTO
 from sb3_mbpo.validation.rules import shown
-from sb3_mbpo.validation.table import LONGEST_AUTO
 
 
 class SB3State:

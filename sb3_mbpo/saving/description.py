@@ -16,9 +16,9 @@ from sb3_mbpo.runtime.provenance import versions
 from sb3_mbpo.saving import foreign_classes  # noqa: F401  registers the classes of PyTorch and SB3
 from sb3_mbpo.saving.agent_state import decode_state, encode_state
 from sb3_mbpo.saving.serialization import decode, encode, is_a
-from sb3_mbpo.validation.registry import AGENTS, OF_ARGUMENT
+from sb3_mbpo.validation.argument_table import ARGUMENTS
+from sb3_mbpo.validation.class_registry import AGENTS, OF_ARGUMENT
 from sb3_mbpo.validation.rules import is_number, numbers_in, shown
-from sb3_mbpo.validation.table import ARGUMENTS
 from sb3_mbpo.validation.unsupported import check_spaces
 
 FORMAT = 2

@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import nn, optim
 
-from sb3_mbpo.validation.registry import NAMED, Field, describe_as
+from sb3_mbpo.validation.class_registry import NAMED, Field, describe_as
 
 _ACTIVATIONS = (
     *("CELU", "ELU", "GELU", "Hardswish", "Hardtanh", "Identity", "LeakyReLU", "LogSigmoid", "Mish", "PReLU"),

@@ -32,8 +32,8 @@ from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
 from sb3_mbpo.saving.safe_files import check_whole
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
 from sb3_mbpo.saving.whole_files import check_checksum, skip_checksum, with_checksum, written_whole
+from sb3_mbpo.validation.class_registry import register_agent
 from sb3_mbpo.validation.misuse import missing_statistics
-from sb3_mbpo.validation.registry import register_agent
 from sb3_mbpo.validation.rules import did_you_mean, shown
 from sb3_mbpo.validation.unsupported import check_env
 

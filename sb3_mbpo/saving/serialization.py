@@ -2,7 +2,7 @@
 Values as JSON and tensors, and back: the one format of checkpoints, buffer files and agents that are loaded safely.
 
 What JSON does not have is an object with a single key that begins with ``$``. Nothing is imported by its name and nothing is
-unpickled: :func:`decode` makes only what this module and ``validation/registry.py`` list.
+unpickled: :func:`decode` makes only what this module and ``validation/class_registry.py`` list.
 """
 
 import base64
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_mbpo.validation.registry import DESCRIBED, NAMED
+from sb3_mbpo.validation.class_registry import DESCRIBED, NAMED
 
 Tensors = dict[str, th.Tensor]
 

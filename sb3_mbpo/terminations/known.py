@@ -10,8 +10,8 @@ import gymnasium as gym
 import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
+from sb3_mbpo.validation.class_registry import described
 from sb3_mbpo.validation.env_outputs import CHECKED
-from sb3_mbpo.validation.registry import described
 
 # (obs, actions, next_obs) -> bool (B,): in the env's form, see Codec.decode; float32, on the agent's device.
 TerminationFn: TypeAlias = Callable[[Any, th.Tensor, Any], th.Tensor]

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mbpo.dynamics.base import DynamicsModel
 from sb3_mbpo.dynamics.layers import ROUNDING, Standardizer
 from sb3_mbpo.trust.disagreement import draw, geometric_jsd, information_fusion, information_loss, one_vs_rest_kl
-from sb3_mbpo.validation.registry import described
+from sb3_mbpo.validation.class_registry import described
 from sb3_mbpo.validation.rules import number, whole
 
 # Maximum number of real transitions that a rule computes its limits from.

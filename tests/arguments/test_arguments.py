@@ -7,7 +7,7 @@ import pytest
 from sb3_mbpo import MBPO, ProbabilisticEnsemble
 from sb3_mbpo.arguments import arguments
 from sb3_mbpo.validation import rules
-from sb3_mbpo.validation.table import LEARN_ARGUMENTS
+from sb3_mbpo.validation.argument_table import LEARN_ARGUMENTS
 
 
 def test_resolve():

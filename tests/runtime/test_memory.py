@@ -9,7 +9,7 @@ import torch as th
 from sb3_mbpo import MBPO
 from sb3_mbpo.buffers.model_buffer import ModelBuffer
 from sb3_mbpo.buffers.rollout_blocks import ROLLOUT_BLOCK
-from sb3_mbpo.rollouts import rollout_length
+from sb3_mbpo.rollout_schedule import rollout_length
 from sb3_mbpo.runtime import memory
 from sb3_mbpo.runtime.memory import MemoryEstimate, estimate, in_words
 

@@ -18,7 +18,7 @@ from sb3_mbpo.saving.description import build, describe
 from sb3_mbpo.saving.serialization import encode
 from sb3_mbpo.terminations.known import TipFalls
 from sb3_mbpo.trust.filters import M2AC, Infoprop, Macura
-from sb3_mbpo.validation.registry import AGENTS
+from sb3_mbpo.validation.class_registry import AGENTS
 from sb3_mbpo.variants import MBTQC, MBCrossQ
 
 ALGORITHMS = [MBPO, MBTD3, MBTQC, MBCrossQ]

@@ -18,8 +18,8 @@ from tiny import FAST
 
 from sb3_mbpo import DHMBPO, MBPO, MBTD3, MBTQC, MBCrossQ
 from sb3_mbpo.validation import rules as checks
+from sb3_mbpo.validation.argument_table import ARGUMENTS, ENSEMBLE_ARGUMENTS
 from sb3_mbpo.validation.misuse import check_before_learning
-from sb3_mbpo.validation.table import ARGUMENTS, ENSEMBLE_ARGUMENTS
 
 NAN, INF = math.nan, math.inf
 

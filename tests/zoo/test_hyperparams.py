@@ -13,7 +13,7 @@ import yaml
 
 import sb3_mbpo
 from sb3_mbpo.dynamics.probabilistic_ensemble import ProbabilisticEnsemble
-from sb3_mbpo.rollouts import rollout_length
+from sb3_mbpo.rollout_schedule import rollout_length
 
 ROOT = Path(__file__).parents[2]
 FILES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "hyperparams").glob("*.yml"))}

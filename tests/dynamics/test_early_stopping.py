@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sb3_mbpo.dynamics.fit_schedule import DECAY_SHARE, LEAST_DECAY, WARM_UP, FitSchedule
+from sb3_mbpo.dynamics.early_stopping import DECAY_SHARE, LEAST_DECAY, WARM_UP, FitSchedule
 
 
 def rates_of(schedule: FitSchedule, improves_until: float) -> list[float]:
