@@ -198,7 +198,10 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
             assert not run.is_finished(tmp_path / name)
             run.begin(tmp_path / name)
             process = start(tmp_path / name)
-        process.communicate()
+        # Its standard input stays open until it has ended.
+        with process:
+            assert process.stdout is not None
+            process.stdout.read()
         assert process.returncode == 0 and run.is_finished(tmp_path / name)
         assert not (tmp_path / name / "checkpoints").exists()
         # Of all processes: what the last evaluation says, and the update after it.

@@ -96,7 +96,7 @@ def last_two(obs):
             Draws(BOX, spaces.Dict(a=BOX, b=spaces.Tuple([spaces.Box(0, 2, (2,))]))),
             lambda env: wrappers.TransformAction(
                 env,
-                lambda action, space=env.action_space: spaces.unflatten(space, action),
+                lambda action, space=env.action_space: spaces.unflatten(space, action),  # type: ignore[misc]
                 spaces.flatten_space(env.action_space),
             ),
             "MlpPolicy",
