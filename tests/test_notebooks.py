@@ -16,6 +16,7 @@ NEEDED = ("matplotlib", "pandas")
 
 
 @pytest.mark.expensive
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 @pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason='needs ".[extra]"')
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.stem)
 def test_it_runs(program: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ PAGES = [page for page in PAGES if PYTHON.search(page.read_text(encoding="utf-8"
 # Programs that cannot run here: what they contain, and why.
 SKIPPED = {"minari.load_dataset": "a download", '"downloaded"': "somebody's file"}
 NEEDED = ("mujoco", "tensorboard", "matplotlib", "rich", "tqdm", "sb3_contrib")
+# Optional packages. Where the lock promises them, test_package.py fails for a missing one.
 pytestmark = pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason='needs ".[extra,contrib]"')
 
 

@@ -132,8 +132,7 @@ class ModelBased(Pretraining, Resuming, Exporting):
         defaults = self.DEFAULTS if updates_per_transition is None else {**self.DEFAULTS, "gradient_steps": -1}
         kwargs |= {name: value for name, value in defaults.items() if name not in ours and name not in given}
         bound = signature.bind_partial(policy, env, *args, **kwargs)
-        takes_dict = "MultiInputPolicy" in self.policy_aliases
-        if (warning := read_first(policy, env, bound.arguments, takes_dict)) is not None:
+        if warning := read_first(policy, env, bound.arguments, takes_dict="MultiInputPolicy" in self.policy_aliases):
             warnings.warn(warning, stacklevel=3)
 
         self.updates_per_transition = updates_per_transition

@@ -17,8 +17,8 @@ SMALLER = {"5_000": "10", "2_000": "60", "1_000": "60", "600": "60", "500": "20"
 @pytest.mark.parametrize(("title", "program"), PROGRAMS, ids=[title for title, _ in PROGRAMS])
 def test_it_runs(title, program, monkeypatch):
     if "background=True" in program:
-        # It starts a second process, which takes seconds. test_background.py makes the same calls and checks their results.
-        pytest.skip("test_background.py makes the same calls")
+        # Skipped: it starts a second process, which takes seconds; test_background.py checks what the same calls give.
+        pytest.skip("test_background.py makes the same calls")  # the reason is above
     quick = {name: FAST[name] for name in ("policy_kwargs", "batch_size", "rollout_batch_size", "dynamics_kwargs")}
 
     class Quick(sb3_mbpo.MBPO):
