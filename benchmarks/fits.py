@@ -47,6 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "target_mode=delta": {"target_mode": "delta"},
     "layer_norm": {"layer_norm": True},
     "batch_size=256": {"batch_size": 256, "max_updates": 350},
+    "patience=100": {"patience": 100},
     "3 layers": {"net_arch": [200, 200, 200]},
 }
 SMALL, LARGE = [500, 750, 1000, 1250, 1500], [1000, 1250, 2000, 4000]
