@@ -48,8 +48,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "gamma_0.99": {"gamma": 0.99},
     "fit_half": {"dynamics_kwargs": "dict(max_updates=500)"},
     "fit_double": {"dynamics_kwargs": "dict(max_updates=2000)"},
-    "fit_batch_128": {"dynamics_kwargs": "dict(batch_size=128, patience=150)"},
-    "fit_every_250": {"model_train_freq": 250, "dynamics_kwargs": "dict(patience=100)"},
+    "fit_patience_100": {"dynamics_kwargs": "dict(patience=100)"},
+    "fit_every_500": {"model_train_freq": 500},
+    "fit_every_500_batch_128": {"model_train_freq": 500, "dynamics_kwargs": "dict(batch_size=128, patience=150)"},
 }
 COLUMNS = ("arm", "env", "seed", "step", "return", "length", "cpu_seconds", "commit")
 AT = (5_000, 10_000, 15_000)

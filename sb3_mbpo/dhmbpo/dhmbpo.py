@@ -49,8 +49,8 @@ class DHMBPO(ModelBased, SAC):
     As long as the dynamics explains too little (``min_explained_variance``), updates are SAC's own on real transitions.
 
     Arguments: those of ``stable_baselines3.SAC`` (other defaults: ``gamma`` .995, ``ent_coef`` "auto_0.1", ``gradient_steps``
-    1, ``batch_size`` 128), then those of :class:`.ModelBased` (other defaults: ``model_train_freq`` 500, ``rollout_schedule``
-    20, ``rollout_batch_size`` 256, ``retained_rollouts`` 10; ``real_ratio`` is 0, or 1 for SAC without a model), then
+    1, ``batch_size`` 128), then those of :class:`.ModelBased` (other defaults: ``rollout_schedule`` 20, ``rollout_batch_size``
+    256, ``retained_rollouts`` 10; ``real_ratio`` is 0, or 1 for SAC without a model), then
 
     :param training_horizon: Number of steps of the training rollouts (H in the paper)
     :param distribution_freq: Number of updates between two distribution rollouts
@@ -63,7 +63,7 @@ class DHMBPO(ModelBased, SAC):
 
     policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": DHMBPOPolicy}
     DEFAULTS: ClassVar[dict[str, Any]] = {
-        **{"gamma": 0.995, "ent_coef": "auto_0.1", "gradient_steps": 1, "batch_size": 128, "model_train_freq": 500},
+        **{"gamma": 0.995, "ent_coef": "auto_0.1", "gradient_steps": 1, "batch_size": 128},
         **{"rollout_schedule": 20, "rollout_batch_size": 256, "retained_rollouts": 10, "real_ratio": 0.0},
     }
 
