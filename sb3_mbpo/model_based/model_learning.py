@@ -22,6 +22,7 @@ from sb3_mbpo.trust.auto_rollout_length import drift, reliable_length
 from sb3_mbpo.trust.imagined_fraction import imagined_fraction
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.trust.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
+from sb3_mbpo.validation.action_range import rows_for_action_range, unused_range, unused_range_warning
 from sb3_mbpo.validation.argument_table import LONGEST_AUTO
 from sb3_mbpo.validation.episode_ends import endless, lost_ends_warning
 from sb3_mbpo.validation.rules import whole
@@ -117,6 +118,7 @@ class ModelLearning(Imagining):
         with undone_on_error(self):
             for of, warning in self.odd_ends():
                 self._warn_once(of, warning)
+            self.check_action_range(transitions)
             if self.rollout_schedule == "auto":
                 self._measure_length(transitions.observations)
             of_steps = self._explained_since_fit(transitions)
@@ -222,6 +224,21 @@ class ModelLearning(Imagining):
             yield "limit", warning
         if (warning := endless(buffer.dones[: buffer.size()])) is not None:
             yield "endless", warning
+
+    def check_action_range(self, transitions: ReplayBufferSamples) -> None:
+        """
+        Warn, once there are enough transitions, if most of the range of an action has no effect.
+
+        :param transitions: all real transitions that the dynamics learns from
+        """
+        obs, actions, next_obs = transitions[:3]
+        enough = len(obs) >= rows_for_action_range(obs.shape[1], actions.shape[1])
+        if not enough or "action_range" in self._warned_of:
+            return
+        self._warned_of.append("action_range")
+        found = unused_range(*(part.cpu().numpy() for part in (obs, actions, next_obs)))
+        if (warning := unused_range_warning(found, self.action_space)) is not None:
+            warnings.warn(warning, stacklevel=3)
 
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """
