@@ -32,7 +32,7 @@ from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
 from sb3_mbpo.saving.safe_files import check_whole
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
 from sb3_mbpo.saving.whole_files import check_checksum, skip_checksum, with_checksum, written_whole
-from sb3_mbpo.validation.class_registry import register_agent
+from sb3_mbpo.validation.class_registry import AGENTS, register_agent
 from sb3_mbpo.validation.misuse import missing_statistics
 from sb3_mbpo.validation.rules import did_you_mean, shown
 from sb3_mbpo.validation.unsupported import check_env
@@ -43,11 +43,12 @@ SelfSaving = TypeVar("SelfSaving", bound="Saving")
 _SHAPING = ("use_sde", "ent_coef", "dynamics_class", "dynamics_kwargs")
 
 
-def _glance(path: Any) -> dict[str, Any] | None:
+def _glance(path: Any, cls: type | None = None) -> dict[str, Any] | None:
     """
     :param path: an agent's zip
+    :param cls: the algorithm that is to be loaded; ``None``: any
     :return: the JSON in it; ``None``: it contains no dynamics
-    :raises ValueError: it is no zip-file, or a damaged one
+    :raises ValueError: it is no zip-file, a damaged one, or that of another algorithm of this package
     """
     file: Any = open_path(path, "r", suffix="zip")
     with nullcontext() if file is path else file:
@@ -56,9 +57,17 @@ def _glance(path: Any) -> dict[str, Any] | None:
         if "dynamics.pth" not in archive.namelist():
             return None
         try:
+            if cls is not None and MEMBER in archive.namelist():
+                _check_class(json.loads(archive.read(MEMBER)).get("class"), cls)
             return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
         finally:
             file.seek(start)
+
+
+def _check_class(name: Any, cls: type) -> None:
+    saved = AGENTS.get(name) if isinstance(name, str) else None
+    if saved is not None and not issubclass(cls, saved) and not issubclass(saved, cls):
+        raise ValueError(f"it holds an agent of class {shown(name)}, not {cls.__name__}; use that class's own load")
 
 
 def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
@@ -140,8 +149,8 @@ class Saving(AgentState, OffPolicyAlgorithm):
             classes of yours) have to be passed again, and ``tensorboard_log``, too
         :param kwargs: arguments of the constructor that differ from the saved ones
         :return: the agent
-        :raises ValueError: the zip is damaged or a model-free agent's, its weights are not finite, or ``kwargs`` contains what
-            is no argument of the constructor; with ``safe``, the file was not written by ``save``
+        :raises ValueError: the zip is damaged, a model-free agent's or another algorithm's, its weights are not finite, or
+            ``kwargs`` contains what is no argument of the constructor; with ``safe``, the file was not written by ``save``
         """
         _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
         if env is not None:
@@ -159,7 +168,7 @@ class Saving(AgentState, OffPolicyAlgorithm):
                 raise ValueError("load: custom_objects are for pickles, which safe=True does not read; pass the arguments")
             return _loaded(load_safely(cls, path, env, device, kwargs), path)
         try:
-            data = _glance(path)
+            data = _glance(path, cls)
         except ValueError as error:
             raise ValueError(f"load: {path}: {error}") from error
         if data is None:

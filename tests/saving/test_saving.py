@@ -473,3 +473,21 @@ def test_a_copy_goes_on_as_the_original():
         np.random.seed(0)
         one.train(5, 16)
     assert equal_agents(agent, other)
+
+
+@pytest.mark.parametrize("other", [DHMBPO, MBTD3])
+def test_an_agent_of_another_algorithm(tmp_path, other):
+    path = tmp_path / "agent.zip"
+    MBPO("MlpPolicy", "Pendulum-v1", **FAST).save(path)
+    with pytest.raises(ValueError, match=f"it holds an agent of class 'MBPO', not {other.__name__}"):
+        other.load(path)
+
+
+def test_an_agent_of_a_subclass_and_of_its_base(tmp_path):
+    class Mine(MBPO):
+        pass
+
+    path = tmp_path / "agent.zip"
+    for saved, loaded in ((MBPO, Mine), (Mine, MBPO)):
+        saved("MlpPolicy", "Pendulum-v1", **FAST).save(path)
+        assert type(loaded.load(path)) is loaded
