@@ -26,6 +26,8 @@ html_theme = "furo"
 html_title = f"sb3_mbpo {release}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
+# Sphinx opens it from where it runs, not from here.
+html_search_scorer = str(Path(__file__).parent / "search_scorer.js")
 # Copy commands, not prompts.
 copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True

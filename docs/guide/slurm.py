@@ -1,5 +1,7 @@
 """
-Train on a Slurm cluster with submitit: a job that is pre-empted, or that runs out of time, saves and is queued again.
+Train on a Slurm cluster with submitit.
+
+A job that is pre-empted, or that runs out of time, saves and is queued again.
 
     pip install ".[slurm,mujoco]"
     python slurm.py --cluster slurm --folder /shared/runs/hopper_0
@@ -16,28 +18,32 @@ from sb3_mbpo import MBPO, ResumeCallback
 
 
 class Training(submitit.helpers.Checkpointable):
-    """A job that may be run again: it goes on where it was cut."""
+    """A job that may be run again: it continues where it was interrupted."""
 
     def __call__(self, folder: str, env: str, steps: int, **settings: Any) -> int:
-        # The signal that submitit gives a job its last minutes with; it ignores SIGTERM, which Slurm may send along.
+        # submitit's signal before the end. It ignores SIGTERM, which Slurm may send.
         callback = ResumeCallback(folder, signals=["SIGUSR2"], verbose=1)
         agent = MBPO("MlpPolicy", env, **settings).learn(steps, callback)
         if callback.interrupted is not None:
-            # Everything is saved: now it is submitit's turn, whose handler queues the job again and ends the process.
+            # All is saved. submitit's handler queues the job again and ends this one.
             os.kill(os.getpid(), getattr(signal, callback.interrupted))
         return agent.num_timesteps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm")
-    parser.add_argument("--folder", required=True, help="for checkpoints; every machine must see it")
+    # For checkpoints; every machine must see it.
+    parser.add_argument("--folder", required=True)
     parser.add_argument("--env", default="Hopper-v5")
     parser.add_argument("--steps", type=int, default=125_000)
     args = parser.parse_args()
-    executor = submitit.AutoExecutor(folder=os.path.join(args.folder, "jobs"), cluster=args.cluster)
-    # Minutes; as many cores as threads. Slurm sends the signal 90 seconds before the end.
-    executor.update_parameters(timeout_min=240, cpus_per_task=1, slurm_max_num_timeout=20)
+    jobs = os.path.join(args.folder, "jobs")
+    executor = submitit.AutoExecutor(folder=jobs, cluster=args.cluster)
+    # As many cores as threads. Slurm sends the signal 90 seconds before the end.
+    executor.update_parameters(
+        timeout_min=240, cpus_per_task=1, slurm_max_num_timeout=20
+    )
     job = executor.submit(Training(), args.folder, args.env, args.steps)
     print(f"job {job.job_id}, output in {job.paths.stdout}")
     print(f"{job.result():,} steps")
