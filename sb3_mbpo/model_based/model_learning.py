@@ -227,18 +227,18 @@ class ModelLearning(Imagining):
 
     def check_action_range(self, transitions: ReplayBufferSamples) -> None:
         """
-        Warn, once there are enough transitions, if most of the range of an action has no effect.
+        Warn, in the first fit with enough transitions, if most of the range of an action has no effect.
 
         :param transitions: all real transitions that the dynamics learns from
         """
         obs, actions, next_obs = transitions[:3]
-        enough = len(obs) >= rows_for_action_range(obs.shape[1], actions.shape[1])
-        if not enough or "action_range" in self._warned_of:
+        needed = rows_for_action_range(obs.shape[1], actions.shape[1])
+        were_enough = self.dynamics_fitted_at is not None and len(obs) >= needed + self.model_train_freq
+        if len(obs) < needed or were_enough:
             return
-        self._warned_of.append("action_range")
         found = unused_range(*(part.cpu().numpy() for part in (obs, actions, next_obs)))
         if (warning := unused_range_warning(found, self.action_space)) is not None:
-            warnings.warn(warning, stacklevel=3)
+            self._warn_once("action_range", warning)
 
     def fit_termination(self, transitions: ReplayBufferSamples) -> dict[str, float | str]:
         """
