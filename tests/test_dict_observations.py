@@ -244,6 +244,7 @@ def test_prefill():
 
 
 @pytest.mark.parametrize("normalize", [None, ["observation"]], ids=["raw", "one key"])
+@pytest.mark.expensive
 def test_a_run_that_is_resumed_ends_as_if_it_had_never_stopped(tmp_path, normalize):
     agents = []
     for folder, totals in (("whole", [90]), ("parts", [50, 90])):

@@ -69,6 +69,7 @@ def trained(**oddity) -> MBPO:
     ],
     ids=str,
 )
+@pytest.mark.expensive
 def test_trains(oddity):
     agent = trained(**oddity)
     networks = (agent.policy, agent.dynamics, agent.learned_reward, agent.learned_termination)
@@ -81,6 +82,7 @@ def test_trains(oddity):
     assert np.isfinite(agent.predict(np.full(3, 1e6, np.float32))[0]).all()
 
 
+@pytest.mark.expensive
 def test_rewards_whose_squares_leave_float32():
     """The critic learns nothing from them, but nothing becomes NaN, and the warning has come."""
     agent = trained(reward_scale=1e30)
@@ -98,12 +100,14 @@ def test_the_done_head_knows_one_class_only(ends, steps):
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.expensive
 def test_imagined_rewards_keep_their_scale(scale):
     agent = trained(reward_scale=scale)
     real, imagined = agent.replay_buffer.real_transitions().rewards, agent.replay_buffer.model_buffer.rewards()
     assert 0 < imagined.abs().max() <= 3 * real.abs().max()
 
 
+@pytest.mark.expensive
 def test_a_jump_of_a_dimension_that_hardly_moves_stays_bounded():
     agent = trained(jumps_at=145)
     third = agent.replay_buffer.model_buffer.contents()[0][:, 7]

@@ -101,6 +101,7 @@ def test_an_error_here_ends_both(error):
     assert agent.replay_buffer.size() == 39 and agent._n_updates + agent.updates_owed == 2 * 19
 
 
+@pytest.mark.expensive
 def test_a_signal_saves_and_a_resume_goes_on(tmp_path):
     callback = ResumeCallback(tmp_path, every=10)
     agent = made().learn(60, [At(40, lambda agent: os.kill(os.getpid(), signal.SIGTERM)), callback], background=True)
@@ -110,6 +111,7 @@ def test_a_signal_saves_and_a_resume_goes_on(tmp_path):
     assert again.num_timesteps == 60 and again._n_updates == 2 * 40 and again.replay_buffer.size() == 60
 
 
+@pytest.mark.expensive
 def test_one_that_falls_behind_is_warned_of_and_makes_up_for_it(monkeypatch):
     monkeypatch.setattr("sb3_mbpo.background.process.BEHIND_TRANSITIONS", 50)
     agent = made(learning_starts=0, model_train_freq=10)
@@ -125,6 +127,7 @@ def test_refused():
         made().learn(5, background="yes")
 
 
+@pytest.mark.expensive
 def test_a_script_without_a_main_part(tmp_path):
     (tmp_path / "script.py").write_text(
         'from sb3_mbpo import MBPO\nMBPO("MlpPolicy", "Pendulum-v1").learn(5, background=True)\n'
@@ -144,6 +147,7 @@ def test_no_late_step_of_a_thousand_at_20_hz(algorithm):
     assert np.isclose(row["updates"], 1005 + 1, atol=2)
 
 
+@pytest.mark.expensive
 def test_ctrl_c_while_it_waits_for_the_last_updates(monkeypatch):
     """What was learned comes back, and the process ends."""
     waits = LearnerProcess._wait_for
@@ -163,6 +167,7 @@ def test_ctrl_c_while_it_waits_for_the_last_updates(monkeypatch):
     assert agent.dynamics_fitted_at is not None and agent._n_updates + agent.updates_owed == 2 * 40
 
 
+@pytest.mark.expensive
 def test_owed_updates_are_made_by_the_next_learn_that_only_waits(tmp_path):
     agent = made().learn(40)
     agent.updates_owed, before = 30, agent._n_updates
@@ -170,6 +175,7 @@ def test_owed_updates_are_made_by_the_next_learn_that_only_waits(tmp_path):
     assert agent.updates_owed == 0 and agent._n_updates == before + 30
 
 
+@pytest.mark.expensive
 def test_owed_updates_without_transitions(tmp_path):
     agent = made().learn(40)
     agent.updates_owed = 30
@@ -181,6 +187,7 @@ def test_owed_updates_without_transitions(tmp_path):
 
 
 @pytest.mark.parametrize("background", [False, True])
+@pytest.mark.expensive
 def test_a_checkpoint_does_not_choose_who_learns(background, tmp_path):
     made().learn(30, ResumeCallback(tmp_path), background=background)
     seen = []
@@ -191,6 +198,7 @@ def test_a_checkpoint_does_not_choose_who_learns(background, tmp_path):
     assert seen == [(not background, not background)]
 
 
+@pytest.mark.expensive
 def test_the_updates_of_a_rollout_that_was_interrupted_without_background(tmp_path, monkeypatch):
     def interrupt(agent, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -151,6 +151,7 @@ def pays(obs, actions, next_obs):
     ids="sde episodes per_transition model_off slow td3 small auto infoprop dhmbpo dhmbpo_small".split(),
 )
 @pytest.mark.filterwarnings("ignore:reward_fn disagrees")
+@pytest.mark.expensive
 def test_all_kinds_of_agents(tmp_path, settings):
     def finished(folder, cut=None):
         noise = settings.get("action_noise")
@@ -164,6 +165,7 @@ def test_all_kinds_of_agents(tmp_path, settings):
 
 
 @pytest.mark.parametrize("phase", ["fit", "refill", "train", "train, half imagined", "train of DHMBPO"])
+@pytest.mark.expensive
 def test_long_work_is_broken_off_and_repeated(tmp_path, phase, monkeypatch):
     """A signal in the midst of a fit, a refill or a long train(): saved at once, and nothing is different in the end."""
     settings: dict = {"train_freq": 10, "gradient_steps": 120, "rollout_batch_size": 60, "total": 80}

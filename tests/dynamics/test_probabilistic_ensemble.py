@@ -309,7 +309,7 @@ def test_a_second_fit_learns_as_well_as_a_new_network():
             for kept, value in zip(rows, (old, action, [*x, *v], [0.0], [-(x @ x)]), strict=True):
                 kept.append(value)
     data = ReplayBufferSamples(*(th.as_tensor(np.array(part), dtype=th.float32) for part in rows))
-    warm, fresh = (ProbabilisticEnsemble(4, 2, seed=0) for _ in range(2))
+    warm, fresh = (ProbabilisticEnsemble(4, 2, seed=0, net_arch=[100] * 4) for _ in range(2))
     warm.fit(ReplayBufferSamples(*(part[:300] for part in data[:5])))
     explained = []
     for ensemble in (warm, fresh):
@@ -520,6 +520,7 @@ def test_dimensions_that_tell_nothing_change_nothing(kind):
     assert 0.5 <= metrics[1]["updates"] / metrics[0]["updates"] <= 2, metrics
 
 
+@pytest.mark.expensive
 def test_what_cannot_be_predicted_is_predicted_to_be_its_mean():
     """A network that has overfitted noise does not say so; what can be predicted is left as it is."""
     data, fresh = linear_system(300), linear_system(500, seed=5)

@@ -73,6 +73,7 @@ def test_statistics_that_are_missing(data):
         agent.pretrain(1)
 
 
+@pytest.mark.expensive
 def test_a_run_that_began_so_is_resumed(data, tmp_path):
     def run(total, folder):
         agent = made()

@@ -323,6 +323,7 @@ def test_a_method_replaced_on_a_vectorised_env(wrap: Callable[[VecEnv], Any]) ->
     assert found is None and f"a method of this {type(env).__name__} was replaced" in reason
 
 
+@pytest.mark.expensive
 def test_replaced_methods_in_other_processes() -> None:
     """An env without any wrapper cannot be looked at there: it is not taken for what it may not be."""
     rule = known(gym.make("Hopper-v5"))
