@@ -57,7 +57,7 @@ class MBPO(ModelBased, SAC):
             return "fast_update=False"
         if self.fast_update is None and self.real_ratio == 1:
             return "real_ratio=1"
-        # The fast update draws many batches at once and does not call sample().
+        # The fast update calls batches(), so it would ignore a sample() of the user's.
         usual = type(self.replay_buffer) is MixedReplayBuffer and "sample" not in vars(self.replay_buffer)
         reason = why_not_fast(self, MBPO, ModelBased) if usual else "a replay buffer with its own sample()"
         if reason is None and self.device.type == "cuda":

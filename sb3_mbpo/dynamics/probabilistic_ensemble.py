@@ -61,8 +61,8 @@ class ProbabilisticEnsemble(DynamicsModel):
     with the lowest error on a shared hold-out set make the predictions (Janner et al., 2019, appendix; Chua et al., 2018).
 
     A fit continues from the weights of the last one; members that it does not improve keep their weights. The optimizer is
-    reset in each fit. Its learning rate is constant until no member has improved for ``patience`` gradient steps, then it
-    decays to zero. Dimensions that are constant in the data are predicted as constant and ignored in loss and hold-out error.
+    reset in each fit. Its learning rate is constant until the members' mean hold-out error has not improved for ``patience``
+    gradient steps, then it decays to zero. Dimensions that are constant in the data are predicted as constant and ignored.
 
     :param n_members: Number of networks
     :param n_elites: Number of networks that make predictions
@@ -128,7 +128,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         on_cpu = th.Generator().manual_seed(self.generator.initial_seed() % 2**63)
         out_dim, (low, high) = 1 + obs_dim, self.initial_log_variance
         self.input_standardizer = Standardizer(obs_dim + action_dim, limit=FARTHEST_INPUT)
-        # Targets are never clipped: a rare large reward matters. A constant target gets almost no noise from the start.
+        # Targets are never clipped: a rare large reward matters. Untrained networks add little noise to a constant one.
         self.target_standardizer = Standardizer(out_dim, limit=float("inf"), constant_std=1e-3)
         self.mlp = EnsembleMLP(n_members, obs_dim + action_dim, 2 * out_dim, list(net_arch), on_cpu, layer_norm)
         self.min_log_variance = nn.Parameter(th.full((out_dim,), low))
@@ -338,7 +338,7 @@ class ProbabilisticEnsemble(DynamicsModel):
         targets = self._targets(transitions)
         left_out = held_out(transitions, self.holdout_ratio, self.max_holdout)
         before = [copy.deepcopy(part) for part in (self.input_standardizer, self.target_standardizer)]
-        # What was learned for one target is not valid for another.
+        # The output weights of a dimension are not kept if its target changes between change and next value.
         before[1].varies[1:] *= relative == self.relative
         self.input_standardizer.fit(inputs[~left_out])
         magnitude = th.cat([targets[:, :1], transitions.next_observations], dim=-1).abs().amax(dim=0)
@@ -405,7 +405,7 @@ class ProbabilisticEnsemble(DynamicsModel):
 
     def fit(self, transitions: ReplayBufferSamples, progress: Progress | None = None) -> dict[str, float | str]:
         """
-        Train until no member improves on the hold-out set, then restore the best weights of each member and rank the members.
+        Train until the mean hold-out error stops improving, restore the best weights of each member, and rank the members.
 
         If a fit diverges (a warning is issued, see ``divergence.py``) or is interrupted, the previous state is restored.
 
@@ -449,8 +449,8 @@ class ProbabilisticEnsemble(DynamicsModel):
         Train, then restore for each member the weights, including those before the fit, that were best on the hold-out set.
 
         :param before: checks whether the final weights are sound
-        :return: mean loss of the last steps, the number of steps, and whether the final weights were sound or any member has
-            improved before
+        :return: mean loss of the last steps, the number of steps, and whether the final weights are sound or, if the ensemble
+            was usable before, any member has improved
         """
         weights, bounds = list(self.mlp.parameters()), [self.min_log_variance, self.max_log_variance]
         best, best_bounds = ([part.detach().clone() for part in parts] for parts in (weights, bounds))

@@ -7,7 +7,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from sb3_mbpo.checkpoints.training_state import undone_on_error
 from sb3_mbpo.model_based.model_learning import ModelLearning
 
-# Number of times between two fits of the dynamics that the learned termination is compared with new real terminations.
+# The learned termination is compared with new real terminations this many times between two fits of the dynamics.
 LOOKS_AT_ENDS = 10
 
 
@@ -62,7 +62,7 @@ class RolloutCallback(BaseCallback):
         if fitted_at is not None and buffer.model_buffer.refills:
             if agent.lifetime_timesteps // frequency <= fitted_at // frequency:
                 return False
-        # Checked last, because it reads all rows. Transitions whose last observation was lost do not count.
+        # Checked last, because it reads all rows. Ends whose last observation was lost do not count.
         return len(buffer.real_transitions(agent.dynamics_window).rewards) >= agent.dynamics.min_transitions
 
     def update_model(self) -> None:
@@ -73,7 +73,7 @@ class RolloutCallback(BaseCallback):
             if agent.dynamics.usable and agent.imagined_fraction > 0:
                 self._log(agent.generate_rollouts(progress=self._say))
             else:
-                # An empty model rollout, so that the next attempt comes with the next fit, not with the next step.
+                # Record an empty model rollout. Without one, a fit would be due again at the next step.
                 agent.replay_buffer.model_buffer.begin_refill()
             transitions = agent.replay_buffer.real_transitions(agent.dynamics_window)
             self._log(agent.judge_values(transitions))
