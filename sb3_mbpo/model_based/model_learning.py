@@ -22,7 +22,7 @@ from sb3_mbpo.trust.auto_rollout_length import drift, reliable_length
 from sb3_mbpo.trust.imagined_fraction import imagined_fraction
 from sb3_mbpo.trust.prediction_bounds import PredictionBounds
 from sb3_mbpo.trust.value_bound import breach, entropy_bonus, odd_scale, q_values, return_bounds
-from sb3_mbpo.validation.action_range import rows_for_action_range, unused_range, unused_range_warning
+from sb3_mbpo.validation.action_range import MOST_ROWS, rows_for_action_range, unused_range, unused_range_warning
 from sb3_mbpo.validation.argument_table import LONGEST_AUTO
 from sb3_mbpo.validation.episode_ends import endless, lost_ends_warning
 from sb3_mbpo.validation.rules import whole
@@ -233,10 +233,10 @@ class ModelLearning(Imagining):
         """
         obs, actions, next_obs = transitions[:3]
         needed = rows_for_action_range(obs.shape[1], actions.shape[1])
-        were_enough = self.dynamics_fitted_at is not None and len(obs) >= needed + self.model_train_freq
-        if len(obs) < needed or were_enough:
+        of_last_fit = 0 if (at := self.dynamics_fitted_at) is None else len(obs) - (self.lifetime_timesteps - at)
+        if not of_last_fit < needed <= len(obs):
             return
-        found = unused_range(*(part.cpu().numpy() for part in (obs, actions, next_obs)))
+        found = unused_range(*(part[-MOST_ROWS:].cpu().numpy() for part in (obs, actions, next_obs)))
         if (warning := unused_range_warning(found, self.action_space)) is not None:
             self._warn_once("action_range", warning)
 

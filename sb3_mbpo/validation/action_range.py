@@ -12,28 +12,32 @@ WIDE_ENOUGH = 0.5
 BETTER, LEFT = 1.1, 0.05
 # Test statistic (F, one degree of freedom) from which on an action has an effect for certain.
 CERTAIN = 50.0
-# Number of rows for each coefficient, smallest number of rows, and number of rows that are used.
-ROWS_EACH, FEWEST, MOST = 10, 200, 2000
+# Rows for each coefficient of the regression, least number of rows, and number of newest rows that are enough.
+ROWS_EACH, FEWEST_ROWS, MOST_ROWS = 10, 200, 2000
 
 
 def rows_for_action_range(obs_dim: int, action_dim: int) -> int:
-    """:return: number of transitions that :func:`unused_range` needs"""
-    return max(FEWEST, ROWS_EACH * (2 + obs_dim + action_dim))
+    """
+    :param obs_dim: dimensions of the observation
+    :param action_dim: dimensions of the action
+    :return: number of transitions that :func:`unused_range` needs
+    """
+    return max(FEWEST_ROWS, ROWS_EACH * (2 + obs_dim + action_dim))
 
 
 def unused_range(obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray) -> list[tuple[int, float]]:
     """
-    Find actions that are cut off far within their bounds, as by an env that clips them.
+    Find actions that the env clips to a small part of their bounds.
 
     The change of the observation is predicted linearly from observation and action. If it is predicted clearly better from an
-    action that is clipped to a small part of its range, the env seems to clip it, too.
+    action that is clipped to a small part of its range, the env seems to clip it as well.
 
     :param obs: observations ``(N, obs_dim)``, N as :func:`rows_for_action_range` says
     :param actions: actions scaled to [-1, 1], ``(N, action_dim)``
     :param next_obs: next observations ``(N, obs_dim)``
     :return: dimension and used fraction of the range, for each action of which most of the range has no effect
     """
-    obs, actions, next_obs = (np.asarray(part[-MOST:], dtype=np.float64) for part in (obs, actions, next_obs))
+    obs, actions, next_obs = (np.asarray(part, dtype=np.float64) for part in (obs, actions, next_obs))
     known, change = _standardized(obs), _standardized(next_obs - obs)
     found = []
     for i, action in enumerate(actions.T):
@@ -55,6 +59,8 @@ def unused_range(obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray) -> 
 
 def unused_range_warning(found: list[tuple[int, float]], space: spaces.Box) -> str | None:
     """
+    Describe what :func:`unused_range` has found.
+
     :param found: see :func:`unused_range`
     :param space: the action space
     :return: a warning that names bounds to use instead, or ``None``

@@ -110,6 +110,14 @@ def test_waits_until_there_are_enough_transitions():
         agent.learn(40, reset_num_timesteps=False)
 
 
+def test_fits_far_apart():
+    """The first fit has 150 transitions, the second one 300."""
+    wide = Wide(gym.make("Pendulum-v1", max_episode_steps=150), 10)
+    settings = SETTINGS | {"learning_starts": 100, "train_freq": (1, "episode")}
+    with pytest.warns(UserWarning, match="action_space: most of the range does nothing"):
+        MBPO("MlpPolicy", wide, **settings).learn(310)
+
+
 def test_an_env_that_uses_the_sign():
     rng = np.random.default_rng(0)
     obs, actions = rng.normal(size=(1000, 1)), rng.uniform(-1, 1, (1000, 1))
