@@ -172,10 +172,15 @@ def _check_description(description: Any) -> None:
         raise ValueError(f"n_envs={shown(n_envs)} must be a whole number of at least 1")
 
 
+def other_class(name: Any, cls: type) -> ValueError:
+    """:return: the error that a file holds an agent of class ``name`` instead of ``cls``"""
+    return ValueError(f"it holds an agent of class {shown(name)}, not {cls.__name__}; use that class's own load")
+
+
 def _class(name: Any, cls: type | None) -> Any:
     if cls is not None:
         if name != cls.__name__:
-            raise ValueError(f"it holds an agent of class {shown(name)}, not {cls.__name__}; use that class's own load")
+            raise other_class(name, cls)
         return cls
     if not isinstance(name, str) or name not in AGENTS:
         raise ValueError(

@@ -28,6 +28,7 @@ from sb3_mbpo.codec import Codec
 from sb3_mbpo.saving.agent_state import AgentState
 from sb3_mbpo.saving.buffer_files import SUFFIX, load_tensors, means_tensors, save_tensors, starts_as_zip
 from sb3_mbpo.saving.checked_tensors import check_weights
+from sb3_mbpo.saving.description import other_class
 from sb3_mbpo.saving.offline_data import read_transitions, rows_of_steps
 from sb3_mbpo.saving.safe_files import check_whole
 from sb3_mbpo.saving.safe_loading import MEMBER, description_text, load_safely
@@ -48,7 +49,7 @@ def _glance(path: Any, cls: type | None = None) -> dict[str, Any] | None:
     :param path: an agent's zip
     :param cls: the algorithm that is to be loaded; ``None``: any
     :return: the JSON in it; ``None``: it contains no dynamics
-    :raises ValueError: it is no zip-file, a damaged one, or that of another algorithm of this package
+    :raises ValueError: it is not a zip file, it is damaged, or another algorithm of this package wrote it
     """
     file: Any = open_path(path, "r", suffix="zip")
     with nullcontext() if file is path else file:
@@ -67,7 +68,7 @@ def _glance(path: Any, cls: type | None = None) -> dict[str, Any] | None:
 def _check_class(name: Any, cls: type) -> None:
     saved = AGENTS.get(name) if isinstance(name, str) else None
     if saved is not None and not issubclass(cls, saved) and not issubclass(saved, cls):
-        raise ValueError(f"it holds an agent of class {shown(name)}, not {cls.__name__}; use that class's own load")
+        raise other_class(name, cls)
 
 
 def _check_names(cls: type, kwargs: dict[str, Any], more: set[str]) -> None:
@@ -149,8 +150,8 @@ class Saving(AgentState, OffPolicyAlgorithm):
             classes of yours) have to be passed again, and ``tensorboard_log``, too
         :param kwargs: arguments of the constructor that differ from the saved ones
         :return: the agent
-        :raises ValueError: the zip is damaged, a model-free agent's or another algorithm's, its weights are not finite, or
-            ``kwargs`` contains what is no argument of the constructor; with ``safe``, the file was not written by ``save``
+        :raises ValueError: the zip is damaged, a model-free agent's or another algorithm's, its weights are not finite, or the
+            constructor does not have an argument in ``kwargs``; with ``safe``, the file was not written by ``save``
         """
         _check_names(cls, kwargs, {*inspect.signature(super().load).parameters, *(["policy"] if safe else [])})
         if env is not None:
