@@ -13,7 +13,8 @@ agents are kept in --folder, and not trained again while they are there; rows th
 import argparse
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,34 @@ def evaluated(agent: MBPO, gravity: float, seed: int) -> float:
     return mean
 
 
+def measured(agent: MBPO, gravity: float, started: float, **about: Any) -> dict[str, Any]:
+    """:return: a row of the CSV: ``about`` (seed, arm, step), the return, metrics of the last fit, CPU seconds"""
+    log = agent.logger.name_to_value
+    return {
+        **about,
+        "return": evaluated(agent, gravity, about["seed"]),
+        **{name: log.get(f"dynamics/{name}", float("nan")) for name in COLUMNS[4:7]},
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def complete(out: Path, seeds: Iterable[int], arms: Iterable[str], run: Callable[[int, str], list[dict[str, Any]]]) -> None:
+    """Append the rows of each seed and arm that the CSV ``out`` does not have."""
+    done = set()
+    if out.exists():
+        with out.open(encoding="utf-8") as file:
+            done = {(row["seed"], row["arm"]) for row in csv.DictReader(file)}
+    else:
+        with out.open("w", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writeheader()
+    for seed, arm in product(seeds, arms):
+        if (str(seed), arm) not in done:
+            rows = run(seed, arm)
+            with out.open("a", newline="") as file:
+                rounded = [{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+                csv.DictWriter(file, COLUMNS).writerows(rounded)
+
+
 def run(folder: Path, seed: int, arm: str) -> list[dict[str, Any]]:
     """:return: rows of the CSV"""
     settings: dict[str, Any] = WINDOWS.get(arm, {})
@@ -97,17 +126,7 @@ def run(folder: Path, seed: int, arm: str) -> list[dict[str, Any]]:
     ARMS[arm](agent)
     while agent.num_timesteps < before + MORE:
         agent.learn(EVERY, log_interval=1_000_000, reset_num_timesteps=False)
-        log = agent.logger.name_to_value
-        rows.append(
-            {
-                "seed": seed,
-                "arm": arm,
-                "step": agent.num_timesteps - before,
-                "return": evaluated(agent, 14.0, seed),
-                **{name: log.get(f"dynamics/{name}", float("nan")) for name in COLUMNS[4:7]},
-                "cpu_seconds": time.process_time() - started,
-            }
-        )
+        rows.append(measured(agent, 14.0, started, seed=seed, arm=arm, step=agent.num_timesteps - before))
     return rows
 
 
@@ -135,20 +154,13 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
-    if not args.out.exists():
-        with args.out.open("w", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writeheader()
-    for seed in args.seeds:
+
+    def after_first(seed: int, arm: str) -> list[dict[str, Any]]:
         if not (args.folder / f"{seed}.zip").exists():
             first_agent(args.folder, seed)
-        for arm in args.arms:
-            with args.out.open(encoding="utf-8") as file:
-                if any((row["seed"], row["arm"]) == (str(seed), arm) for row in csv.DictReader(file)):
-                    continue
-            rows = run(args.folder, seed, arm)
-            with args.out.open("a", newline="") as file:
-                rounded = [{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-                csv.DictWriter(file, COLUMNS).writerows(rounded)
+        return run(args.folder, seed, arm)
+
+    complete(args.out, args.seeds, args.arms, after_first)
     table(args.out)
 
 

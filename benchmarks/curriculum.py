@@ -18,7 +18,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from changed_world import SETTINGS, UPDATES, evaluated
+from changed_world import SETTINGS, UPDATES, complete, measured
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mbpo import MBPO
@@ -30,7 +30,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "window": {"dynamics_window": 1_000},
     "forget": {},
 }
-COLUMNS = ["seed", "arm", "step", "return", "explained_obs", "explained_reward", "real_share", "cpu_seconds"]
 
 
 class Lessons(BaseCallback):
@@ -58,10 +57,7 @@ def run(seed: int, arm: str) -> list[dict[str, Any]]:
     started, rows = time.process_time(), []
     while agent.num_timesteps < STEPS:
         agent.learn(LESSON, callback, log_interval=1_000_000, reset_num_timesteps=False)
-        log = agent.logger.name_to_value
-        row = {"seed": seed, "arm": arm, "step": agent.num_timesteps, "return": evaluated(agent, LAST, seed)}
-        row |= {name: log.get(f"dynamics/{name}", float("nan")) for name in COLUMNS[4:7]}
-        rows.append(row | {"cpu_seconds": time.process_time() - started})
+        rows.append(measured(agent, LAST, started, seed=seed, arm=arm, step=agent.num_timesteps))
     return rows
 
 
@@ -84,21 +80,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     args = parser.parse_args()
     th.set_num_threads(1)
-    done = set()
-    if args.out.exists():
-        with args.out.open(encoding="utf-8") as file:
-            done = {(row["seed"], row["arm"]) for row in csv.DictReader(file)}
-    else:
-        with args.out.open("w", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writeheader()
-    for seed in args.seeds:
-        for arm in args.arms:
-            if (str(seed), arm) in done:
-                continue
-            rows = run(seed, arm)
-            with args.out.open("a", newline="") as file:
-                rounded = [{k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-                csv.DictWriter(file, COLUMNS).writerows(rounded)
+    complete(args.out, args.seeds, args.arms, run)
     table(args.out)
 
 
