@@ -64,7 +64,7 @@ def make_schedule(spec: int | str | dict[str, int] | RolloutSchedule) -> Rollout
     ARGUMENTS["rollout_schedule"].check("rollout_schedule", spec)
     keys = ["min_length", "max_length", "start", "end"]
     if isinstance(spec, str):
-        raise ValueError(f"rollout_schedule={shown(spec)} is no schedule: the length follows from the dynamics")
+        raise ValueError(f"rollout_schedule={shown(spec)} is not a schedule: the length follows from the dynamics")
     if isinstance(spec, Mapping):
         if set(spec) != set(keys):
             raise ValueError(f"rollout_schedule={shown(spec)} must have exactly the keys {', '.join(keys)}")

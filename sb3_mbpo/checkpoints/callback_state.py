@@ -29,7 +29,7 @@ from sb3_mbpo.saving.serialization import CannotEncodeError, Tensors, decode, en
 # Attributes of a callback that SB3 sets in each `learn`, also from arguments, or that contain the paths of files.
 _SET_ANEW = {"model", "parent", "locals", "globals", "logger", "training_env", "progress_bar", "pbar"}
 _SET_ANEW |= {"log_path", "best_model_save_path", "save_path", "_total_max_episodes"}
-# Types of attributes that are no state: parts of the callback, and what it writes to.
+# Types of attributes that are not state: parts of the callback, and what it writes to.
 _NO_STATE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
 _NO_STATE += (functools.partial, Logger, logging.Logger, KVWriter, io.IOBase, PurePath, BaseCallback, BaseAlgorithm)
 _NO_STATE += (th.nn.Module, gym.Space, th.device, th.dtype, np.dtype)

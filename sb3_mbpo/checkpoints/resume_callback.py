@@ -423,12 +423,12 @@ def _check_state(state: Any, place: Path) -> None:
         wrong += [name for name in _OF_LEARN if name not in state["learn"]]
         wrong += [name for name in ("arguments", "versions") if not isinstance(state["agent"].get(name), dict)]
     if wrong:
-        raise ValueError(f"{place}: this is no checkpoint of a run: {', '.join(wrong)} are missing, or of a wrong type")
+        raise ValueError(f"{place}: this is not a checkpoint of a run: {', '.join(wrong)} are missing, or of a wrong type")
     name = state["learn"]["tb_log_name"]
     inside = name is None or (isinstance(name, str) and re.fullmatch(r"[^\\:\0]*", name) and not name.startswith("/"))
     if not inside or (name is not None and ".." in name.split("/")):
         raise ValueError(
-            f"{place}: tb_log_name={name!r} is no name of a folder inside tensorboard_log. Make the agent "
+            f"{place}: tb_log_name={name!r} is not the name of a folder inside tensorboard_log. Make the agent "
             "yourself, and pass a ResumeCallback for this folder to its learn"
         )
 

@@ -221,7 +221,7 @@ def _not_of_the_run(agent: Any) -> set[str]:
 
 
 def plain_attributes(agent: Any) -> Iterator[tuple[str, Any]]:
-    """:return: plain attributes that are no constructor arguments, such as last observations and statistics of episodes"""
+    """:return: plain attributes that are not constructor arguments, such as last observations and statistics of episodes"""
     without = _not_of_the_run(agent)
     for name, value in vars(agent).items():
         if name not in without and _is_plain(value):

@@ -40,7 +40,7 @@ def _given(env: gym.Env) -> list[str]:
     try:
         return [str(name) for name in env.get_wrapper_attr("observation_names")]
     except (AttributeError, TypeError):
-        # There are none, or what has this name is no list.
+        # There are none, or what has this name is not a list.
         return []
 
 

@@ -28,7 +28,7 @@ def means_tensors(path: Any) -> bool:
 def starts_as_zip(file: BinaryIO) -> bool:
     """
     :param file: open for reading; its position is kept
-    :return: whether the file may hold tensors; then it is no pickle
+    :return: whether the file may hold tensors; then it is not a pickle
     """
     start = file.tell()
     try:
@@ -59,18 +59,18 @@ def load_tensors(buffer: MixedReplayBuffer, file: BinaryIO) -> None:
     """
     if not starts_as_zip(file):
         raise ValueError(
-            "it is no replay buffer saved with safe=True, and a pickle is not opened. "
+            "it is not a replay buffer saved with safe=True, and a pickle is not opened. "
             f"Load it with safe=False if you trust its author; its name must not end in .{SUFFIX} then"
         )
     if not check_checksum(file):
         raise ValueError("it is cut off, or no replay buffer saved with safe=True: there is no checksum at its end")
     found = read_tensors(file)
     if not isinstance(found, dict) or set(found) != {"format", "content", "tensors"}:
-        raise ValueError("it is no replay buffer saved with safe=True")
+        raise ValueError("it is not a replay buffer saved with safe=True")
     if type(found["format"]) is not int or found["format"] != FORMAT:
         raise ValueError(f"format={str(found['format'])[:50]} is unknown; it must be {FORMAT}")
     if not isinstance(found["content"], str) or not isinstance(found["tensors"], dict):
-        raise ValueError("it is no replay buffer saved with safe=True")
+        raise ValueError("it is not a replay buffer saved with safe=True")
     contents = decode(read_json(found["content"].encode("utf-8", "replace")), found["tensors"], "the replay buffer")
     by_timeout = contents.pop("handle_timeout_termination", None) if isinstance(contents, dict) else None
     if not isinstance(by_timeout, bool):

@@ -221,13 +221,13 @@ def _read(name: str, value: Any) -> Any:
     """
     rule = ARGUMENTS.get(name)
     if isinstance(value, str) and rule is not None and rule.words is not None and value not in rule.words:
-        raise ValueError(f"{name}={shown(value)} is no name that a file may hold")
+        raise ValueError(f"{name}={shown(value)} is not a name that a file may hold")
     if not is_a(value, (*_PLAIN, *_OBJECTS.get(name, ()), *OF_ARGUMENT.get(name, ()))):
         raise ValueError(f"{name}={shown(value)} is of a type that it cannot have in a file")
     if name == "policy_kwargs" and isinstance(value, dict):
         for key, item in value.items():
             if key in ("activation_fn", "optimizer_class", "features_extractor_class") and not isinstance(item, type):
-                raise ValueError(f"policy_kwargs: {key}={shown(item)} is no class that a file may name")
+                raise ValueError(f"policy_kwargs: {key}={shown(item)} is not a class that a file may name")
     value = value if rule is None else rule.read(name, value)
     # Those of dynamics_kwargs may still be text.
     numbers = {f"{name}: {key}": numbers_in(item) for key, item in value.items()} if isinstance(value, dict) else {name: value}

@@ -36,7 +36,7 @@ def _stored(file: BinaryIO) -> zipfile.ZipFile:
     Open a zip without compression. Reading its members needs no more memory than the file has bytes.
 
     :param file: open for reading; its position is kept
-    :raises ValueError: it is compressed, its sizes are wrong, or it is no zip
+    :raises ValueError: it is compressed, its sizes are wrong, or it is not a zip
     """
     start = file.tell()
     size = file.seek(0, io.SEEK_END) - start
@@ -44,7 +44,7 @@ def _stored(file: BinaryIO) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, OverflowError):
-        raise ValueError("it is no zip-file, or is cut off") from None
+        raise ValueError("it is not a zip file, or is cut off") from None
     finally:
         file.seek(start)
     members = archive.infolist()
@@ -65,7 +65,7 @@ def check_whole(file: BinaryIO) -> zipfile.ZipFile:
     """
     :param file: an agent's zip; its position is kept
     :return: the opened zip, after all checksums were compared
-    :raises ValueError: it is no zip-file, was cut off, or a member has changed
+    :raises ValueError: it is not a zip file, was cut off, or a member has changed
     """
     start = file.tell()
     try:
@@ -73,7 +73,7 @@ def check_whole(file: BinaryIO) -> zipfile.ZipFile:
         changed = archive.testzip()
     except Exception as error:
         # A damaged zip can raise many kinds of errors.
-        raise ValueError(f"it is no zip-file, or is damaged or cut off ({error})") from None
+        raise ValueError(f"it is not a zip file, or is damaged or cut off ({error})") from None
     finally:
         file.seek(start)
     if changed is not None:
@@ -93,7 +93,7 @@ def read_members(content: bytes) -> dict[str, bytes]:
     archive = _stored(io.BytesIO(content))
     for name in archive.namelist():
         if "/" in name or "\\" in name or name.startswith("."):
-            raise ValueError(f"{name[:50]!r} in it is no member of such a file, which may be cut off")
+            raise ValueError(f"{name[:50]!r} in it is not a member of such a file, which may be cut off")
     try:
         return {name: archive.read(name) for name in archive.namelist()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError) as error:

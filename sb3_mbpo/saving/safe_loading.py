@@ -40,7 +40,7 @@ def load_safely(cls: type, path: Any, env: Any, device: th.device | str, overrid
             raise ValueError(_without_description(members, cls.__name__))
         for name in members:
             if name not in (MEMBER, *_UNREAD) and not name.endswith(".pth"):
-                raise ValueError(f"{name[:50]!r} in it is no member of an agent's file")
+                raise ValueError(f"{name[:50]!r} in it is not a member of an agent's file")
         description = _about(MEMBER, read_json, members[MEMBER])
         tensors = {
             name[:-4]: _about(name, read_tensors, io.BytesIO(data)) for name, data in members.items() if name.endswith(".pth")
@@ -58,8 +58,8 @@ def load_safely(cls: type, path: Any, env: Any, device: th.device | str, overrid
 def _without_description(members: dict[str, bytes], name: str) -> str:
     if "dynamics.pth" not in members:
         return (
-            "it holds no dynamics; it is no agent's, or was saved by a model-free algorithm. To start from the networks of "
-            f"one, make a new agent of the same net_arch and load them into it: agent = {name}(...); "
+            "it holds no dynamics; it is not an agent's, or was saved by a model-free algorithm. To start from the networks "
+            f"of one, make a new agent of the same net_arch and load them into it: agent = {name}(...); "
             "agent.set_parameters(path, exact_match=False)"
         )
     return (

@@ -203,7 +203,7 @@ class Saving(AgentState, OffPolicyAlgorithm):
         :param load_path_or_dict: see SB3
         :param exact_match: see SB3
         :param device: see SB3
-        :raises ValueError: the file is no zip-file, or a damaged one, or has weights that are not finite or do not fit
+        :raises ValueError: the file is not a zip file, or a damaged one, or has weights that are not finite or do not fit
         """
         if isinstance(load_path_or_dict, dict):
             super().set_parameters(load_path_or_dict, exact_match, device)
@@ -272,8 +272,8 @@ class Saving(AgentState, OffPolicyAlgorithm):
         If a plain ``ReplayBuffer`` of SB3 is assigned, the agent gets a ``MixedReplayBuffer`` with the same transitions, which
         shares its arrays. ``None`` frees the memory.
 
-        :raises ValueError: on assignment: it is no replay buffer, or one for other envs, or a plain one with numbers that are
-            not finite. A ``MixedReplayBuffer`` is not searched for such numbers
+        :raises ValueError: on assignment: it is not a replay buffer, or one for other envs, or a plain one with numbers that
+            are not finite. A ``MixedReplayBuffer`` is not searched for such numbers
         """
         return self.__dict__["replay_buffer"]  # type: ignore[no-any-return]
 

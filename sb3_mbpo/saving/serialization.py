@@ -221,7 +221,7 @@ class _Encoder:
 
 def _dtype(text: Any) -> np.dtype:
     if not isinstance(text, str) or text not in _DTYPES:
-        raise ValueError(f"{str(text)[:50]!r} is no dtype that a file may name")
+        raise ValueError(f"{str(text)[:50]!r} is not a dtype that a file may name")
     return np.dtype(text)
 
 

@@ -89,7 +89,7 @@ def test_a_foreign_checkpoint_writes_no_logs_elsewhere(tmp_path):
         state["learn"]["tb_log_name"] = name
         written = checkpoint.write(tmp_path / "run", state, tensors, 3)
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(ValueError, match=f"{written.path.name}: tb_log_name=.* is no name of a folder inside tensor"):
+        with pytest.raises(ValueError, match=f"{written.path.name}: tb_log_name=.* is not the name of a folder inside tensor"):
             resume(tmp_path / "run", "Pendulum-v1", tensorboard_log=logs)
         assert sorted(tmp_path.rglob("*")) == before
 
@@ -107,7 +107,7 @@ def test_a_foreign_checkpoint_without_its_parts(tmp_path):
             if name in ("class", "stopped", "origin", "life", "left", "settings", "agent", "learn", "state") or not wrong:
                 owner.update(wrong)
                 checkpoint.write(tmp_path, state, tensors, 3)
-                with pytest.raises(ValueError, match=rf"this is no checkpoint of a run: .*{name}"):
+                with pytest.raises(ValueError, match=rf"this is not a checkpoint of a run: .*{name}"):
                     next(ways)()
         owner[name] = kept
 

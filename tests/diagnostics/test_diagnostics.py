@@ -164,7 +164,7 @@ def test_arguments_of_the_env(agents, tmp_path, capsys):
     [
         ("nothing.zip", [], r"there is no file .*nothing\.zip$"),
         ("sac.zip", [], r"sac\.zip contains no dynamics: it was not saved by an algorithm of sb3_mbpo$"),
-        ("text.zip", [], r"text\.zip is not an agent of sb3_mbpo: it is no zip-file, or is cut off$"),
+        ("text.zip", [], r"text\.zip is not an agent of sb3_mbpo: it is not a zip file, or is cut off$"),
         (
             "late.zip",
             ["--env", "MountainCarContinuous-v0"],

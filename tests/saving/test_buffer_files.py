@@ -122,7 +122,7 @@ def test_a_buffer_that_was_thrown_away(tmp_path):
 def test_a_pickle_is_not_opened(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
     agent = make()
-    with pytest.raises(ValueError, match=rf"load_replay_buffer: .*{name}: it is no replay buffer saved with safe=True"):
+    with pytest.raises(ValueError, match=rf"load_replay_buffer: .*{name}: it is not a replay buffer saved with safe=True"):
         agent.load_replay_buffer(tmp_path / name, safe=True)
     assert not (tmp_path / "marker").exists()
     with pytest.raises(ValueError, match=rf"load_replay_buffer: .*{name}: .*"):
@@ -244,14 +244,14 @@ def test_hostile_buffers(content, change, message, safe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: [1, 2], "no replay buffer"),
-        (lambda v: v.update(more=1), "no replay buffer"),
+        (lambda v: [1, 2], "not a replay buffer"),
+        (lambda v: v.update(more=1), "not a replay buffer"),
         (lambda v: v.update(format=1), "format=1 is unknown; it must be 2"),
-        (lambda v: v.update(content=3), "no replay buffer"),
+        (lambda v: v.update(content=3), "not a replay buffer"),
         (lambda v: v.update(content="[" * 10_000), "too many levels"),
         (lambda v: v.update(content="\ud800"), "JSON cannot be read"),
         (lambda v: v.update(content='{"$class": "torch.nn.ReLU"}'), "unknown kind"),
-        (lambda v: v.update(tensors=[]), "no replay buffer"),
+        (lambda v: v.update(tensors=[]), "not a replay buffer"),
         (lambda v: v.update(tensors={}), "no tensor"),
         (lambda v: v["tensors"].update({".rows.observations": th.zeros(1, 1, 1).expand(10**9, 1, 3)}), "plain tensor"),
         (lambda v: v["tensors"].update({".rows.observations": th.zeros(40, 1, 3).to_sparse()}), "plain tensor"),

@@ -178,7 +178,7 @@ def test_an_agent_without_dynamics(tmp_path, where):
 def test_no_zip_at_all(tmp_path):
     (tmp_path / "agent.zip").write_bytes(b"nothing")
     for load in (MBPO.load, MBPO("MlpPolicy", "Pendulum-v1", **FAST).set_parameters):
-        with pytest.raises(ValueError, match=r"(load|set_parameters): .*agent.zip: it is no zip-file, or is damaged"):
+        with pytest.raises(ValueError, match=r"(load|set_parameters): .*agent.zip: it is not a zip file, or is damaged"):
             load(tmp_path / "agent.zip")
     with pytest.raises(FileNotFoundError):
         MBPO.load(tmp_path / "other.zip")
