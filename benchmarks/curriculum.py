@@ -5,7 +5,7 @@ A curriculum: gravity rises from 6 to 14 while the agent learns. What a window a
 
 Pendulum-v1 with the small networks of changed_world.py, 10 updates a step. Gravity rises by 2 every 400 steps, at the end of
 an episode. The arm "no curriculum" has gravity 14 from the start. Every 400 steps ten deterministic episodes with gravity 14,
-which start alike for all arms. One process with one thread, a minute or two for each arm and seed; rows that are in the CSV are
+which start alike for all arms. One process with one thread, two minutes for each arm and seed; rows that are in the CSV are
 not measured again.
 """
 
